@@ -1,0 +1,123 @@
+"""Drop-in for Flask-SQLAlchemy-Session: the session of the application context.
+
+``from flask_sqlalchemy_session import ...`` becomes ``from rope_middleware.flask import ...``.
+The session is kept in a `Scope` like any other; only that this scope lies in Flask's ``g``,
+which lives and ends with the application context.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+try:
+    from flask import current_app, g, has_app_context
+    from werkzeug.local import LocalProxy
+except ImportError as error:
+    raise ImportError(
+        "rope_middleware.flask needs Flask: pip install 'rope-middleware[flask]'"
+    ) from error
+
+from sqlalchemy.orm import Session
+
+from rope_middleware.jenny import SessionJenny
+from rope_middleware.registry import ScopeRegistry
+from rope_middleware.scope import Scope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flask import Flask
+    from sqlalchemy.util import ScopedRegistry
+
+__all__ = ["current_session", "flask_scoped_session"]
+
+_S = TypeVar("_S", bound=Session)
+_T = TypeVar("_T", bound=Any)
+
+_SCOPE = "_rope_middleware_scope"
+
+
+class _AppContextRegistry(ScopeRegistry[_T]):
+    """Finds the session in the scope of the current application context."""
+
+    __slots__ = ()
+
+    def __call__(self) -> _T:
+        scope = self.scope()
+        if scope is not None and self in scope._sessions:
+            return cast("_T", scope._sessions[self])
+        return self._first_use()
+
+    def scope(self) -> Scope | None:
+        if not has_app_context():
+            return None
+        scope: Scope | None = g.get(_SCOPE)
+        if scope is None:
+            scope = Scope(f"application context of {current_app.name}")
+            setattr(g, _SCOPE, scope)
+        return scope
+
+
+class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is documented
+    """A `SessionJenny` whose session belongs to Flask's application context.
+
+    Requests, CLI commands, ``with app.app_context():`` and test contexts have a session each;
+    it is closed when the context is torn down. Outside of a context it is a `SessionJenny`
+    like any other, with a rope. Several of them work in one app; `current_session` is the
+    session of the one that was initialised last.
+
+    Args:
+        session_factory: a `sessionmaker`, or any callable that returns a new `Session`.
+        app: the Flask application; or call `init_app` later.
+
+    Raises:
+        TypeError: `session_factory` is not callable.
+    """
+
+    def __init__(self, session_factory: Callable[..., _S], app: Flask | None = None) -> None:
+        super().__init__(session_factory)
+        self.registry = _AppContextRegistry(
+            self.registry.createfunc, cast("ScopeRegistry[_S]", self.registry).outside
+        )
+        if app is not None:
+            self.init_app(app)
+
+    @property
+    def session(self) -> _S:
+        """The session of the application context; made on first use."""
+        return self.registry()
+
+    def init_app(self, app: Flask) -> None:
+        """Set this up for `app`: as ``app.scoped_session``, removed at each teardown.
+
+        Args:
+            app: the Flask application.
+        """
+        app.scoped_session = self  # type: ignore[attr-defined]
+        if _teardown not in app.teardown_appcontext_funcs:
+            app.teardown_appcontext(_teardown)
+
+
+def _teardown(_: BaseException | None) -> None:
+    scope: Scope | None = g.pop(_SCOPE, None)
+    if scope is not None:
+        scope._end()
+
+
+def _current_session() -> Any:
+    app = current_app._get_current_object()  # type: ignore[attr-defined]
+    if not hasattr(app, "scoped_session"):
+        raise AttributeError(
+            f"{app} has no 'scoped_session' attribute. You need to initialize it with a "
+            "flask_scoped_session."
+        )
+    return app.scoped_session
+
+
+current_session = cast("flask_scoped_session[Session]", LocalProxy(_current_session))
+"""The session of the current application context.
+
+Raises:
+    RuntimeError: there is no application context (Flask's own error).
+    AttributeError: the app has no `flask_scoped_session`.
+"""

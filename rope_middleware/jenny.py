@@ -1,0 +1,284 @@
+"""The facade: one object for the whole application, whose session is the request's.
+
+`SessionJenny` is a `scoped_session` and `AsyncSessionJenny` an `async_scoped_session`; both keep
+SQLAlchemy's methods and give them another registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any, Generic, TypeVar, cast
+from weakref import WeakValueDictionary
+
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.util import ScopedRegistry
+
+from rope_middleware.finish import finish
+from rope_middleware.registry import (
+    AsyncScopeRegistry,
+    ScopeRegistry,
+    StrictRegistry,
+    make_session,
+)
+from rope_middleware.rope import RopeRegistry, ScopeRope, SessionRope, owner_name
+from rope_middleware.scope import current, current_scope
+
+__all__ = ["AsyncSessionJenny", "SessionJenny"]
+
+_S = TypeVar("_S", bound=Session)
+_AS = TypeVar("_AS", bound=AsyncSession)
+
+_current = current.get
+
+
+class SessionJenny(scoped_session[_S], Generic[_S]):
+    """The session of the request being served, from anywhere in the application.
+
+    Every method and attribute of SQLAlchemy's `scoped_session` works and goes to the current
+    scope's session. Outside of any scope it is `scopefunc` that tells whose session it is, as
+    in SQLAlchemy; without one, a rope on the calling frame holds the session, as in
+    SQLAlchemy-Rope.
+
+    Args:
+        session_factory: a `sessionmaker`, or any callable that returns a new `Session`.
+        scopefunc: called outside of scopes; its hashable result is the key of the session.
+        strict: raise `NoScopeError` outside of scopes, whatever the scopefunc.
+
+    Raises:
+        TypeError: `session_factory` or `scopefunc` is not callable.
+
+    See the SQLAlchemy chapter "Contextual/Thread-local Sessions".
+    """
+
+    registry: ScopedRegistry[_S]
+
+    def __init__(
+        self,
+        session_factory: Callable[..., _S],
+        scopefunc: Callable[[], Any] | None = None,
+        *,
+        strict: bool = False,
+    ) -> None:
+        _check_callables(session_factory, scopefunc, "sessionmaker(engine)")
+        # Any callable is as good as the sessionmaker that SQLAlchemy's annotation asks for.
+        super().__init__(cast("Any", session_factory), scopefunc)
+        self._ropes: WeakValueDictionary[str, SessionRope[_S]] = WeakValueDictionary()
+        self._callback: Callable[[], str] | None = None
+        # Looked up on each use: the factory may be replaced or configured later.
+        create: Callable[..., _S] = partial(_make, self)
+        outside: ScopedRegistry[_S]
+        if strict:
+            outside = StrictRegistry(create)
+        elif scopefunc is not None:
+            outside = ScopedRegistry(create, scopefunc)
+        else:
+            outside = RopeRegistry(create, self.create_rope_name, self._ropes)
+        self.registry = ScopeRegistry(create, outside)
+        self._unbound_rope = ScopeRope(self.registry)
+
+    @property
+    def session(self) -> _S:
+        """The current session; made on first use.
+
+        Raises:
+            NoScopeError: no scope is open, and the jenny is strict.
+            ScopeClosedError: this code has outlived its scope.
+            RopeError: the session factory returned something that is no Session.
+        """
+        try:
+            return cast("_S", _current()._sessions[self.registry])
+        except LookupError:
+            return self.registry()
+
+    def __call__(self, **kw: Any) -> _S:
+        """Return the current session; make it with `kw` for the session factory if there is none.
+
+        Raises:
+            sqlalchemy.exc.InvalidRequestError: `kw` is given and there is a session already.
+        """
+        if not kw:
+            return self.session
+        return super().__call__(**kw)
+
+    def remove(self, rope_name: str | None = None) -> None:
+        """Close the current session; the next use makes a new one.
+
+        Args:
+            rope_name: outside of scopes, the name of the rope whose session is meant; by
+                default `create_rope_name`'s. A rope that is not there is passed over.
+        """
+        registry = cast("ScopeRegistry[_S]", self.registry)
+        if registry.scope() is None and isinstance(registry.outside, RopeRegistry):
+            registry.outside.remove(rope_name)
+        else:
+            registry.remove()
+
+    # SQLAlchemy-Rope's interface
+
+    @property
+    def rope(self) -> SessionRope[_S]:
+        """The rope that holds the current session; set in the calling frame if there is none.
+
+        Inside a scope it is the scope's, with a scopefunc the scopefunc's: nothing is set in
+        any frame then.
+
+        Raises:
+            NoScopeError: no scope is open, and the jenny is strict.
+        """
+        outside = self._outside()
+        return self._unbound_rope if outside is None else outside.rope()
+
+    def set_rope(self, frame: FrameType | None = None) -> None:
+        """Set a new rope as a local variable named `create_rope_name`.
+
+        Does nothing where no rope is needed: inside a scope, or with a scopefunc.
+
+        Args:
+            frame: the frame to set it in; by default the first one outside the facade.
+
+        Raises:
+            NoScopeError: no scope is open, and the jenny is strict.
+        """
+        outside = self._outside()
+        if outside is not None:
+            outside.tie(frame)
+
+    def create_rope_name(self) -> str:
+        """Return the name of the rope of this thread or asyncio task.
+
+        It is what `_rope_name_callback` returns, where one is set.
+
+        Raises:
+            TypeError: the callback returned something else than a str.
+        """
+        if self._callback is None:
+            return f"session{id(self)}:{owner_name()}"
+        name = self._callback()
+        if not isinstance(name, str):
+            raise TypeError(
+                f"_rope_name_callback must return a str, the rope's name; it returned {name!r}."
+            )
+        return name
+
+    @property
+    def rope_name_callback(self) -> Callable[[], str] | None:
+        """A callable without arguments that returns the name for a rope; None if none is set.
+
+        Raises:
+            TypeError: it is set to something that is not callable.
+        """
+        return self._callback
+
+    @rope_name_callback.setter
+    def rope_name_callback(self, callback: Callable[[], str]) -> None:
+        if not callable(callback):
+            raise TypeError(
+                "_rope_name_callback must be a callable without arguments that returns a str, "
+                f"the rope's name; {callback!r} is not callable."
+            )
+        self._callback = callback
+
+    # SQLAlchemy-Rope documents this name, and its code has the other.
+    _rope_name_callback = rope_name_callback
+
+    def _outside(self) -> RopeRegistry[_S] | None:
+        """Return where ropes are found and tied; None where there are none."""
+        registry = cast("ScopeRegistry[_S]", self.registry)
+        if registry.scope() is not None:
+            return None
+        outside = registry.outside
+        if isinstance(outside, StrictRegistry):
+            outside()  # raises
+        return outside if isinstance(outside, RopeRegistry) else None
+
+
+class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
+    """The AsyncSession of the request being served: the twin of `SessionJenny`.
+
+    There is no rope: nothing can await the end of a session when a frame goes. Outside of
+    scopes, `scopefunc` tells whose session it is, or `NoScopeError` is raised.
+
+    Args:
+        session_factory: an `async_sessionmaker`, or any callable that returns a new
+            `AsyncSession`.
+        scopefunc: called outside of scopes; its hashable result is the key of the session.
+            Call ``await jenny.remove()`` yourself there.
+        strict: raise `NoScopeError` outside of scopes, whatever the scopefunc.
+
+    Raises:
+        TypeError: `session_factory` or `scopefunc` is not callable.
+
+    See the SQLAlchemy chapter "Using asyncio scoped session".
+    """
+
+    registry: ScopedRegistry[_AS]
+
+    def __init__(
+        self,
+        session_factory: Callable[..., _AS],
+        scopefunc: Callable[[], Any] | None = None,
+        *,
+        strict: bool = False,
+    ) -> None:
+        _check_callables(session_factory, scopefunc, "async_sessionmaker(engine)")
+        super().__init__(cast("Any", session_factory), scopefunc or current_scope)
+        create: Callable[..., _AS] = partial(_make_async, self)
+        outside: ScopedRegistry[_AS]
+        if scopefunc is None or strict:
+            outside = StrictRegistry(create, _NO_ASYNC_ROPE)
+        else:
+            outside = ScopedRegistry(create, scopefunc)
+        self.registry = AsyncScopeRegistry(create, outside)
+
+    @property
+    def session(self) -> _AS:
+        """The current session; made on first use.
+
+        Raises:
+            NoScopeError: no scope is open, and there is no scopefunc.
+            ScopeClosedError: this code has outlived its scope.
+            CrossLoopError: the scope belongs to another event loop.
+            RopeError: the scope is a sync one, or the session factory returned something
+                that is no AsyncSession.
+        """
+        return self.registry()
+
+    async def remove(self) -> None:
+        """Close the current session; the next use makes a new one.
+
+        Finishes even where the caller is cancelled meanwhile.
+        """
+        closing = cast("AsyncScopeRegistry[_AS]", self.registry).remove()
+        if closing is not None:
+            await finish(closing)
+
+
+_NO_ASYNC_ROPE = (
+    " Nothing can await the end of an AsyncSession that hangs on a frame, so there is no rope "
+    "for it."
+)
+
+
+def _check_callables(factory: object, scopefunc: object, example: str) -> None:
+    if not callable(factory):
+        raise TypeError(
+            f"session_factory must be callable and return a new session, like {example}; "
+            f"{factory!r} is not callable."
+        )
+    if scopefunc is not None and not callable(scopefunc):
+        raise TypeError(
+            "scopefunc must be a callable without arguments that returns the key of the "
+            f"current session; {scopefunc!r} is not callable."
+        )
+
+
+def _make(jenny: SessionJenny[_S], **kw: Any) -> _S:
+    return cast("_S", make_session(jenny.session_factory, Session, "sessionmaker(engine)", **kw))
+
+
+def _make_async(jenny: AsyncSessionJenny[_AS], **kw: Any) -> _AS:
+    made = make_session(jenny.session_factory, AsyncSession, "async_sessionmaker(engine)", **kw)
+    return cast("_AS", made)

@@ -1,0 +1,668 @@
+"""The scope: what lives exactly as long as one request, and ends exactly once.
+
+A `Scope` is the key under which everything of a request is found, and the place where its
+sessions are kept. It knows no SQLAlchemy: a session is kept by a `Keeper` (a registry), which
+the scope asks to commit and to close it.
+
+What has to happen when a scope commits or ends is written down once, as a generator of steps
+that does no I/O of its own. Two drivers carry the steps out: `drive` calls them, `adrive`
+awaits them and sends what blocks to a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Generator
+from contextvars import ContextVar, Token
+from functools import partial, wraps
+from types import TracebackType
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar, cast
+
+from rope_middleware.errors import NoScopeError, RopeError, ScopeClosedError
+from rope_middleware.finish import finish, in_thread, running_loop, within
+
+__all__ = [
+    "CLOSE_TIMEOUT",
+    "SCOPE_KEY",
+    "AsyncScope",
+    "Keeper",
+    "Scope",
+    "class_of",
+    "current",
+    "current_scope",
+    "is_async_callable",
+    "logger",
+    "no_scope",
+    "note_shared_session",
+    "open_scope",
+    "unbind",
+]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_ScopeT = TypeVar("_ScopeT", bound="Scope")
+
+SCOPE_KEY = "rope_middleware.scope"
+"""Where the ASGI scope and the WSGI environ carry the open Scope."""
+
+CLOSE_TIMEOUT = 10.0
+"""Seconds that an async session may take to give back its connection."""
+
+logger = logging.getLogger("rope_middleware")
+
+current: ContextVar[Scope] = ContextVar("rope_middleware.scope")
+"""The scope that is open here. The only global state of the package."""
+
+
+class Keeper(Protocol):
+    """What a scope has to know of the registry that keeps a session in it.
+
+    Of an async keeper `flush`, `prepare`, `commit`, `rollback` and `close` return awaitables.
+    """
+
+    is_async: bool
+
+    def is_idle(self, session: Any) -> bool:
+        """Tell whether `session` has nothing open, so that ending it needs no I/O."""
+        ...
+
+    def is_twophase(self, session: Any) -> bool:
+        """Tell whether `session` commits in two phases."""
+        ...
+
+    def flush(self, session: Any) -> Any:
+        """Write what is pending."""
+        ...
+
+    def prepare(self, session: Any) -> Any:
+        """First phase of a two-phase commit."""
+        ...
+
+    def commit(self, session: Any) -> Any:
+        """Commit."""
+        ...
+
+    def rollback(self, session: Any) -> Any:
+        """Roll back and give back the connection."""
+        ...
+
+    def close(self, session: Any) -> Any:
+        """Close the session; whatever happens, give back or invalidate its connections."""
+        ...
+
+    def drop(self, session: Any) -> None:
+        """Close an idle session, without I/O."""
+        ...
+
+    def abandon(self, session: Any) -> None:
+        """Invalidate the session's connections at once, without waiting for the database."""
+        ...
+
+
+# (function, argument, kind). See `drive` and `adrive`.
+_Step = tuple[Callable[[Any], Any], Any, int]
+_Steps = Generator[_Step, Any, _T]
+_BLOCKS, _AWAITS, _RELEASES = range(3)  # _RELEASES: awaits, for a limited time
+
+
+class Scope:
+    """The life of one request, or of one ``with open_scope():`` block.
+
+    Made by the middlewares and by `open_scope`, never by hand. Two scopes are equal only if
+    they are the same object, so a Scope is a safe dictionary key.
+    """
+
+    # Values that most requests never change stand on the class: a request that touches no
+    # database pays for the three that `__init__` sets.
+    _loop: object = None
+    _is_async = False
+    _commits = False
+    _close_timeout = CLOSE_TIMEOUT
+    _registries: tuple[Keeper, ...] = ()
+    _on_commit: list[Callable[[], Any]] | None = None
+    _on_close: list[Callable[[], Any]] | None = None
+    _info: dict[Any, Any] | None = None
+    _ended = False  # nothing can be kept any more
+    _closed = False  # everything is given back
+    _doomed = False
+    _committed = False  # a session has committed something: see C6
+    _refused: BaseException | None = None  # the database asked to try again: see C6
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        """What the scope is for: ``GET /path`` (without the query string), or the name given
+        to `open_scope`."""
+        self._sessions: dict[Keeper, Any] = {}
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "ending" if self._ended else "open"
+        return f"<Scope {self.name!r} {state}>"
+
+    @property
+    def closed(self) -> bool:
+        """True once the scope has ended and everything of it is given back."""
+        return self._closed
+
+    @property
+    def info(self) -> dict[Any, Any]:
+        """A dictionary for the application's own use; empty at the start."""
+        if self._info is None:
+            self._info = {}
+        return self._info
+
+    def doom(self) -> None:
+        """Have the scope roll back at its end, whatever the response will be."""
+        self._doomed = True
+
+    def on_commit(self, fn: Callable[[], object]) -> None:
+        """Call `fn` once after the scope's commit and before the response starts.
+
+        Registered after the response started, it runs after the final commit. It never runs
+        after a rollback; its own error is logged and changes nothing. Functions run in order
+        of registration, sync ones in a thread where the scope is async.
+
+        Args:
+            fn: called without arguments; an async function only in an async scope.
+
+        Raises:
+            RopeError: the scope does not commit, or `fn` is async and the scope is not.
+            ScopeClosedError: the scope has ended.
+        """
+        if not self._commits:
+            raise RopeError(
+                f"on_commit() has nothing to wait for: the scope {self.name!r} does not commit. "
+                "Give commit_on_success=True to the middleware or to open_scope(), or call the "
+                "function yourself after your commit."
+            )
+        self._check_callback(fn, "on_commit")
+        if self._on_commit is None:
+            self._on_commit = []
+        self._on_commit.append(fn)
+
+    def on_close(self, fn: Callable[[], object]) -> None:
+        """Call `fn` once when the scope has ended and its sessions are closed, newest first.
+
+        Its own error is logged, and the others still run.
+
+        Args:
+            fn: called without arguments; an async function only in an async scope.
+
+        Raises:
+            RopeError: `fn` is async and the scope is not.
+            ScopeClosedError: the scope has ended.
+        """
+        self._check_callback(fn, "on_close")
+        if self._on_close is None:
+            self._on_close = []
+        self._on_close.append(fn)
+
+    def _check_callback(self, fn: Callable[[], object], method: str) -> None:
+        if self._ended:
+            self._raise_closed()
+        if not callable(fn):
+            raise TypeError(f"{method}() takes a callable without arguments, not {fn!r}.")
+        if not self._is_async and is_async_callable(fn):
+            raise RopeError(
+                f"{method}() was given the async function {fn!r}, and the scope {self.name!r} "
+                "is a sync one (WSGI, or a plain 'with open_scope():'), where nothing can await "
+                "it. Give a plain function."
+            )
+
+    def _raise_closed(self) -> NoReturn:
+        raise ScopeClosedError(
+            f"The scope {self.name!r} has ended, and its sessions are closed. This code has "
+            'outlived it (a thread, a task or a timed-out handler?). Use "with open_scope():" '
+            "around work of its own."
+        )
+
+    # -- what registries call ------------------------------------------------------------
+
+    def _keep(self, keeper: Keeper, session: Any) -> Any:
+        """Keep `session` for `keeper`, unless another thread was first; return the one kept."""
+        kept = self._sessions.setdefault(keeper, session)
+        # Read after the write: the ending sets `_ended` first and looks at `_sessions` then,
+        # so that one of the two sees the other.
+        if self._ended:
+            self._raise_closed()
+        return kept
+
+    # -- the steps -----------------------------------------------------------------------
+
+    def _open_sessions(self) -> list[tuple[Keeper, Any]]:
+        """Return what has something open, in the order in which it was made."""
+        held = list(self._sessions.items())
+        held += [(registry, None) for registry in self._registries]
+        return [(keeper, session) for keeper, session in held if not keeper.is_idle(session)]
+
+    def _commit_steps(self) -> _Steps[None]:
+        """Commit every session, then run what waits for the commit.
+
+        Raises:
+            BaseException: what the first failing step raised; everything is rolled back then.
+        """
+        work = self._open_sessions()
+        kind = _kinds
+        try:
+            if len(work) > 1:
+                # What the database refuses at a flush must not find half of them committed.
+                for keeper, session in work:
+                    yield keeper.flush, session, kind[keeper.is_async]
+            for keeper, session in work:
+                if keeper.is_twophase(session):
+                    yield keeper.prepare, session, kind[keeper.is_async]
+            for keeper, session in work:
+                yield keeper.commit, session, kind[keeper.is_async]
+        except BaseException as error:
+            logger.error("commit of %r failed: %s", self.name, class_of(error))
+            yield from self._rollback_steps("its commit failed")
+            raise
+        while self._on_commit:
+            fn = self._on_commit.pop(0)
+            try:
+                yield from _call_steps(fn)
+            except Exception:
+                logger.exception("on_commit function %r of %r failed", fn, self.name)
+
+    def _rollback_steps(self, why: str) -> _Steps[None]:
+        """Roll every session back, log it, and forget what waits for a commit."""
+        self._on_commit = None
+        work = self._open_sessions()
+        if work:
+            logger.info("rolled back %r: %s", self.name, why)
+        for keeper, session in work:
+            try:
+                yield keeper.rollback, session, _releases[keeper.is_async]
+            except Exception as error:
+                logger.error("rollback of %r failed: %s", self.name, class_of(error))
+                keeper.abandon(session)
+
+    def _end_steps(self, commit: bool, why: str = "") -> _Steps[None]:
+        """End the scope: commit or not, close every session, run what waits for the end.
+
+        Raises:
+            BaseException: what the commit raised, or what is no `Exception`
+                (KeyboardInterrupt, SystemExit) and came while closing; at the end, when
+                everything is given back.
+        """
+        raised: BaseException | None = None
+        if commit:
+            try:
+                yield from self._commit_steps()
+            except BaseException as error:
+                raised = error
+        elif self._commits and (work := self._open_sessions()):
+            logger.info("rolled back %r: %s", self.name, why)
+            del work
+        # Before `_ended`: their scopefunc has to find the scope.
+        for registry in self._registries:
+            raised = (yield from self._close_steps(registry, None)) or raised
+        self._ended = True
+        for keeper, session in list(self._sessions.items()):
+            raised = (yield from self._close_steps(keeper, session)) or raised
+        self._sessions.clear()
+        for fn in reversed(self._on_close or ()):
+            try:
+                yield from _call_steps(fn)
+            except Exception:
+                logger.exception("on_close function %r of %r failed", fn, self.name)
+            except BaseException as error:
+                raised = error
+        self._on_close = self._on_commit = None
+        self._closed = True
+        if raised is not None:
+            raise raised
+
+    def _close_steps(self, keeper: Keeper, session: Any) -> _Steps[BaseException | None]:
+        """Close one session; return what must be raised once all are closed."""
+        try:
+            if keeper.is_idle(session):
+                keeper.drop(session)
+            else:
+                yield keeper.close, session, _releases[keeper.is_async]
+        except BaseException as error:
+            logger.error(
+                "closing a session of %r failed, its connection is invalidated: %s",
+                self.name,
+                class_of(error),
+                exc_info=error,
+            )
+            keeper.abandon(session)
+            if not isinstance(error, (Exception, asyncio.CancelledError)):
+                return error
+        return None
+
+    # -- what the boundaries call ----------------------------------------------------------
+
+    def _end_unused(self) -> bool:
+        """End a scope that has nothing to end; tell whether it was one."""
+        if self._sessions or self._on_close or self._on_commit or self._registries:
+            return False
+        self._ended = True
+        if self._sessions:  # made by another thread in this instant
+            return False
+        self._closed = True
+        return True
+
+    def _end(self, commit: bool = False, why: str = "") -> None:
+        """End a sync scope. See `_end_steps`."""
+        if not self._end_unused():
+            drive(self._end_steps(commit, why))
+
+
+class AsyncScope(Scope):
+    """A scope that is opened and ended in async code.
+
+    Args:
+        name: see `Scope`.
+        loop: the event loop that it belongs to; None under trio.
+    """
+
+    _is_async = True
+
+    def __init__(self, name: str, loop: object) -> None:
+        self.name = name
+        self._sessions = {}
+        self._loop = loop
+
+    async def _aend(self, commit: bool = False, why: str = "") -> None:
+        """End the scope; finishes under cancellation. See `_end_steps`."""
+        if not self._end_unused():
+            await self._afinish(self._end_steps(commit, why))
+
+    async def _afinish(self, steps: _Steps[None]) -> None:
+        """Carry `steps` out to their end, in a task of its own only if one has to wait."""
+        try:
+            step = next(steps)
+        except StopIteration:
+            return
+        await finish(adrive(steps, step, self._close_timeout), grace=self._close_timeout)
+
+    def _abandon(self) -> None:
+        """End an async scope whose coroutine is being closed: nothing can be awaited there."""
+        for keeper, session in [*self._sessions.items(), *((r, None) for r in self._registries)]:
+            if keeper.is_async and not keeper.is_idle(session):
+                logger.error(
+                    "the coroutine that served %r was closed before its end; the connection "
+                    "of its session is invalidated",
+                    self.name,
+                )
+                keeper.abandon(session)
+                self._sessions.pop(keeper, None)
+        self._registries = tuple(r for r in self._registries if not r.is_async)
+        self._on_close = [fn for fn in self._on_close or () if not is_async_callable(fn)]
+        self._end()
+
+
+_kinds = {False: _BLOCKS, True: _AWAITS}
+_releases = {False: _BLOCKS, True: _RELEASES}
+
+
+def _call_steps(fn: Callable[[], Any]) -> _Steps[None]:
+    """Call the user's `fn`, sync or async."""
+    if is_async_callable(fn):
+        yield (lambda _: fn()), None, _AWAITS
+        return
+    result = yield (lambda _: fn()), None, _BLOCKS
+    if inspect.isawaitable(result):  # a lambda around an async function
+        yield (lambda _: result), None, _AWAITS
+
+
+def drive(steps: _Steps[_T]) -> _T:
+    """Carry `steps` out in this thread and return their result."""
+    try:
+        func, argument, kind = next(steps)
+        while True:
+            try:
+                if kind != _BLOCKS:
+                    raise RopeError("An async function cannot be awaited in a sync scope.")
+                result = func(argument)
+            except BaseException as error:
+                func, argument, kind = steps.throw(error)
+            else:
+                func, argument, kind = steps.send(result)
+    except StopIteration as stop:
+        return cast("_T", stop.value)
+
+
+async def adrive(steps: _Steps[_T], step: _Step, close_timeout: float) -> _T:
+    """Carry `steps` out without blocking the event loop and return their result.
+
+    Args:
+        steps: a started generator.
+        step: its first step.
+        close_timeout: seconds for each step that gives a connection back.
+    """
+    func, argument, kind = step
+    try:
+        while True:
+            try:
+                if kind == _BLOCKS:
+                    result = await in_thread(func, argument)
+                elif kind == _RELEASES:
+                    result = await within(close_timeout, func(argument))
+                else:
+                    result = await func(argument)
+            except BaseException as error:
+                func, argument, kind = steps.throw(error)
+            else:
+                func, argument, kind = steps.send(result)
+    except StopIteration as stop:
+        return cast("_T", stop.value)
+
+
+def class_of(error: BaseException | None) -> str:
+    """Name the class of `error`, and of the driver's error inside of it.
+
+    Not its text: that may hold bound values, which are no matter for a log.
+    """
+    name = f"{type(error).__module__}.{type(error).__qualname__}"
+    driver_error = getattr(error, "orig", None)
+    return name if driver_error is None else f"{name} ({class_of(driver_error)})"
+
+
+def is_async_callable(fn: object) -> bool:
+    """Tell whether calling `fn` gives a coroutine: async functions, methods, partials, objects."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
+        getattr(fn, "__call__", None)  # noqa: B004 - not a test for callable()
+    )
+
+
+def current_scope() -> Scope:
+    """Return the open scope. Usable as ``scoped_session(..., scopefunc=current_scope)``.
+
+    Raises:
+        NoScopeError: no scope is open here.
+        ScopeClosedError: this code has outlived the scope that it was started in.
+    """
+    try:
+        scope = current.get()
+    except LookupError:
+        raise no_scope() from None
+    if scope._ended:
+        scope._raise_closed()
+    return scope
+
+
+def no_scope(more: str = "") -> NoScopeError:
+    """Make the error for code that needs a scope where none is open.
+
+    Args:
+        more: a sentence for the end of its text.
+    """
+    return NoScopeError(
+        'No request scope is open. Wrap the app in RopeMiddleware, or use "with open_scope():" '
+        f'("async with" for an AsyncSession) in scripts, threads and background jobs.{more}'
+    )
+
+
+def unbind(token: Token[Scope]) -> None:
+    """Give the ContextVar `current` the value it had before."""
+    try:
+        current.reset(token)
+    except ValueError:
+        # Left in another context than it was entered in (a coroutine closed by the garbage
+        # collector, a generator dependency run in two threads): here nothing was set.
+        pass
+
+
+_SHARED_SESSION = (
+    "Two tasks have probably used one AsyncSession at the same time, which SQLAlchemy does not "
+    "allow. Give each concurrent task sessions of its own: 'async with open_scope():' around "
+    "its work, or @open_scope() on its function (rope_middleware)."
+)
+
+
+def note_shared_session(error: BaseException) -> None:
+    """Add to `error`, where it tells of a session shared by tasks, a note that says so (Y3)."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending:
+        error_ = pending.pop()
+        if error_ is None or id(error_) in seen:
+            continue
+        seen.add(id(error_))
+        if isinstance(error_, BaseExceptionGroup):
+            pending.extend(error_.exceptions)
+        if _tells_of_sharing(error_):
+            if _SHARED_SESSION not in getattr(error_, "__notes__", ()):
+                error_.add_note(_SHARED_SESSION)
+            if _SHARED_SESSION not in getattr(error, "__notes__", ()):
+                error.add_note(_SHARED_SESSION)
+        pending += (error_.__cause__, error_.__context__)
+
+
+def _tells_of_sharing(error: BaseException) -> bool:
+    # SQLAlchemy gives its own errors of this kind the code "isce"; the others are the drivers'.
+    # https://docs.sqlalchemy.org/en/20/errors.html#error-isce
+    if getattr(error, "code", None) == "isce":
+        return True
+    return "another operation is in progress" in str(error)
+
+
+class open_scope:  # noqa: N801 - used like a function
+    """Open a scope by hand: ``with``, ``async with``, or as a decorator.
+
+    The scope is an inner one where another is open already, with sessions of its own; the
+    outer one is untouched and current again afterwards. As a decorator it opens a new scope
+    for each call::
+
+        with open_scope("import"):
+            jenny.session.add(row)
+            jenny.session.commit()
+
+
+        @open_scope(commit_on_success=True)
+        async def job(): ...
+
+    Args:
+        name: what error texts and log lines call the scope; the function's name where it is
+            used as a decorator.
+        commit_on_success: commit when the block ends without an error.
+        close_timeout: seconds that each async session may take to give its connection back.
+
+    Returns:
+        A context manager; ``with`` and ``async with`` give the `Scope`.
+
+    Raises:
+        TypeError: it decorates a generator function, whose body runs after the call.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        commit_on_success: bool = False,
+        close_timeout: float = CLOSE_TIMEOUT,
+    ) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(
+                f"open_scope() takes a name, not {name!r}. As a decorator it needs its "
+                "brackets: @open_scope()."
+            )
+        self._name = name
+        self._commit = commit_on_success
+        self._close_timeout = close_timeout
+        self._entered: list[tuple[Scope, Token[Scope]]] = []
+
+    def _enter(self, scope: _ScopeT) -> _ScopeT:
+        scope._commits = self._commit
+        scope._close_timeout = self._close_timeout
+        self._entered.append((scope, current.set(scope)))
+        return scope
+
+    def _leave(self, error: BaseException | None) -> tuple[Scope, Token[Scope], bool, str]:
+        scope, token = self._entered.pop()
+        if error is not None:
+            note_shared_session(error)
+        commit = self._commit and error is None and not scope._doomed
+        why = "doomed" if error is None else class_of(error)
+        return scope, token, commit, why
+
+    def __enter__(self) -> Scope:
+        return self._enter(Scope(self._name or "open_scope()"))
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        scope, token, commit, why = self._leave(error)
+        try:
+            scope._end(commit, why)
+        finally:
+            unbind(token)
+
+    async def __aenter__(self) -> Scope:
+        return self._enter(AsyncScope(self._name or "open_scope()", running_loop()))
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        left, token, commit, why = self._leave(error)
+        scope = cast("AsyncScope", left)
+        try:
+            if isinstance(error, GeneratorExit):
+                scope._abandon()
+            else:
+                await scope._aend(commit, why)
+        finally:
+            unbind(token)
+
+    def _again(self, fn: Callable[..., Any]) -> open_scope:
+        return open_scope(
+            self._name or getattr(fn, "__qualname__", None),
+            commit_on_success=self._commit,
+            close_timeout=self._close_timeout,
+        )
+
+    def __call__(self, fn: Callable[_P, _T]) -> Callable[_P, _T]:
+        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError(
+                f"@open_scope() cannot decorate the generator {fn!r}: its body runs after the "
+                'call has returned. Use "with open_scope():" inside of it.'
+            )
+        if is_async_callable(fn):
+
+            @wraps(fn)
+            async def in_async_scope(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+                async with self._again(fn):
+                    return await cast("Awaitable[Any]", fn(*args, **kwargs))
+
+            return cast("Callable[_P, _T]", in_async_scope)
+
+        @wraps(fn)
+        def in_scope(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            with self._again(fn):
+                return fn(*args, **kwargs)
+
+        return in_scope
+
+
