@@ -8,12 +8,16 @@ request's body to the next one.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from threading import get_ident
 from typing import Any, TypeAlias
 
-from rope_middleware.finish import running_loop
 from rope_middleware.middleware import REPLAY_LIMIT, SERVER_ERROR, RopeMiddleware
 from rope_middleware.refusal import backoff
 from rope_middleware.scope import (
+    CLOSE_TIMEOUT,
+    CLOSED,
+    ENDED,
+    OPEN,
     SCOPE_KEY,
     AsyncScope,
     class_of,
@@ -25,12 +29,28 @@ from rope_middleware.scope import (
 
 __all__ = ["ASGIApp", "ASGIRopeMiddleware"]
 
+# Bound once: this is the way of every request.
+_bind = current.set
+_reset = current.reset
+
 # The shapes of https://asgi.readthedocs.io/en/latest/specs/main.html
 ASGIScope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
+
+
+class _RequestScope(AsyncScope):
+    """The scope of an ASGI request."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        # Put together only where somebody wants to know.
+        method, path = self._name
+        return f"{method or 'WEBSOCKET'} {path}"
 
 
 class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
@@ -43,61 +63,57 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Serve one request within a scope of its own."""
-        kind = scope["type"]
-        if kind != "http" and kind != "websocket":
-            await self.app(scope, receive, send)
+        if scope["type"] != "http" or self._has_options or SCOPE_KEY in scope:
+            await self._serve_otherwise(scope, receive, send)
             return
-        outer = scope.get(SCOPE_KEY)
-        if outer is not None and not outer._ended:
-            # Another RopeMiddleware around this one has opened it, and will end it.
-            token = current.set(outer)
-            try:
-                await self.app(scope, receive, send)
-            finally:
-                unbind(token)
-            return
-        if self._has_options:
-            await self._serve_with_options(scope, receive, send)
-            return
-        own = AsyncScope(f"{scope.get('method', 'WEBSOCKET')} {scope['path']}", running_loop())
-        scope[SCOPE_KEY] = own
-        token = current.set(own)
+        scope[SCOPE_KEY] = own = _RequestScope()
+        own._name = scope.get("method"), scope["path"]
+        own._sessions = None
+        own._state = OPEN
+        own._thread = get_ident()
+        own._commits = self._commit
+        gate = None
+        if self._commit:
+            gate = _Gate(self, own, send)
+            send = gate.send
+        token = _bind(own)
         try:
             await self.app(scope, receive, send)
         except BaseException as error:
             await _end_failed(own, error)
             raise
         else:
-            if not own._end_unused():
+            if own._sessions is None:  # not even a callback: there is nothing to end
+                own._state = ENDED
+            if own._sessions is None:  # still, now that nobody can add one
+                own._state = CLOSED
+            elif gate is None:
                 await own._aend()
+            else:
+                await gate.end()
         finally:
-            unbind(token)
+            try:  # `unbind`, without the price of a call
+                _reset(token)
+            except ValueError:
+                pass
 
-    async def _serve_with_options(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not (self._commit or self._retries):
+    async def _serve_otherwise(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        """Serve what is not the plain case."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+        elif SCOPE_KEY in scope and not scope[SCOPE_KEY]._state:
+            # Another RopeMiddleware around this one has opened it, and will end it.
+            token = current.set(scope[SCOPE_KEY])
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                unbind(token)
+        elif scope["type"] != "http" or not (self._commit or self._retries):
             await self._serve_call(scope, receive, send)
-            return
-        if not self._retries:
-            await self._serve_try(scope, receive, _Gate(self, send))
-            return
-        import anyio
-
-        replay = _Replay(receive)
-        for tried in range(self._retries):
-            gate = _Gate(self, send, replay)
-            await self._serve_try(dict(scope), replay, gate)
-            if not gate.again:
-                return
-            logger.warning("trying %r again: %s", gate.scope.name, class_of(gate.scope._refused))
-            await anyio.sleep(backoff(tried))
-            replay.rewind()
-        await self._serve_try(dict(scope), replay, _Gate(self, send))
-
-    def _open(self, scope: ASGIScope) -> AsyncScope:
-        own = AsyncScope(f"{scope.get('method', 'WEBSOCKET')} {scope['path']}", running_loop())
-        self._configure(own)
-        scope[SCOPE_KEY] = own
-        return own
+        elif not self._retries:
+            await self._serve_try(scope, receive, send, None)
+        else:
+            await self._serve_tries(scope, receive, send)
 
     async def _serve_call(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Serve what commits, if at all, when the call ends without an error."""
@@ -112,22 +128,49 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         finally:
             unbind(token)
 
-    async def _serve_try(self, scope: ASGIScope, receive: Receive, gate: _Gate) -> None:
-        """Serve one try of a request; `gate.again` tells whether there should be another."""
-        gate.scope = own = self._open(scope)
+    async def _serve_tries(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        """Serve a request that may be run again."""
+        import anyio
+
+        replay = _Replay(receive)
+        for tried in range(self._retries):
+            failed = await self._serve_try(dict(scope), replay, send, replay)
+            if failed is None:
+                return
+            logger.warning("trying %r again: %s", failed.name, class_of(failed._refused))
+            await anyio.sleep(backoff(tried))
+            replay.rewind()
+        await self._serve_try(dict(scope), replay, send, None)
+
+    async def _serve_try(
+        self, scope: ASGIScope, receive: Receive, send: Send, replay: _Replay | None
+    ) -> Scope | None:
+        """Serve one try of a request; return its scope where there should be another try."""
+        own = self._open(scope)
+        gate = _Gate(self, own, send, replay)
         token = current.set(own)
         try:
             await self.app(scope, receive, gate.send)
-            await gate.close()
-            await own._aend(gate.commits and not own._doomed, gate.why or "doomed")
+            await gate.end()
         except BaseException as error:
-            if isinstance(error, Exception) and gate.may_try_again():
-                gate.again = True
+            again = isinstance(error, Exception) and gate.may_try_again()
             await _end_failed(own, error)
-            if not gate.again:
-                raise
+            if again:
+                return own
+            raise
         finally:
             unbind(token)
+        return own if gate.holds_back else None
+
+    def _open(self, scope: ASGIScope) -> _RequestScope:
+        scope[SCOPE_KEY] = own = _RequestScope()
+        own._name = scope.get("method"), scope["path"]
+        own._sessions = None
+        own._state = OPEN
+        own._thread = get_ident()
+        own._commits = self._commit
+        self._configure(own)
+        return own
 
 
 async def _end_failed(scope: AsyncScope, error: BaseException) -> None:
@@ -141,62 +184,88 @@ async def _end_failed(scope: AsyncScope, error: BaseException) -> None:
         await scope._aend(why=class_of(error))
 
 
+# What has become of the response of one try.
+_WAITING, _STARTED, _COMMIT_FAILED, _REPLACED, _HELD = range(5)
+
+
 class _Gate:
     """Stands between the app and the server's `send`: commits before a success can start.
 
     Args:
         options: the middleware.
+        scope: the request's.
         send: the server's.
         replay: the request's body for another try; None where there is none to come.
     """
 
-    # What has become of the response of this try.
-    WAITING, STARTED, COMMIT_FAILED, REPLACED, HELD = range(5)
-
-    scope: AsyncScope
+    __slots__ = ("_commits", "_options", "_replay", "_response", "_scope", "_send", "_why")
 
     def __init__(
-        self, options: ASGIRopeMiddleware, send: Send, replay: _Replay | None = None
+        self,
+        options: ASGIRopeMiddleware,
+        scope: AsyncScope,
+        send: Send,
+        replay: _Replay | None = None,
     ) -> None:
         self._options = options
+        self._scope = scope
         self._send = send
         self._replay = replay
-        self._state = self.WAITING
-        self.commits = False
-        self.why = "no response"
-        self.again = False
+        self._response = _WAITING
+        self._commits = False
+        self._why = ""
 
     def send(self, message: Message) -> Awaitable[None]:
         """Take a message from the app."""
-        if self._state == self.STARTED:
+        if self._response == _STARTED:
+            return self._send(message)
+        if (
+            self._scope._sessions is None  # nothing to commit, nor to roll back
+            and message["type"] == "http.response.start"
+            and message["status"] < 400
+            and self._response == _WAITING
+            and not self._options._has_options
+        ):
+            self._commits = True
+            self._response = _STARTED
             return self._send(message)
         return self._before_start(message)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the response was held back, for there is to be another try."""
+        return self._response == _HELD
 
     def may_try_again(self) -> bool:
         """Tell whether this try may be run again (C6)."""
         return (
-            self._state in (self.WAITING, self.COMMIT_FAILED, self.HELD)
-            and self._replay is not None
+            self._replay is not None
             and self._replay.is_whole
-            and self.scope._refused is not None
-            and not self.scope._committed
+            and self._response in (_WAITING, _COMMIT_FAILED, _HELD)
+            and self._scope._refused is not None
+            and not self._scope._committed
         )
 
-    async def close(self) -> None:
-        """The app has returned: see to it that there is a response where a commit failed."""
-        if self._state == self.HELD or (
-            self._state == self.COMMIT_FAILED and self.may_try_again()
-        ):
-            self.again = True
-        elif self._state == self.COMMIT_FAILED:
-            await self._replace()
+    async def end(self) -> None:
+        """The app has returned: end the scope."""
+        try:
+            # The app may have swallowed the error of a commit that failed, and kept quiet.
+            if self._response == _COMMIT_FAILED:
+                if self.may_try_again():
+                    self._response = _HELD
+                else:
+                    await self._replace()
+        finally:
+            commit = self._commits and not self._scope._doomed
+            why = self._why or ("no response" if self._response == _WAITING else "doomed")
+            await self._scope._aend(commit, why)
 
     async def _before_start(self, message: Message) -> None:
-        if self._state in (self.REPLACED, self.HELD):
+        if self._response in (_REPLACED, _HELD):
             return  # of a response that the client does not get
         if message["type"] == "http.response.start":
             await self._start(message)
-        elif self._state == self.COMMIT_FAILED and message["type"] == "http.response.body":
+        elif self._response == _COMMIT_FAILED and message["type"] == "http.response.body":
             # The app has swallowed the error and goes on with the response that never started.
             await self._replace()
         else:
@@ -204,32 +273,32 @@ class _Gate:
 
     async def _start(self, message: Message) -> None:
         status: int = message["status"]
-        failed = self._state == self.COMMIT_FAILED
+        failed = self._response == _COMMIT_FAILED
         if (status >= 500 or (failed and status < 400)) and self.may_try_again():
-            self.why = f"status {status}"
-            self._state = self.HELD
+            self._why = f"status {status}"
+            self._response = _HELD
         elif failed and status < 400:
             await self._replace()
         else:
             if self._options._commit and not failed:
                 await self._settle(status, message)
-            self._state = self.STARTED
+            self._response = _STARTED
             await self._send(message)
 
     async def _settle(self, status: int, message: Message) -> None:
         """Commit or roll back, before the client can see the status."""
-        self._state = self.COMMIT_FAILED  # until it has not
-        self.why = self._options._why_not(self.scope, status, lambda: _headers(message))
-        if self.why:
-            self.scope._doomed = True  # nothing later in the scope commits, either
-            await self.scope._afinish(self.scope._rollback_steps(self.why))
+        self._response = _COMMIT_FAILED  # until it has not
+        self._why = self._options._why_not(self._scope, status, lambda: _headers(message))
+        if self._why:
+            self._scope._doomed = True  # nothing later in the scope commits, either
+            await self._scope._afinish(self._scope._rollback_steps(self._why))
         else:
-            await self.scope._afinish(self.scope._commit_steps())
-            self.commits = True
+            await self._scope._afinish(self._scope._commit_steps())
+            self._commits = True
 
     async def _replace(self) -> None:
         """Answer a plain 500 instead of a success whose commit failed."""
-        self._state = self.REPLACED
+        self._response = _REPLACED
         headers = [
             (b"content-type", b"text/plain; charset=utf-8"),
             (b"content-length", str(len(SERVER_ERROR)).encode()),

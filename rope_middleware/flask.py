@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.jenny import SessionJenny
 from rope_middleware.registry import ScopeRegistry
-from rope_middleware.scope import Scope
+from rope_middleware.scope import OPEN, Scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,9 +43,6 @@ class _AppContextRegistry(ScopeRegistry[_T]):
     __slots__ = ()
 
     def __call__(self) -> _T:
-        scope = self.scope()
-        if scope is not None and self in scope._sessions:
-            return cast("_T", scope._sessions[self])
         return self._first_use()
 
     def scope(self) -> Scope | None:
@@ -53,7 +50,11 @@ class _AppContextRegistry(ScopeRegistry[_T]):
             return None
         scope: Scope | None = g.get(_SCOPE)
         if scope is None:
-            scope = Scope(f"application context of {current_app.name}")
+            scope = Scope()
+            scope._name = f"application context of {current_app.name}"
+            scope._sessions = None
+            scope._state = OPEN
+            scope._commits = False
             setattr(g, _SCOPE, scope)
         return scope
 
@@ -76,9 +77,7 @@ class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is d
 
     def __init__(self, session_factory: Callable[..., _S], app: Flask | None = None) -> None:
         super().__init__(session_factory)
-        self.registry = _AppContextRegistry(
-            self.registry.createfunc, cast("ScopeRegistry[_S]", self.registry).outside
-        )
+        self.registry = _AppContextRegistry(self.registry.createfunc, self.registry.outside)
         if app is not None:
             self.init_app(app)
 

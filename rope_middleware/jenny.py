@@ -53,7 +53,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
     See the SQLAlchemy chapter "Contextual/Thread-local Sessions".
     """
 
-    registry: ScopedRegistry[_S]
+    registry: ScopeRegistry[_S]
 
     def __init__(
         self,
@@ -89,8 +89,8 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
             RopeError: the session factory returned something that is no Session.
         """
         try:
-            return cast("_S", _current()._sessions[self.registry])
-        except LookupError:
+            return _current()._sessions[self.registry]  # type: ignore[index]
+        except (LookupError, TypeError):  # no scope, or no session yet
             return self.registry()
 
     def __call__(self, **kw: Any) -> _S:
@@ -110,11 +110,11 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
             rope_name: outside of scopes, the name of the rope whose session is meant; by
                 default `create_rope_name`'s. A rope that is not there is passed over.
         """
-        registry = cast("ScopeRegistry[_S]", self.registry)
-        if registry.scope() is None and isinstance(registry.outside, RopeRegistry):
-            registry.outside.remove(rope_name)
+        outside = self.registry.outside
+        if self.registry.scope() is None and isinstance(outside, RopeRegistry):
+            outside.remove(rope_name)
         else:
-            registry.remove()
+            self.registry.remove()
 
     # SQLAlchemy-Rope's interface
 
@@ -186,10 +186,9 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
 
     def _outside(self) -> RopeRegistry[_S] | None:
         """Return where ropes are found and tied; None where there are none."""
-        registry = cast("ScopeRegistry[_S]", self.registry)
-        if registry.scope() is not None:
+        if self.registry.scope() is not None:
             return None
-        outside = registry.outside
+        outside = self.registry.outside
         if isinstance(outside, StrictRegistry):
             outside()  # raises
         return outside if isinstance(outside, RopeRegistry) else None
@@ -214,7 +213,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
     See the SQLAlchemy chapter "Using asyncio scoped session".
     """
 
-    registry: ScopedRegistry[_AS]
+    registry: AsyncScopeRegistry[_AS]
 
     def __init__(
         self,
@@ -251,7 +250,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
 
         Finishes even where the caller is cancelled meanwhile.
         """
-        closing = cast("AsyncScopeRegistry[_AS]", self.registry).remove()
+        closing = self.registry.remove()
         if closing is not None:
             await finish(closing)
 

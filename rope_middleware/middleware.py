@@ -73,7 +73,9 @@ class RopeMiddleware:
         @overload
         def __new__(cls, app: ASGIApp, *args: Any, **options: Any) -> ASGIRopeMiddleware: ...
         @overload
-        def __new__(cls, app: WSGIApplication, *args: Any, **options: Any) -> WSGIRopeMiddleware: ...
+        def __new__(
+            cls, app: WSGIApplication, *args: Any, **options: Any
+        ) -> WSGIRopeMiddleware: ...
 
     def __new__(cls, app: Any = None, *args: Any, **options: Any) -> Any:
         """Choose the class by the protocol of `app`."""
@@ -100,16 +102,15 @@ class RopeMiddleware:
         self._veto = commit_veto
         self._retries = retries
         self._close_timeout = close_timeout
-        # Most apps set no option; their requests take the short way.
+        # Requests of apps without any of these take the short way.
         self._has_options = bool(
-            commit_on_success or retries or self._registries or close_timeout != CLOSE_TIMEOUT
+            retries or self._registries or commit_veto or close_timeout != CLOSE_TIMEOUT
         )
         if retries:
             listen_for_refusals()
 
     def _configure(self, scope: Scope) -> None:
         """Hand the options on to a request's scope."""
-        scope._commits = self._commit
         scope._registries = self._registries
         scope._close_timeout = self._close_timeout
 

@@ -12,6 +12,7 @@ each session would cost a quarter of a small request.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar, cast
 
@@ -24,6 +25,7 @@ from sqlalchemy.util import ScopedRegistry
 from rope_middleware.errors import CrossLoopError, RopeError
 from rope_middleware.finish import running_loop
 from rope_middleware.scope import (
+    AsyncScope,
     Keeper,
     Scope,
     current,
@@ -80,7 +82,7 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     link: Tie | None = session.info.get(_TIE)
     if link is None or (scope := link.scope) is None:
         return
-    if scope._ended:
+    if scope._state:
         if transaction.parent is None:
             # SQLAlchemy has assigned the transaction already; it must go, for the next use
             # to come by here again.
@@ -101,7 +103,7 @@ def _on_connection(session: Session, _: SessionTransaction, connection: Connecti
     if connections:
         connections[:] = [known for known in connections if not known.closed]
     connections.append(connection)
-    if link.scope is not None and link.scope._ended:
+    if link.scope is not None and link.scope._state:
         # The scope ended while this call waited for its connection. Session.close() cannot
         # be called in here (https://docs.sqlalchemy.org/en/20/errors.html#error-isce).
         if not _is_borrowed(session, connection):
@@ -116,15 +118,19 @@ def _on_commit(session: Session) -> None:
         link.scope._committed = link.scope._committed or bool(link.connections)
 
 
-def _check_loop(scope: Scope) -> None:
+def _check_loop(scope: AsyncScope) -> None:
     loop = running_loop()
-    if loop is not None and loop is not scope._loop:
-        raise CrossLoopError(
-            f"The scope {scope.name!r} belongs to another event loop than the one that runs "
-            "here, and so do the connections of its AsyncSession. Use "
-            '"async with open_scope():" in this loop (with an engine made for it), or come '
-            "back to the scope's loop with asyncio.run_coroutine_threadsafe()."
-        )
+    if loop is None or loop is scope._loop:
+        return
+    if scope._loop is None and scope._thread == threading.get_ident():
+        scope._loop = loop
+        return
+    raise CrossLoopError(
+        f"The scope {scope.name!r} belongs to another event loop than the one that runs here, "
+        'and so do the connections of its AsyncSession. Use "async with open_scope():" in this '
+        "loop (with an engine made for it), or come back to the scope's loop with "
+        "asyncio.run_coroutine_threadsafe()."
+    )
 
 
 def _is_borrowed(session: Session, connection: Connection) -> bool:
@@ -212,20 +218,20 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
 
     def __call__(self) -> _T:
         try:
-            return cast("_T", current.get()._sessions[self])
-        except LookupError:
+            return current.get()._sessions[self]  # type: ignore[index]
+        except (LookupError, TypeError):
             return self._first_use()
 
     def has(self) -> bool:
         scope = self.scope()
-        return self.outside.has() if scope is None else self in scope._sessions
+        return self.outside.has() if scope is None else scope._session_of(self) is not None
 
     def set(self, obj: _T) -> None:
         scope = self.scope()
         if scope is None:
             self.outside.set(obj)
             return
-        replaced = scope._sessions.pop(self, None)
+        replaced = scope._drop(self)
         if replaced is not None:
             self._keep_beside(scope, replaced)
         self._adopt(scope, obj)
@@ -235,7 +241,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         if scope is None:
             self.outside.clear()
         else:
-            scope._sessions.pop(self, None)
+            scope._drop(self)
 
     def remove(self) -> Any:
         """Close the current session, if there is one; the next use makes a new one.
@@ -244,7 +250,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         """
         scope = self.scope()
         if scope is not None:
-            session = scope._sessions.pop(self, None)
+            session = scope._drop(self)
             return None if session is None else self.close(session)
         if not self.outside.has():
             return None
@@ -262,10 +268,11 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         scope = self.scope()
         if scope is None:
             return self.outside()
-        if scope._ended:
+        if scope._state:
             scope._raise_closed()
-        if self in scope._sessions:
-            return cast("_T", scope._sessions[self])
+        session = scope._session_of(self)
+        if session is not None:
+            return cast("_T", session)
         return self._adopt(scope, self.createfunc())
 
     def _adopt(self, scope: Scope, session: _T) -> _T:
@@ -287,12 +294,12 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
 
     def _on_begin(self, scope: Scope, session: Session) -> None:
         """Take back a session that was removed from its scope and is used on."""
-        if scope._sessions.get(self) is not session:
+        if scope._session_of(self) is not session:
             self._keep_beside(scope, session)
 
     def _keep_beside(self, scope: Scope, session: Any) -> None:
         """Have `scope` end a session that is not, or no more, its current one."""
-        if not any(kept is session for kept in list(scope._sessions.values())):
+        if not any(kept is session for kept in list((scope._sessions or {}).values())):
             # A copy is another key for the same keeper.
             scope._keep(copy.copy(self), session)
 
@@ -336,30 +343,30 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
     def __call__(self) -> _T:
         try:
             scope = current.get()
-            session = scope._sessions[self]
-        except LookupError:
+            session: _T = scope._sessions[self]  # type: ignore[index]
+        except (LookupError, TypeError):
             return self._first_use()
-        _check_loop(scope)
-        return cast("_T", session)
+        _check_loop(cast("AsyncScope", scope))
+        return session
 
     def _first_use(self) -> _T:
         scope = self.scope()
-        if scope is not None and not scope._is_async and not scope._ended:
+        if isinstance(scope, AsyncScope):
+            _check_loop(scope)
+        elif scope is not None and not scope._state:
             raise RopeError(
                 f"The scope {scope.name!r} is a sync one (WSGI, or a plain "
                 '"with open_scope():"), where nothing can await the end of an AsyncSession. '
                 'Use "async with open_scope():", or a SessionJenny here.'
             )
-        if scope is not None:
-            _check_loop(scope)
         return super()._first_use()
 
     def _sync(self, session: Any) -> Session:
         return cast("Session", session.sync_session)
 
     def _on_begin(self, scope: Scope, session: Session) -> None:
-        _check_loop(scope)
-        current_session = scope._sessions.get(self)
+        _check_loop(cast("AsyncScope", scope))
+        current_session = scope._session_of(self)
         if current_session is None or current_session.sync_session is not session:
             removed = async_session(session)
             if removed is not None:

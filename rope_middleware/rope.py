@@ -151,7 +151,8 @@ class RopeRegistry(ScopedRegistry[_T]):
             rope.remove()
 
     def _forget(self, name: str) -> _OwnRope[_T] | None:
-        rope = self._ropes.get(self._owner(), {}).pop(name, None)
+        ropes = self._ropes.get(self._owner())
+        rope = None if ropes is None else ropes.pop(name, None)
         if rope is not None and self._listed.get(name) is rope:
             del self._listed[name]
         return rope

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextvars import ContextVar, Token
 from functools import partial, wraps
@@ -21,10 +22,13 @@ from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
 from rope_middleware.errors import NoScopeError, RopeError, ScopeClosedError
-from rope_middleware.finish import finish, in_thread, running_loop, within
+from rope_middleware.finish import finish, in_thread, within
 
 __all__ = [
+    "CLOSED",
     "CLOSE_TIMEOUT",
+    "ENDED",
+    "OPEN",
     "SCOPE_KEY",
     "AsyncScope",
     "Keeper",
@@ -101,6 +105,11 @@ class Keeper(Protocol):
         ...
 
 
+OPEN, ENDED, CLOSED = range(3)
+
+# Held for the instant in which a scope gets its dictionary; J6 has two threads race for it.
+_first_use = threading.Lock()
+
 # (function, argument, kind). See `drive` and `adrive`.
 _Step = tuple[Callable[[Any], Any], Any, int]
 _Steps = Generator[_Step, Any, _T]
@@ -114,36 +123,38 @@ class Scope:
     they are the same object, so a Scope is a safe dictionary key.
     """
 
-    # Values that most requests never change stand on the class: a request that touches no
-    # database pays for the three that `__init__` sets.
-    _loop: object = None
+    # Every request pays for its Scope. There is no __init__, which would double the price:
+    # whoever opens a scope sets the slots. What most requests
+    # never change has its value on the class, and goes into __dict__ when it is changed.
+    __slots__ = ("__dict__", "__weakref__", "_commits", "_name", "_sessions", "_state")
+
+    _commits: bool
+    _name: Any
+    _sessions: dict[Keeper, Any] | None  # None: there is nothing to end, not even a callback
+    _state: int  # OPEN, ENDED (nothing can be kept any more), CLOSED (everything given back)
+
     _is_async = False
-    _commits = False
     _close_timeout = CLOSE_TIMEOUT
     _registries: tuple[Keeper, ...] = ()
     _on_commit: list[Callable[[], Any]] | None = None
     _on_close: list[Callable[[], Any]] | None = None
     _info: dict[Any, Any] | None = None
-    _ended = False  # nothing can be kept any more
-    _closed = False  # everything is given back
     _doomed = False
     _committed = False  # a session has committed something: see C6
     _refused: BaseException | None = None  # the database asked to try again: see C6
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        """What the scope is for: ``GET /path`` (without the query string), or the name given
-        to `open_scope`."""
-        self._sessions: dict[Keeper, Any] = {}
-
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "ending" if self._ended else "open"
-        return f"<Scope {self.name!r} {state}>"
+        return f"<Scope {self.name!r} {('open', 'ending', 'closed')[self._state]}>"
+
+    @property
+    def name(self) -> str:
+        """What the scope is for: ``GET /path`` (no query string), or the name it was given."""
+        return cast("str", self._name)
 
     @property
     def closed(self) -> bool:
         """True once the scope has ended and everything of it is given back."""
-        return self._closed
+        return self._state == CLOSED
 
     @property
     def info(self) -> dict[Any, Any]:
@@ -177,6 +188,7 @@ class Scope:
                 "function yourself after your commit."
             )
         self._check_callback(fn, "on_commit")
+        self._begin_use()
         if self._on_commit is None:
             self._on_commit = []
         self._on_commit.append(fn)
@@ -194,12 +206,13 @@ class Scope:
             ScopeClosedError: the scope has ended.
         """
         self._check_callback(fn, "on_close")
+        self._begin_use()
         if self._on_close is None:
             self._on_close = []
         self._on_close.append(fn)
 
     def _check_callback(self, fn: Callable[[], object], method: str) -> None:
-        if self._ended:
+        if self._state:
             self._raise_closed()
         if not callable(fn):
             raise TypeError(f"{method}() takes a callable without arguments, not {fn!r}.")
@@ -217,22 +230,38 @@ class Scope:
             "around work of its own."
         )
 
+    def _begin_use(self) -> dict[Keeper, Any]:
+        """Make sure that the end does not pass this scope over; return its sessions."""
+        if self._sessions is None:
+            with _first_use:
+                if self._sessions is None:
+                    self._sessions = {}
+        return self._sessions
+
     # -- what registries call ------------------------------------------------------------
 
     def _keep(self, keeper: Keeper, session: Any) -> Any:
         """Keep `session` for `keeper`, unless another thread was first; return the one kept."""
-        kept = self._sessions.setdefault(keeper, session)
-        # Read after the write: the ending sets `_ended` first and looks at `_sessions` then,
-        # so that one of the two sees the other.
-        if self._ended:
+        kept = self._begin_use().setdefault(keeper, session)
+        # Read after the write: the end sets `_state` first and looks at `_sessions` then, so
+        # that one of the two sees the other.
+        if self._state:
             self._raise_closed()
         return kept
+
+    def _drop(self, keeper: Keeper) -> Any:
+        """Forget the session of `keeper`; return it, or None."""
+        return None if self._sessions is None else self._sessions.pop(keeper, None)
+
+    def _session_of(self, keeper: Keeper) -> Any:
+        """Return the session of `keeper`, or None."""
+        return None if self._sessions is None else self._sessions.get(keeper)
 
     # -- the steps -----------------------------------------------------------------------
 
     def _open_sessions(self) -> list[tuple[Keeper, Any]]:
         """Return what has something open, in the order in which it was made."""
-        held = list(self._sessions.items())
+        held: list[tuple[Keeper, Any]] = list((self._sessions or {}).items())
         held += [(registry, None) for registry in self._registries]
         return [(keeper, session) for keeper, session in held if not keeper.is_idle(session)]
 
@@ -295,13 +324,13 @@ class Scope:
         elif self._commits and (work := self._open_sessions()):
             logger.info("rolled back %r: %s", self.name, why)
             del work
-        # Before `_ended`: their scopefunc has to find the scope.
+        # While the scope is open: their scopefunc has to find it.
         for registry in self._registries:
             raised = (yield from self._close_steps(registry, None)) or raised
-        self._ended = True
-        for keeper, session in list(self._sessions.items()):
+        self._state = ENDED
+        for keeper, session in list((self._sessions or {}).items()):
             raised = (yield from self._close_steps(keeper, session)) or raised
-        self._sessions.clear()
+        self._sessions = None
         for fn in reversed(self._on_close or ()):
             try:
                 yield from _call_steps(fn)
@@ -310,7 +339,7 @@ class Scope:
             except BaseException as error:
                 raised = error
         self._on_close = self._on_commit = None
-        self._closed = True
+        self._state = CLOSED
         if raised is not None:
             raise raised
 
@@ -337,12 +366,12 @@ class Scope:
 
     def _end_unused(self) -> bool:
         """End a scope that has nothing to end; tell whether it was one."""
-        if self._sessions or self._on_close or self._on_commit or self._registries:
+        if self._registries:
             return False
-        self._ended = True
-        if self._sessions:  # made by another thread in this instant
+        self._state = ENDED
+        if self._sessions is not None:
             return False
-        self._closed = True
+        self._state = CLOSED
         return True
 
     def _end(self, commit: bool = False, why: str = "") -> None:
@@ -352,19 +381,16 @@ class Scope:
 
 
 class AsyncScope(Scope):
-    """A scope that is opened and ended in async code.
+    """A scope that is opened and ended in async code. Its opener sets `_thread`, too."""
 
-    Args:
-        name: see `Scope`.
-        loop: the event loop that it belongs to; None under trio.
-    """
+    # Which event loop the scope belongs to is found out when an AsyncSession is first used: the
+    # thread is cheaper to ask for, and runs one loop at a time.
+    __slots__ = ("_thread",)
+
+    _thread: int
 
     _is_async = True
-
-    def __init__(self, name: str, loop: object) -> None:
-        self.name = name
-        self._sessions = {}
-        self._loop = loop
+    _loop: object = None
 
     async def _aend(self, commit: bool = False, why: str = "") -> None:
         """End the scope; finishes under cancellation. See `_end_steps`."""
@@ -381,15 +407,15 @@ class AsyncScope(Scope):
 
     def _abandon(self) -> None:
         """End an async scope whose coroutine is being closed: nothing can be awaited there."""
-        for keeper, session in [*self._sessions.items(), *((r, None) for r in self._registries)]:
-            if keeper.is_async and not keeper.is_idle(session):
+        for keeper, session in self._open_sessions():
+            if keeper.is_async:
                 logger.error(
                     "the coroutine that served %r was closed before its end; the connection "
                     "of its session is invalidated",
                     self.name,
                 )
                 keeper.abandon(session)
-                self._sessions.pop(keeper, None)
+                self._drop(keeper)
         self._registries = tuple(r for r in self._registries if not r.is_async)
         self._on_close = [fn for fn in self._on_close or () if not is_async_callable(fn)]
         self._end()
@@ -482,7 +508,7 @@ def current_scope() -> Scope:
         scope = current.get()
     except LookupError:
         raise no_scope() from None
-    if scope._ended:
+    if scope._state:
         scope._raise_closed()
     return scope
 
@@ -589,6 +615,9 @@ class open_scope:  # noqa: N801 - used like a function
         self._entered: list[tuple[Scope, Token[Scope]]] = []
 
     def _enter(self, scope: _ScopeT) -> _ScopeT:
+        scope._name = self._name or "open_scope()"
+        scope._sessions = None
+        scope._state = OPEN
         scope._commits = self._commit
         scope._close_timeout = self._close_timeout
         self._entered.append((scope, current.set(scope)))
@@ -603,7 +632,7 @@ class open_scope:  # noqa: N801 - used like a function
         return scope, token, commit, why
 
     def __enter__(self) -> Scope:
-        return self._enter(Scope(self._name or "open_scope()"))
+        return self._enter(Scope())
 
     def __exit__(
         self,
@@ -618,7 +647,9 @@ class open_scope:  # noqa: N801 - used like a function
             unbind(token)
 
     async def __aenter__(self) -> Scope:
-        return self._enter(AsyncScope(self._name or "open_scope()", running_loop()))
+        scope = self._enter(AsyncScope())
+        scope._thread = threading.get_ident()
+        return scope
 
     async def __aexit__(
         self,
@@ -664,5 +695,3 @@ class open_scope:  # noqa: N801 - used like a function
                 return fn(*args, **kwargs)
 
         return in_scope
-
-

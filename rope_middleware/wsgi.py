@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+from types import GeneratorType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from rope_middleware.middleware import REPLAY_LIMIT, SERVER_ERROR, RopeMiddleware
 from rope_middleware.refusal import backoff
 from rope_middleware.scope import (
+    CLOSED,
+    ENDED,
+    OPEN,
     SCOPE_KEY,
     Scope,
     class_of,
@@ -27,37 +30,90 @@ from rope_middleware.scope import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 __all__ = ["WSGIRopeMiddleware"]
 
+# Bound once: this is the way of every request.
+_bind = current.set
+_reset = current.reset
+
+
+class _RequestScope(Scope):
+    """The scope of a WSGI request."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        # Put together only where somebody wants to know.
+        method, script, path = self._name
+        # PEP 3333 hands bytes over as latin-1.
+        decoded = f"{script or ''}{path or ''}".encode("latin-1", "replace").decode(
+            errors="replace"
+        )
+        return f"{method} {decoded}"
+
+
 class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
     """`RopeMiddleware` for WSGI applications: Flask, Django, Pyramid and any other.
 
-    The scope lives until the server closes the body. The body of the wrapped application is
-    told apart only where a server does so: lists keep their length, and what
-    ``wsgi.file_wrapper`` made stays the server's own object.
+    The scope lives until the server closes the body. What a server looks at stays as it is:
+    a list keeps its length, and what ``wsgi.file_wrapper`` made is the server's own object.
     """
 
     app: WSGIApplication
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request within a scope of its own."""
-        outer = _outer_scope(environ)
-        if outer is not None:
-            # Another RopeMiddleware around this one has opened it, and will end it.
-            return self._serve_within(outer, environ, start_response)
-        if self._has_options:
-            return self._serve_with_options(environ, start_response)
-        scope = _open(environ)
-        token = current.set(scope)
+        if self._has_options or SCOPE_KEY in environ or "asgi.scope" in environ:
+            return self._serve_otherwise(environ, start_response)
+        scope = _RequestScope()
+        get = environ.get
+        scope._name = get("REQUEST_METHOD"), get("SCRIPT_NAME"), get("PATH_INFO")
+        scope._sessions = None
+        scope._state = OPEN
+        scope._commits = self._commit
+        environ[SCOPE_KEY] = scope
+        token = _bind(scope)
         try:
-            return _hand_on(self.app(environ, start_response), environ, scope)
+            if scope._commits:
+                gate = _Gate(self, scope, start_response)
+                return cast("Iterable[bytes]", gate.serve(self.app, environ))
+            body = self.app(environ, start_response)
+            kind = type(body)
+            if kind is list or kind is tuple:
+                return _ListBody(body, scope)
+            return _hand_on(body, environ, scope)
         except BaseException as error:
             _end_failed(scope, error)
             raise
         finally:
-            unbind(token)
+            try:  # `unbind`, without the price of a call
+                _reset(token)
+            except ValueError:
+                pass
+
+    def _serve_otherwise(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Serve what is not the plain case."""
+        outer = _outer_scope(environ)
+        if outer is not None:
+            # Another RopeMiddleware around this one has opened it, and will end it.
+            return self._serve_within(outer, environ, start_response)
+        replay = _Replay(environ) if self._retries else None
+        if replay is not None and replay.is_whole:
+            for tried in range(self._retries):
+                scope, response = self._serve_try(replay.environ(), start_response, is_last=False)
+                if response is not None:
+                    return response
+                logger.warning("trying %r again: %s", scope.name, class_of(scope._refused))
+                time.sleep(backoff(tried))
+        _, response = self._serve_try(replay.environ() if replay else environ, start_response)
+        return cast("Iterable[bytes]", response)
 
     def _serve_within(
         self, outer: Scope, environ: WSGIEnvironment, start_response: StartResponse
@@ -71,43 +127,22 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         finally:
             unbind(token)
 
-    def _serve_with_options(
-        self, environ: WSGIEnvironment, start_response: StartResponse
-    ) -> Iterable[bytes]:
-        if not self._retries:
-            return self._serve_try(environ, _Gate(self, start_response))
-        body = _Replay(environ)
-        tries = self._retries if body.is_whole else 0
-        for tried in range(tries):
-            gate = _Gate(self, start_response, is_last=False)
-            response = self._serve_try(body.environ(), gate)
-            if not gate.again:
-                return response
-            logger.warning("trying %r again: %s", gate.scope.name, class_of(gate.scope._refused))
-            time.sleep(backoff(tried))
-        return self._serve_try(body.environ(), _Gate(self, start_response))
-
-    def _serve_try(self, environ: WSGIEnvironment, gate: _Gate) -> Iterable[bytes]:
-        """Serve one try of a request; `gate.again` tells whether there should be another."""
-        gate.scope = scope = _open(environ)
+    def _serve_try(
+        self, environ: WSGIEnvironment, start_response: StartResponse, is_last: bool = True
+    ) -> tuple[Scope, Iterable[bytes] | None]:
+        """Serve one try of a request; return None where there should be another one."""
+        scope = _RequestScope()
+        scope._name = tuple(map(environ.get, ("REQUEST_METHOD", "SCRIPT_NAME", "PATH_INFO")))
+        scope._sessions = None
+        scope._state = OPEN
+        scope._commits = self._commit
         self._configure(scope)
+        environ[SCOPE_KEY] = scope
         token = current.set(scope)
-        body: Iterable[bytes] = ()
         try:
-            try:
-                body = self.app(environ, gate.start_response)
-                body = gate.settle(body)
-            except Exception as error:
-                gate.why = class_of(error)
-                gate.again = gate.may_try_again()
-                if not gate.again and not gate.commit_failed:
-                    _close(body)
-                    raise
-            if gate.lets_pass and not gate.again:
-                return _hand_on(body, environ, scope, gate.commits)
-            _close(body)
-            scope._end(why=gate.why)
-            return () if gate.again else gate.plain_error()
+            if self._commit or self._retries:
+                return scope, _Gate(self, scope, start_response, is_last).serve(self.app, environ)
+            return scope, _hand_on(self.app(environ, start_response), environ, scope)
         except BaseException as error:
             _end_failed(scope, error)
             raise
@@ -116,26 +151,13 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
 
 
 def _outer_scope(environ: WSGIEnvironment) -> Scope | None:
-    scope: Scope | None = environ.get(SCOPE_KEY)
-    if scope is None:
-        # Where bridges from ASGI (a2wsgi, asgiref) put the ASGI scope.
-        outer = environ.get("asgi.scope")
-        if outer is None:
-            return None
-        scope = outer.get(SCOPE_KEY)
-    return None if scope is None or scope._ended else scope
-
-
-def _open(environ: WSGIEnvironment) -> Scope:
-    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    if not path.isascii():
-        # PEP 3333 hands bytes over as latin-1.
-        path = path.encode("latin-1", "replace").decode("utf-8", "replace")
-    scope = environ[SCOPE_KEY] = Scope(f"{environ.get('REQUEST_METHOD')} {path}")
-    wrapper = environ.get("wsgi.file_wrapper")
-    if wrapper is not None and not isinstance(wrapper, type):
-        environ["wsgi.file_wrapper"] = _FileWrapper(wrapper)
-    return scope
+    """Return the open scope that another RopeMiddleware has made for this request, or None."""
+    # Bridges from ASGI (a2wsgi, asgiref) hand the ASGI scope on as "asgi.scope".
+    for mapping in (environ, environ.get("asgi.scope") or {}):
+        scope: Scope | None = mapping.get(SCOPE_KEY)
+        if scope is not None and not scope._state:
+            return scope
+    return None
 
 
 def _end_failed(scope: Scope, error: BaseException) -> None:
@@ -155,24 +177,13 @@ def _close(body: object) -> None:
             logger.exception("close() of a response that was not sent failed")
 
 
-class _FileWrapper:
-    """Tells what a ``wsgi.file_wrapper`` made where that is a function (uWSGI), no class."""
-
-    def __init__(self, wrapper: Callable[..., Any]) -> None:
-        self._wrapper = wrapper
-        self.made: object = None
-
-    def __call__(self, *args: Any) -> Any:
-        self.made = self._wrapper(*args)
-        return self.made
-
-
 def _is_file(body: object, environ: WSGIEnvironment) -> bool:
     """Tell whether ``wsgi.file_wrapper`` made the body: then servers want that very object."""
     wrapper = environ.get("wsgi.file_wrapper")
-    if isinstance(wrapper, _FileWrapper):
-        return body is wrapper.made
-    return isinstance(wrapper, type) and isinstance(body, wrapper)
+    if isinstance(wrapper, type):
+        return isinstance(body, wrapper)
+    # uWSGI's is a function that gives back the file itself.
+    return wrapper is not None and hasattr(body, "read")
 
 
 def _is_odd(body: object) -> bool:
@@ -187,6 +198,8 @@ def _hand_on(
     kind = type(body)
     if kind is list or kind is tuple:
         return _ListBody(body, scope, commit)
+    if kind is GeneratorType:
+        return _Body(body, scope, commit)
     if _is_file(body, environ):
         return _end_with_file(body, scope, commit)
     if _is_odd(body):
@@ -207,44 +220,43 @@ class _Ending:
         owns: False where another middleware ends the scope.
     """
 
-    __slots__ = ("__weakref__", "_body", "_commit", "_owns", "_scope")
+    __slots__ = ("__weakref__", "_body", "_commit", "_owns", "_read", "_scope")
 
-    def __init__(
-        self, body: Iterable[bytes], scope: Scope, commit: bool = False, owns: bool = True
-    ) -> None:
+    def __init__(self, body: Any, scope: Scope, commit: bool = False, owns: bool = True) -> None:
         self._body = body
         self._scope: Scope | None = scope  # None once it has ended
         self._commit = commit
         self._owns = owns
-
-    def _app_close(self) -> Callable[[], object] | None:
-        # PEP 3333: close() of the iterable, not of its iterator.
-        return getattr(self._body, "close", None)
-
-    def _why_not(self) -> str:
-        """Tell why the end must not commit; "" where it may."""
-        return ""
+        self._read = False  # to its end
 
     def close(self) -> None:
         """Close the application's body, then end the scope. Called again it does nothing."""
         scope, self._scope = self._scope, None
         if scope is None:
             return
-        token = current.set(scope)
+        token = _bind(scope)
         try:
-            try:
-                close = self._app_close()
-                if close is not None:
-                    close()
-            except BaseException as error:
-                if self._owns:
-                    _end_failed(scope, error)
-                raise
+            # PEP 3333: close() of the iterable, not of its iterator.
+            close = getattr(self._body, "close", None)
+            if close is not None:
+                close()
             if self._owns and not scope._end_unused():
-                why = self._why_not() or ("doomed" if scope._doomed else "")
-                scope._end(self._commit and not why, why)
+                why = self._why_not(scope)
+                scope._end(not why, why)
+        except BaseException as error:
+            if self._owns:
+                _end_failed(scope, error)
+            raise
         finally:
             unbind(token)
+
+    def _why_not(self, scope: Scope) -> str:
+        """Tell why the end does not commit; "" where it does."""
+        if not self._commit:
+            return "the response was no success"
+        if scope._doomed:
+            return "doomed"
+        return "" if self._read else "the body was not read to its end"
 
     def __del__(self) -> None:
         # A server that drops the body without closing it: nothing is committed.
@@ -266,46 +278,47 @@ class _ListBody(_Ending):
 
     def __len__(self) -> int:
         # Servers make a Content-Length of the one chunk of a body of length 1.
-        return len(cast("list[bytes]", self._body))
+        return len(self._body)
+
+    def close(self) -> None:
+        """End the scope. Called again it does nothing."""
+        scope = self._scope
+        if scope is not None and scope._end_unused():
+            self._scope = None
+        else:
+            self._read = True
+            super().close()
 
 
 class _Body(_Ending):
     """A body whose chunks are made as they are asked for, each with the scope current."""
 
-    __slots__ = ("_failed", "_finished", "_iterator")
-
-    def __init__(
-        self, body: Iterable[bytes], scope: Scope, commit: bool = False, owns: bool = True
-    ) -> None:
-        super().__init__(body, scope, commit, owns)
-        self._iterator: Iterator[bytes] | None = None
-        self._failed = ""
-        self._finished = False
+    __slots__ = ()
 
     def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
         scope = self._scope
         if scope is None:  # closed
-            return next(self._iterator or iter(self._body))
-        token = current.set(scope)
-        try:
-            if self._iterator is None:
-                self._iterator = iter(self._body)
-            return next(self._iterator)
-        except StopIteration:
-            self._finished = True
-            raise
-        except BaseException as error:
-            note_shared_session(error)
-            self._failed = class_of(error)
-            raise
-        finally:
-            unbind(token)
-
-    def _why_not(self) -> str:
-        return self._failed or ("" if self._finished else "the body was not read to its end")
+            yield from self._body
+            return
+        chunks = None
+        while True:
+            token = _bind(scope)
+            try:
+                if chunks is None:
+                    chunks = iter(self._body)
+                chunk = next(chunks)
+            except StopIteration:
+                self._read = True
+                return
+            except BaseException as error:
+                note_shared_session(error)
+                raise
+            finally:
+                try:  # `unbind`, without the price of a call
+                    _reset(token)
+                except ValueError:
+                    pass
+            yield chunk
 
 
 class _SizedBody(_Body):
@@ -314,158 +327,173 @@ class _SizedBody(_Body):
     __slots__ = ()
 
     def __len__(self) -> int:
-        return len(cast("list[bytes]", self._body))
+        return len(self._body)
 
 
-class _FileEnding(_Ending):
-    """The end of a response whose body is the server's own file wrapper."""
-
-    __slots__ = ("_closes",)
-
-    def __init__(self, body: Iterable[bytes], scope: Scope, commit: bool) -> None:
-        super().__init__(body, scope, commit)
-        self._closes: Callable[[], object] | None = getattr(body, "close", None)
-
-    def _app_close(self) -> Callable[[], object] | None:
-        return self._closes
-
-
-def _end_with_file(body: Iterable[bytes], scope: Scope, commit: bool) -> Iterable[bytes]:
-    ending = _FileEnding(body, scope, commit)
+def _end_with_file(body: Any, scope: Scope, commit: bool) -> Iterable[bytes]:
+    """Have the close() of the server's own file wrapper end the scope; return the wrapper."""
+    ending = _Ending(SimpleNamespace(close=getattr(body, "close", None)), scope, commit)
+    ending._read = True  # the server reads it by itself
     try:
-        body.close = ending.close  # type: ignore[attr-defined]
+        body.close = ending.close
     except (AttributeError, TypeError):
-        ending._closes = None  # the server will call it
+        ending._body = None  # the server will close it
         ending.close()
-    return body
+    return cast("Iterable[bytes]", body)
+
+
+# What has become of the response of one try.
+_WAITING, _STARTED, _COMMIT_FAILED, _HELD = range(4)
 
 
 class _Gate:
     """Stands between the app and the server's `start_response`: commits before a success starts.
 
-    The call is held back until the app has returned its body, so that a success whose commit
-    fails was never announced. PEP 3333 sends nothing before the first chunk anyway. Where the
-    app starts the response only while its body is read, the gate opens at once.
+    The app's call is held back until the app has returned its body, so that a success whose
+    commit fails was never announced. PEP 3333 sends nothing before the first chunk anyway.
+    Where the app starts the response only while its body is read, the gate opens at once.
 
     Args:
         options: the middleware.
+        scope: the request's.
         start_response: the server's.
         is_last: whether there is no further try.
     """
 
-    # What has become of the response of this try.
-    WAITING, STARTED, COMMIT_FAILED, HELD = range(4)
-
-    scope: Scope
+    __slots__ = (
+        "_call",
+        "_commits",
+        "_is_last",
+        "_options",
+        "_response",
+        "_returned",
+        "_scope",
+        "_start_response",
+        "_why",
+        "_write_on",
+    )
 
     def __init__(
-        self, options: WSGIRopeMiddleware, start_response: StartResponse, is_last: bool = True
+        self,
+        options: WSGIRopeMiddleware,
+        scope: Scope,
+        start_response: StartResponse,
+        is_last: bool = True,
     ) -> None:
         self._options = options
+        self._scope = scope
         self._start_response = start_response
         self._is_last = is_last
-        self._state = self.WAITING
-        self._call: tuple[Any, ...] | None = None  # the app's, while it is held back
-        self._late = False
-        self._server_write: Callable[[bytes], object] | None = None
-        self.commits = False
-        self.why = "no response"
-        self.again = False
+        self._response = _WAITING
+        self._returned = False
+        self._call: Any = None  # the app's call of start_response, while it is held back
+        self._write_on: Callable[[bytes], object] | None = None
+        self._commits = False
+        self._why = ""
 
-    @property
-    def lets_pass(self) -> bool:
-        """Whether the client gets the app's own response."""
-        return self._state in (self.WAITING, self.STARTED)
+    def serve(self, app: WSGIApplication, environ: WSGIEnvironment) -> Iterable[bytes] | None:
+        """Call the app and return what the server gets; None where there should be another try.
 
-    @property
-    def commit_failed(self) -> bool:
-        """Whether the commit failed, and the app has not answered anything else since."""
-        return self._state == self.COMMIT_FAILED
-
-    def may_try_again(self) -> bool:
-        """Tell whether this try may be run again (C6)."""
-        return (
-            self._state != self.STARTED
-            and not self._is_last
-            and self.scope._refused is not None
-            and not self.scope._committed
-        )
+        Raises:
+            BaseException: what the app raised, unless a commit failed or another try follows.
+        """
+        body: Iterable[bytes] = ()
+        try:
+            body = app(environ, self.start_response)
+            self._returned = True
+            if self._call is not None:
+                self._open()
+            elif self._response == _WAITING and not _is_odd(body):
+                body = _begin(body, self)
+        except BaseException as error:
+            self._why = class_of(error)
+            if not isinstance(error, Exception) or not (
+                self._response == _COMMIT_FAILED or self._may_try_again()
+            ):
+                _close(body)
+                raise
+            if self._response == _WAITING:
+                self._response = _HELD
+        if self._response < _COMMIT_FAILED:
+            return _hand_on(body, environ, self._scope, self._commits)
+        _close(body)
+        if self._may_try_again():
+            self._response = _HELD
+        self._scope._end(why=self._why)
+        return None if self._response == _HELD else self._plain_error()
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
         """Take the app's call."""
-        call = (status, headers) if exc_info is None else (status, headers, exc_info)
-        if self._call is not None and exc_info is None and self._state == self.WAITING:
+        if self._call is not None and exc_info is None and self._response == _WAITING:
             self._open()  # called twice: the server shall say so
-        if self._state == self.STARTED:
+        call = (status, headers) if exc_info is None else (status, headers, exc_info)
+        if self._response == _STARTED:
             return self._start_response(*call)
-        if self._state != self.HELD:
+        if self._response != _HELD:
             self._call = call
-            if self._late:
+            if self._returned:
                 self._open()
         return self._write
-
-    def settle(self, body: Iterable[bytes]) -> Iterable[bytes]:
-        """Let the response start, now that the app has returned `body`; return the body."""
-        self._late = True
-        if self._call is not None:
-            self._open()
-        elif self._state == self.WAITING and not _is_odd(body):
-            # The app calls start_response while its first chunk is made.
-            return self._begin(body)
-        elif self._state == self.COMMIT_FAILED and self.may_try_again():
-            self.again = True
-        return body
-
-    def _begin(self, body: Iterable[bytes]) -> Iterable[bytes]:
-        chunks = iter(body)
-        begun = _Begun(body, chunks)
-        try:
-            for chunk in chunks:
-                begun.first.append(chunk)
-                if chunk or self._state != self.WAITING:
-                    break
-        except BaseException:
-            if not self.may_try_again() and not self.commit_failed:
-                _close(body)
-            raise
-        return begun
-
-    def _open(self) -> None:
-        """Decide on the response that the app has announced."""
-        call, self._call = self._call, None
-        assert call is not None  # noqa: S101 - our own callers
-        status, failed = _code(call[0]), self.commit_failed
-        if (status >= 500 or (failed and status < 400)) and self.may_try_again():
-            self.why = f"status {status}"
-            self._state = self.HELD
-            self.again = True
-        elif not (failed and status < 400):
-            if self._options._commit and not failed:
-                self._commit_or_roll_back(status, call[1])
-            self._state = self.STARTED
-            self._server_write = self._start_response(*call)
-
-    def _commit_or_roll_back(self, status: int, headers: list[tuple[str, str]]) -> None:
-        self._state = self.COMMIT_FAILED  # until it has not
-        self.why = self._options._why_not(self.scope, status, lambda: list(headers))
-        if self.why:
-            self.scope._doomed = True  # nothing later in the scope commits, either
-            drive(self.scope._rollback_steps(self.why))
-        else:
-            drive(self.scope._commit_steps())
-            self.commits = True
 
     def _write(self, data: bytes) -> object:
         """Be the `write` of the app."""
         if self._call is not None and data:
             self._open()
-        if self._server_write is None:
-            return None  # of a response that the client does not get
-        return self._server_write(data)
+        # None: of a response that the client does not get.
+        return None if self._write_on is None else self._write_on(data)
 
-    def plain_error(self) -> list[bytes]:
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the app has not called start_response yet."""
+        return self._response == _WAITING
+
+    def _may_try_again(self) -> bool:
+        """Tell whether this try may be run again (C6)."""
+        return (
+            not self._is_last
+            and self._response != _STARTED
+            and self._scope._refused is not None
+            and not self._scope._committed
+        )
+
+    def _open(self) -> None:
+        """Decide on the response that the app has announced."""
+        call, self._call = self._call, None
+        if (
+            self._scope._sessions is None  # nothing to commit, nor to roll back
+            and type(call[0]) is str
+            and call[0] < "4"
+            and self._response == _WAITING
+            and not self._options._has_options
+        ):
+            self._commits = self._scope._commits  # later, what may come yet
+            self._response = _STARTED
+            self._write_on = self._start_response(*call)
+            return
+        status, failed = _code(call[0]), self._response == _COMMIT_FAILED
+        if (status >= 500 or (failed and status < 400)) and self._may_try_again():
+            self._why = call[0]
+            self._response = _HELD
+        elif not (failed and status < 400):
+            if self._scope._commits and not failed:
+                self._settle(status, call[1])
+            self._response = _STARTED
+            self._write_on = self._start_response(*call)
+
+    def _settle(self, status: int, headers: list[tuple[str, str]]) -> None:
+        """Commit or roll back, before the client can see the status."""
+        self._response = _COMMIT_FAILED  # until it has not
+        self._why = self._options._why_not(self._scope, status, lambda: list(headers))
+        if self._why:
+            self._scope._doomed = True  # nothing later in the scope commits, either
+            drive(self._scope._rollback_steps(self._why))
+        else:
+            drive(self._scope._commit_steps())
+            self._commits = True
+
+    def _plain_error(self) -> list[bytes]:
         """Answer a plain 500 instead of a success whose commit failed; return its body."""
         self._start_response(
             "500 Internal Server Error",
@@ -477,18 +505,32 @@ class _Gate:
         return [SERVER_ERROR]
 
 
+def _begin(body: Iterable[bytes], gate: _Gate) -> Iterable[bytes]:
+    """Make chunks of `body` until the app has called start_response, and return all of them.
+
+    PEP 3333 has the app call it before the first chunk that is not empty.
+    """
+    begun = _Begun(body)
+    for chunk in begun.rest:
+        begun.first.append(chunk)
+        if chunk or not gate.is_waiting:
+            break
+    return begun
+
+
 class _Begun:
     """A body whose first chunks have been made already."""
 
-    def __init__(self, body: Iterable[bytes], chunks: Iterator[bytes]) -> None:
+    def __init__(self, body: Iterable[bytes]) -> None:
         self._body = body
-        self._chunks = chunks
         self.first: list[bytes] = []
+        self.rest = iter(body)
 
     def __iter__(self) -> Iterator[bytes]:
-        return chain(self.first, self._chunks)
+        return chain(self.first, self.rest)
 
     def close(self) -> None:
+        """Close the app's body."""
         close = getattr(self._body, "close", None)
         if close is not None:
             close()
@@ -519,11 +561,14 @@ class _Replay:
                 self._input = lambda: io.BytesIO(kept)
             else:
                 self._input = lambda: io.BufferedReader(cast("Any", _Chained(kept, stream)))
-        elif length.isdecimal() and int(length) <= REPLAY_LIMIT:
-            if "HTTP_TRANSFER_ENCODING" not in environ:
-                body = stream.read(int(length)) if int(length) else b""
-                self._input = lambda: io.BytesIO(body)
-                self.is_whole = True
+        elif (
+            length.isdecimal()
+            and int(length) <= REPLAY_LIMIT
+            and "HTTP_TRANSFER_ENCODING" not in environ
+        ):
+            body = stream.read(int(length)) if int(length) else b""
+            self._input = lambda: io.BytesIO(body)
+            self.is_whole = True
 
     def environ(self) -> WSGIEnvironment:
         """Return a copy of the environ for the next try, its input at the beginning."""
