@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 from rope_middleware.middleware import REPLAY_LIMIT, SERVER_ERROR, RopeMiddleware
 from rope_middleware.refusal import backoff
 from rope_middleware.scope import (
-    CLOSE_TIMEOUT,
     CLOSED,
     ENDED,
     OPEN,
     SCOPE_KEY,
     AsyncScope,
+    Scope,
     class_of,
     current,
     logger,
@@ -87,7 +87,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
                 own._state = ENDED
             if own._sessions is None:  # still, now that nobody can add one
                 own._state = CLOSED
-            elif gate is None:
+            elif gate is None:  # type: ignore[unreachable]  # the app has set _sessions
                 await own._aend()
             else:
                 await gate.end()

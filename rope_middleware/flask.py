@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flask import Flask
-    from sqlalchemy.util import ScopedRegistry
 
 __all__ = ["current_session", "flask_scoped_session"]
 
@@ -104,7 +103,7 @@ def _teardown(_: BaseException | None) -> None:
 
 
 def _current_session() -> Any:
-    app = current_app._get_current_object()  # type: ignore[attr-defined]
+    app = cast("Any", current_app)._get_current_object()
     if not hasattr(app, "scoped_session"):
         raise AttributeError(
             f"{app} has no 'scoped_session' attribute. You need to initialize it with a "

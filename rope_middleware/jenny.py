@@ -76,7 +76,9 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
             outside = ScopedRegistry(create, scopefunc)
         else:
             outside = RopeRegistry(create, self.create_rope_name, self._ropes)
-        self.registry = ScopeRegistry(create, outside)
+        self.registry = ScopeRegistry(  # pyright: ignore[reportIncompatibleVariableOverride]
+            create, outside
+        )
         self._unbound_rope = ScopeRope(self.registry)
 
     @property
@@ -89,7 +91,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
             RopeError: the session factory returned something that is no Session.
         """
         try:
-            return _current()._sessions[self.registry]  # type: ignore[index]
+            return _current()._sessions[self.registry]  # type: ignore[index,no-any-return]
         except (LookupError, TypeError):  # no scope, or no session yet
             return self.registry()
 
@@ -230,7 +232,9 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
             outside = StrictRegistry(create, _NO_ASYNC_ROPE)
         else:
             outside = ScopedRegistry(create, scopefunc)
-        self.registry = AsyncScopeRegistry(create, outside)
+        self.registry = AsyncScopeRegistry(  # pyright: ignore[reportIncompatibleVariableOverride]
+            create, outside
+        )
 
     @property
     def session(self) -> _AS:

@@ -68,22 +68,35 @@ class RopeMiddleware:
         if protocol:
             cls._protocols[protocol] = cls
 
-    if TYPE_CHECKING:
-
-        @overload
-        def __new__(cls, app: ASGIApp, *args: Any, **options: Any) -> ASGIRopeMiddleware: ...
-        @overload
-        def __new__(
-            cls, app: WSGIApplication, *args: Any, **options: Any
-        ) -> WSGIRopeMiddleware: ...
-
-    def __new__(cls, app: Any = None, *args: Any, **options: Any) -> Any:
+    @overload
+    def __new__(
+        cls,
+        app: ASGIApp,
+        registries: Iterable[Any] = (),
+        *,
+        commit_on_success: bool = False,
+        commit_veto: Veto | None = None,
+        retries: int = 0,
+        close_timeout: float = CLOSE_TIMEOUT,
+    ) -> ASGIRopeMiddleware: ...
+    @overload
+    def __new__(
+        cls,
+        app: WSGIApplication,
+        registries: Iterable[Any] = (),
+        *,
+        commit_on_success: bool = False,
+        commit_veto: Veto | None = None,
+        retries: int = 0,
+        close_timeout: float = CLOSE_TIMEOUT,
+    ) -> WSGIRopeMiddleware: ...
+    def __new__(cls, app: Any = None, *_: Any, **__: Any) -> Any:
         """Choose the class by the protocol of `app`."""
         if cls is RopeMiddleware:
             cls = cls._protocols[_protocol_of(app)]
         return object.__new__(cls)
 
-    def __init__(
+    def __init__(  # pyright: ignore[reportInconsistentConstructor]  # __new__ only chooses
         self,
         app: Any,
         registries: Iterable[Any] = (),

@@ -7,7 +7,7 @@ Frameworks turn an exception into a 5xx before a middleware sees it. The engine'
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import cast
 
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
@@ -50,7 +50,7 @@ def is_refusal(error: BaseException | None) -> bool:
     # mysql-connector, mariadb: errno. PyMySQL, mysqlclient, asyncmy: the first argument.
     first = error.args[0] if error.args else None
     if isinstance(first, dict):  # pg8000
-        return first.get("C") in _SQLSTATES
+        return cast("dict[str, str]", first).get("C") in _SQLSTATES
     if isinstance(first, str):  # pyodbc
         return first in _SQLSTATES
     if "sql" in type(error).__module__ or "maria" in type(error).__module__:

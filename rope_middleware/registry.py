@@ -44,11 +44,10 @@ __all__ = [
     "tie",
 ]
 
-_T = TypeVar("_T", bound=Any)
+_T = TypeVar("_T")
 
 _TIE = "rope_middleware.tie"
-_SESSION_CLOSE = Session.close
-_ASYNC_SESSION_CLOSE = AsyncSession.close
+_CLOSE_METHODS: tuple[object, object] = (Session.close, AsyncSession.close)
 
 
 class Tie:
@@ -161,6 +160,15 @@ def _invalidate(session: Session) -> None:
             connection.close()
 
 
+def _has_nothing_open(session: Session) -> bool:
+    return session.get_transaction() is None and not _connections_out(session)
+
+
+def _has_own_close(session: Session | AsyncSession) -> bool:
+    """Tell whether a close() that somebody has overridden has to be called."""
+    return type(session).close not in _CLOSE_METHODS or "close" in vars(session)
+
+
 def close(session: Session) -> None:
     """Close `session`; what could not be given back to the pool is invalidated.
 
@@ -168,13 +176,12 @@ def close(session: Session) -> None:
         BaseException: what ``session.close()`` raised.
     """
     try:
-        # reset() is close() without "permanently closed" (Session.close_resets_only=False),
-        # after which SQLAlchemy's own error would come before ours. A close() that somebody
-        # has overridden is called.
-        if type(session).close is _SESSION_CLOSE and "close" not in vars(session):
-            session.reset()
-        else:
+        if _has_own_close(session):
             session.close()
+        else:
+            # close() without "permanently closed" (Session.close_resets_only=False), after
+            # which SQLAlchemy's own error would come before ours.
+            session.reset()
     finally:
         # Also after a close() that succeeded: an earlier one, by the application, may have
         # failed and forgotten its connection.
@@ -218,7 +225,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
 
     def __call__(self) -> _T:
         try:
-            return current.get()._sessions[self]  # type: ignore[index]
+            return cast("dict[Any, _T]", current.get()._sessions)[self]
         except (LookupError, TypeError):
             return self._first_use()
 
@@ -305,31 +312,31 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
 
     # The scope's keeper
 
-    def is_idle(self, session: Any) -> bool:
-        return session.get_transaction() is None and not _connections_out(session)
+    def is_idle(self, session: Any, /) -> bool:
+        return _has_nothing_open(session)
 
-    def is_twophase(self, session: Any) -> bool:
+    def is_twophase(self, session: Any, /) -> bool:
         return bool(session.twophase)
 
-    def flush(self, session: Any) -> Any:
+    def flush(self, session: Any, /) -> Any:
         return session.flush()
 
-    def prepare(self, session: Any) -> Any:
+    def prepare(self, session: Any, /) -> Any:
         return session.prepare()
 
-    def commit(self, session: Any) -> Any:
+    def commit(self, session: Any, /) -> Any:
         return session.commit()
 
-    def rollback(self, session: Any) -> Any:
+    def rollback(self, session: Any, /) -> Any:
         return session.rollback()
 
-    def close(self, session: Any) -> Any:
+    def close(self, session: Any, /) -> Any:
         return close(session)
 
-    def drop(self, session: Any) -> None:
+    def drop(self, session: Any, /) -> None:
         close(session)
 
-    def abandon(self, session: Any) -> None:
+    def abandon(self, session: Any, /) -> None:
         _invalidate(session)
 
 
@@ -343,7 +350,7 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
     def __call__(self) -> _T:
         try:
             scope = current.get()
-            session: _T = scope._sessions[self]  # type: ignore[index]
+            session = cast("dict[Any, _T]", scope._sessions)[self]
         except (LookupError, TypeError):
             return self._first_use()
         _check_loop(cast("AsyncScope", scope))
@@ -362,7 +369,7 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
         return super()._first_use()
 
     def _sync(self, session: Any) -> Session:
-        return cast("Session", session.sync_session)
+        return cast("AsyncSession", session).sync_session
 
     def _on_begin(self, scope: Scope, session: Session) -> None:
         _check_loop(cast("AsyncScope", scope))
@@ -372,32 +379,28 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
             if removed is not None:
                 self._keep_beside(scope, removed)
 
-    def is_idle(self, session: Any) -> bool:
-        return (
-            type(session).close is _ASYNC_SESSION_CLOSE
-            and "close" not in vars(session)
-            and super().is_idle(session.sync_session)
-        )
+    def is_idle(self, session: Any, /) -> bool:
+        return _has_nothing_open(session.sync_session) and not _has_own_close(session)
 
-    def is_twophase(self, session: Any) -> bool:
+    def is_twophase(self, session: Any, /) -> bool:
         return bool(session.sync_session.twophase)
 
-    async def prepare(self, session: Any) -> None:
-        await session.run_sync(lambda sync_session: sync_session.prepare())
+    async def prepare(self, session: Any, /) -> None:
+        await session.run_sync(Session.prepare)
 
-    async def close(self, session: Any) -> None:
+    async def close(self, session: Any, /) -> None:
         try:
-            if type(session).close is _ASYNC_SESSION_CLOSE and "close" not in vars(session):
-                await session.run_sync(close)
-            else:
+            if _has_own_close(session):
                 await session.close()
+            else:
+                await session.run_sync(close)
         finally:
             _invalidate(session.sync_session)
 
-    def drop(self, session: Any) -> None:
+    def drop(self, session: Any, /) -> None:
         close(session.sync_session)
 
-    def abandon(self, session: Any) -> None:
+    def abandon(self, session: Any, /) -> None:
         _invalidate(session.sync_session)
 
 
@@ -416,14 +419,14 @@ class StrictRegistry(ScopedRegistry[_T]):
     def has(self) -> bool:
         return False
 
-    def set(self, obj: _T) -> None:
+    def set(self, obj: _T) -> None:  # noqa: ARG002
         raise no_scope(self.cure)
 
     def clear(self) -> None:
         pass
 
 
-class RemovalKeeper:
+class RemovalKeeper(Keeper):
     """Keeps nothing itself: has a scope end the session of a plain `scoped_session`.
 
     The scoped_session finds its session by its own scopefunc (`current_scope`), so every
@@ -439,8 +442,12 @@ class RemovalKeeper:
         self.scoped = scoped
         self.is_async = isinstance(scoped, async_scoped_session) or is_async_callable(scoped.remove)
         # None where it only has a remove(): then that is all there is to call.
-        self.registry: ScopedRegistry[Any] | None = getattr(scoped, "registry", None)
-        listen(getattr(getattr(scoped, "session_factory", None), "class_", Session))
+        registry: Any = getattr(cast("Any", scoped), "registry", None)
+        self.registry: ScopedRegistry[Any] | None = registry
+        factory: Any = getattr(cast("Any", scoped), "session_factory", None)
+        session_class: type = getattr(factory, "class_", Session)
+        # An async_sessionmaker's class is no Session; its sessions' inner one is.
+        listen(session_class if issubclass(session_class, Session) else Session)
 
     def _sync_session(self) -> Any:
         """Return the Session proper, or None."""
@@ -449,29 +456,30 @@ class RemovalKeeper:
         session = self.registry()
         return getattr(session, "sync_session", session)
 
-    def is_idle(self, _: Any) -> bool:
+    def is_idle(self, _: Any, /) -> bool:
         if self.registry is None:
             return False
         session = self._sync_session()
-        return session is None or (
-            session.get_transaction() is None and not _connections_out(session)
-        )
+        if session is None:
+            return True
+        # The end of an async_scoped_session has to be awaited, whatever it has open.
+        return not self.is_async and _has_nothing_open(session)
 
-    def is_twophase(self, _: Any) -> bool:
+    def is_twophase(self, _: Any, /) -> bool:
         return bool(getattr(self._sync_session(), "twophase", False))
 
-    def flush(self, _: Any) -> Any:
+    def flush(self, _: Any, /) -> Any:
         return self._call("flush")
 
-    def prepare(self, _: Any) -> Any:
+    def prepare(self, _: Any, /) -> Any:
         if self.is_async:
-            return self.registry().run_sync(lambda session: session.prepare())  # type: ignore[misc]
+            return self.scoped.registry().run_sync(Session.prepare)
         return self._call("prepare")
 
-    def commit(self, _: Any) -> Any:
+    def commit(self, _: Any, /) -> Any:
         return self._call("commit")
 
-    def rollback(self, _: Any) -> Any:
+    def rollback(self, _: Any, /) -> Any:
         return self._call("rollback")
 
     def _call(self, method: str) -> Any:
@@ -479,16 +487,14 @@ class RemovalKeeper:
             return getattr(self.registry(), method)()
         return _nothing() if self.is_async else None
 
-    def close(self, _: Any) -> Any:
+    def close(self, _: Any, /) -> Any:
         return self.scoped.remove()
 
-    def drop(self, _: Any) -> None:
-        session = self._sync_session()
-        if session is not None and self.registry is not None:
-            session.close()
-            self.registry.clear()
+    def drop(self, _: Any, /) -> None:
+        if not self.is_async:
+            self.scoped.remove()
 
-    def abandon(self, _: Any) -> None:
+    def abandon(self, _: Any, /) -> None:
         session = self._sync_session()
         if session is not None and self.registry is not None:
             self.registry.clear()

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.registry import ScopeRegistry, close, listen, tie
@@ -185,8 +186,9 @@ class _OwnRope(SessionRope[_T]):
         return self._session
 
     def hold(self, session: _T) -> _T:
-        listen(type(session))
-        tie(session, None)
+        tied = cast("Session", session)
+        listen(type(tied))
+        tie(tied, None)
         self._session = session
         return session
 

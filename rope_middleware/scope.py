@@ -68,39 +68,39 @@ class Keeper(Protocol):
 
     is_async: bool
 
-    def is_idle(self, session: Any) -> bool:
+    def is_idle(self, session: Any, /) -> bool:
         """Tell whether `session` has nothing open, so that ending it needs no I/O."""
         ...
 
-    def is_twophase(self, session: Any) -> bool:
+    def is_twophase(self, session: Any, /) -> bool:
         """Tell whether `session` commits in two phases."""
         ...
 
-    def flush(self, session: Any) -> Any:
+    def flush(self, session: Any, /) -> Any:
         """Write what is pending."""
         ...
 
-    def prepare(self, session: Any) -> Any:
+    def prepare(self, session: Any, /) -> Any:
         """First phase of a two-phase commit."""
         ...
 
-    def commit(self, session: Any) -> Any:
+    def commit(self, session: Any, /) -> Any:
         """Commit."""
         ...
 
-    def rollback(self, session: Any) -> Any:
+    def rollback(self, session: Any, /) -> Any:
         """Roll back and give back the connection."""
         ...
 
-    def close(self, session: Any) -> Any:
+    def close(self, session: Any, /) -> Any:
         """Close the session; whatever happens, give back or invalidate its connections."""
         ...
 
-    def drop(self, session: Any) -> None:
+    def drop(self, session: Any, /) -> None:
         """Close an idle session, without I/O."""
         ...
 
-    def abandon(self, session: Any) -> None:
+    def abandon(self, session: Any, /) -> None:
         """Invalidate the session's connections at once, without waiting for the database."""
         ...
 
@@ -547,18 +547,17 @@ def note_shared_session(error: BaseException) -> None:
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     while pending:
-        error_ = pending.pop()
-        if error_ is None or id(error_) in seen:
+        inner = pending.pop()
+        if inner is None or id(inner) in seen:
             continue
-        seen.add(id(error_))
-        if isinstance(error_, BaseExceptionGroup):
-            pending.extend(error_.exceptions)
-        if _tells_of_sharing(error_):
-            if _SHARED_SESSION not in getattr(error_, "__notes__", ()):
-                error_.add_note(_SHARED_SESSION)
-            if _SHARED_SESSION not in getattr(error, "__notes__", ()):
-                error.add_note(_SHARED_SESSION)
-        pending += (error_.__cause__, error_.__context__)
+        seen.add(id(inner))
+        if isinstance(inner, BaseExceptionGroup):
+            pending += cast("tuple[BaseException, ...]", getattr(inner, "exceptions", ()))
+        if _tells_of_sharing(inner):
+            for told in (inner, error):
+                if _SHARED_SESSION not in getattr(told, "__notes__", ()):
+                    told.add_note(_SHARED_SESSION)
+        pending += (inner.__cause__, inner.__context__)
 
 
 def _tells_of_sharing(error: BaseException) -> bool:

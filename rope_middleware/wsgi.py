@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 from rope_middleware.middleware import REPLAY_LIMIT, SERVER_ERROR, RopeMiddleware
 from rope_middleware.refusal import backoff
 from rope_middleware.scope import (
-    CLOSED,
-    ENDED,
     OPEN,
     SCOPE_KEY,
     Scope,
@@ -428,7 +426,7 @@ class _Gate:
         """Take the app's call."""
         if self._call is not None and exc_info is None and self._response == _WAITING:
             self._open()  # called twice: the server shall say so
-        call = (status, headers) if exc_info is None else (status, headers, exc_info)
+        call: Any = (status, headers) if exc_info is None else (status, headers, exc_info)
         if self._response == _STARTED:
             return self._start_response(*call)
         if self._response != _HELD:
