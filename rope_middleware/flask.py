@@ -33,7 +33,25 @@ __all__ = ["current_session", "flask_scoped_session"]
 _S = TypeVar("_S", bound=Session)
 _T = TypeVar("_T", bound=Any)
 
-_SCOPE = "_rope_middleware_scope"
+_CONTEXT = "_rope_middleware_context"
+
+
+class _Context:
+    """Lies in ``g``: the scope of an application context, and its end if all else fails.
+
+    Flask calls no teardown function after one that raises, and one that comes after ours may
+    use a session again. What is left then ends with the context itself.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.scope = scope = Scope()
+        scope._name = name
+        scope._sessions = None
+        scope._state = OPEN
+
+    def __del__(self) -> None:
+        if not self.scope._state:
+            self.scope._end()
 
 
 class _AppContextRegistry(ScopeRegistry[_T]):
@@ -42,20 +60,19 @@ class _AppContextRegistry(ScopeRegistry[_T]):
     __slots__ = ()
 
     def __call__(self) -> _T:
-        return self._first_use()
+        scope = self.scope()
+        session = None if scope is None else scope._session_of(self)
+        return self.first_use(scope) if session is None else cast("_T", session)
 
     def scope(self) -> Scope | None:
         if not has_app_context():
-            return None
-        scope: Scope | None = g.get(_SCOPE)
-        if scope is None:
-            scope = Scope()
-            scope._name = f"application context of {current_app.name}"
-            scope._sessions = None
-            scope._state = OPEN
-            scope._commits = False
-            setattr(g, _SCOPE, scope)
-        return scope
+            return super().scope()
+        context: _Context | None = g.get(_CONTEXT)
+        if context is not None:
+            return context.scope
+        made = _Context(f"application context of {_app().name}")
+        # Two threads may share a context: only one of them sets it.
+        return cast("_Context", g.setdefault(_CONTEXT, made)).scope
 
 
 class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is documented
@@ -63,8 +80,8 @@ class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is d
 
     Requests, CLI commands, ``with app.app_context():`` and test contexts have a session each;
     it is closed when the context is torn down. Outside of a context it is a `SessionJenny`
-    like any other, with a rope. Several of them work in one app; `current_session` is the
-    session of the one that was initialised last.
+    like any other. Several of them work in one app; `current_session` is the session of the
+    one that was initialised last.
 
     Args:
         session_factory: a `sessionmaker`, or any callable that returns a new `Session`.
@@ -97,25 +114,34 @@ class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is d
 
 
 def _teardown(_: BaseException | None) -> None:
-    scope: Scope | None = g.pop(_SCOPE, None)
-    if scope is not None:
-        scope._end()
+    context: _Context | None = g.pop(_CONTEXT, None)
+    if context is not None:
+        context.scope._end()
+
+
+def _app() -> Flask:
+    return cast("Any", current_app)._get_current_object()  # type: ignore[no-any-return]
 
 
 def _current_session() -> Any:
-    app = cast("Any", current_app)._get_current_object()
+    if not has_app_context():
+        raise RuntimeError(
+            "Cannot access current_session when outside of an application context. Use "
+            '"with app.app_context():".'
+        )
+    app = _app()
     if not hasattr(app, "scoped_session"):
         raise AttributeError(
             f"{app} has no 'scoped_session' attribute. You need to initialize it with a "
             "flask_scoped_session."
         )
-    return app.scoped_session
+    return cast("Any", app).scoped_session
 
 
 current_session = cast("flask_scoped_session[Session]", LocalProxy(_current_session))
 """The session of the current application context.
 
 Raises:
-    RuntimeError: there is no application context (Flask's own error).
+    RuntimeError: there is no application context.
     AttributeError: the app has no `flask_scoped_session`.
 """

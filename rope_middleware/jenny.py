@@ -7,7 +7,6 @@ SQLAlchemy's methods and give them another registry.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import FrameType
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakValueDictionary
@@ -21,7 +20,7 @@ from rope_middleware.registry import (
     AsyncScopeRegistry,
     ScopeRegistry,
     StrictRegistry,
-    make_session,
+    check_session,
 )
 from rope_middleware.rope import RopeRegistry, ScopeRope, SessionRope, owner_name
 from rope_middleware.scope import current, current_scope
@@ -67,8 +66,14 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         super().__init__(cast("Any", session_factory), scopefunc)
         self._ropes: WeakValueDictionary[str, SessionRope[_S]] = WeakValueDictionary()
         self._callback: Callable[[], str] | None = None
-        # Looked up on each use: the factory may be replaced or configured later.
-        create: Callable[..., _S] = partial(_make, self)
+
+        def create() -> _S:
+            # Looked up on each use: the factory may be replaced later.
+            session: Any = self.session_factory()
+            if not isinstance(session, Session):
+                check_session(session, Session, self.session_factory, "sessionmaker(engine)")
+            return cast("_S", session)
+
         outside: ScopedRegistry[_S]
         if strict:
             outside = StrictRegistry(create)
@@ -90,10 +95,13 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
             ScopeClosedError: this code has outlived its scope.
             RopeError: the session factory returned something that is no Session.
         """
-        try:
-            return _current()._sessions[self.registry]  # type: ignore[index,no-any-return]
-        except (LookupError, TypeError):  # no scope, or no session yet
-            return self.registry()
+        scope = _current(None)
+        if scope is not None and scope._sessions is not None:
+            try:
+                return scope._sessions[self.registry]  # type: ignore[no-any-return]
+            except KeyError:
+                pass
+        return self.registry.first_use(scope)
 
     def __call__(self, **kw: Any) -> _S:
         """Return the current session; make it with `kw` for the session factory if there is none.
@@ -224,9 +232,16 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         *,
         strict: bool = False,
     ) -> None:
-        _check_callables(session_factory, scopefunc, "async_sessionmaker(engine)")
+        _check_callables(session_factory, scopefunc, _ASYNC_EXAMPLE)
         super().__init__(cast("Any", session_factory), scopefunc or current_scope)
-        create: Callable[..., _AS] = partial(_make_async, self)
+
+        def create() -> _AS:
+            # Looked up on each use: the factory may be replaced later.
+            session: Any = self.session_factory()
+            if not isinstance(session, AsyncSession):
+                check_session(session, AsyncSession, self.session_factory, _ASYNC_EXAMPLE)
+            return cast("_AS", session)
+
         outside: ScopedRegistry[_AS]
         if scopefunc is None or strict:
             outside = StrictRegistry(create, _NO_ASYNC_ROPE)
@@ -259,6 +274,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
             await finish(closing)
 
 
+_ASYNC_EXAMPLE = "async_sessionmaker(engine)"
 _NO_ASYNC_ROPE = (
     " Nothing can await the end of an AsyncSession that hangs on a frame, so there is no rope "
     "for it."
@@ -276,12 +292,3 @@ def _check_callables(factory: object, scopefunc: object, example: str) -> None:
             "scopefunc must be a callable without arguments that returns the key of the "
             f"current session; {scopefunc!r} is not callable."
         )
-
-
-def _make(jenny: SessionJenny[_S], **kw: Any) -> _S:
-    return cast("_S", make_session(jenny.session_factory, Session, "sessionmaker(engine)", **kw))
-
-
-def _make_async(jenny: AsyncSessionJenny[_AS], **kw: Any) -> _AS:
-    made = make_session(jenny.session_factory, AsyncSession, "async_sessionmaker(engine)", **kw)
-    return cast("_AS", made)

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_session
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import ScopedRegistry
@@ -31,6 +33,7 @@ from rope_middleware.scope import (
     current,
     current_scope,
     is_async_callable,
+    logger,
     no_scope,
 )
 
@@ -38,73 +41,102 @@ __all__ = [
     "AsyncScopeRegistry",
     "ScopeRegistry",
     "StrictRegistry",
+    "check_session",
     "close",
     "keepers_of",
-    "make_session",
+    "listen",
     "tie",
 ]
 
 _T = TypeVar("_T")
 
 _TIE = "rope_middleware.tie"
-_CLOSE_METHODS: tuple[object, object] = (Session.close, AsyncSession.close)
+_TRANSACTION_TELLS = hasattr(SessionTransaction, "connections")  # SQLAlchemy 2.1.7
+_SESSION_CLOSE = Session.close
+_ASYNC_SESSION_CLOSE = AsyncSession.close
 
 
 class Tie:
     """What a session must know of where it comes from; kept in ``session.info``."""
 
-    __slots__ = ("connections", "registry", "scope")
+    __slots__ = ("connections", "is_loose", "registry", "scope", "transaction")
 
-    def __init__(self, scope: Scope | None, registry: ScopeRegistry[Any] | None) -> None:
-        self.scope = scope
-        self.registry = registry
-        # Session.close() forgets its connections before it fails to close them, so they have
-        # to be known beforehand.
-        self.connections: list[Connection] = []
+    scope: Scope | None
+    registry: ScopeRegistry[Any] | None
+    is_loose: bool  # removed from its scope
+    # Session.close() forgets its connections before it fails to close them, so they have to be
+    # known beforehand. From SQLAlchemy 2.1.7 on the transaction tells them.
+    transaction: SessionTransaction | None
+    connections: Collection[Connection]
+
+    def known_connections(self) -> Collection[Connection]:
+        """Return the connections that the session has used since it was last seen idle."""
+        if self.transaction is None or not _TRANSACTION_TELLS:
+            return self.connections
+        return (*self.connections, *self.transaction.connections)
 
 
-def tie(session: Session, scope: Scope | None, registry: ScopeRegistry[Any] | None = None) -> None:
-    """Tie `session` to `scope`, or to none (a rope's session: only its connections count)."""
-    session.info[_TIE] = Tie(scope, registry)
+def tie(
+    session: Session, scope: Scope | None = None, registry: ScopeRegistry[Any] | None = None
+) -> Tie:
+    """Tie `session` to its scope, or to none: then only its connections count.
+
+    The session's class must be listened to: see `listen`.
+    """
+    link = session.info[_TIE] = Tie()
+    link.scope = scope
+    link.registry = registry
+    link.is_loose = False
+    link.transaction = None
+    link.connections = ()
+    return link
 
 
 def listen(session_class: type[Session]) -> None:
     """Have the sessions of `session_class` heed their ties. Done once for each class."""
     if not event.contains(session_class, "after_transaction_create", _on_begin):
         event.listen(session_class, "after_transaction_create", _on_begin)
-        event.listen(session_class, "after_begin", _on_connection)
         event.listen(session_class, "after_commit", _on_commit)
+        if not _TRANSACTION_TELLS:
+            event.listen(session_class, "after_begin", _on_connection)
 
 
 def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     """Refuse to begin in a scope that has ended: nothing is checked out yet."""
-    link: Tie | None = session.info.get(_TIE)
-    if link is None or (scope := link.scope) is None:
-        return
-    if scope._state:
+    # A session without a tie is one of a plain scoped_session, see `keepers_of`.
+    link: Tie = session.info.get(_TIE) or tie(session)
+    scope = link.scope
+    if scope is not None and scope._state:
         if transaction.parent is None:
             # SQLAlchemy has assigned the transaction already; it must go, for the next use
             # to come by here again.
             session.reset()
         scope._raise_closed()
-    registry = link.registry
-    if registry is not None and transaction.parent is None:
-        registry._on_begin(scope, session)
+    if link.transaction is None:
+        link.transaction = transaction
+    elif transaction.parent is None:
+        link.connections = [c for c in link.known_connections() if not c.closed]
+        link.transaction = transaction
+    if scope is not None and link.registry is not None:
+        if link.is_loose:
+            link.registry._take_back(link, session)
+        if link.registry.is_async:
+            _check_loop(cast("AsyncScope", scope))
 
 
 def _on_connection(session: Session, _: SessionTransaction, connection: Connection) -> None:
     """Remember a connection that the session has begun to use."""
-    link: Tie | None = session.info.get(_TIE)
-    if link is None:
-        # A session of a plain scoped_session, see `keepers_of`.
-        link = session.info[_TIE] = Tie(None, None)
-    connections = link.connections
-    if connections:
-        connections[:] = [known for known in connections if not known.closed]
-    connections.append(connection)
+    link: Tie = session.info[_TIE]
+    known = [c for c in link.connections if c is not connection and not c.closed]
+    link.connections = [*known, connection]
+    _refuse_late(session, _, connection)
+
+
+def _refuse_late(session: Session, _: SessionTransaction, connection: Connection) -> None:
+    """Give back the connection that a call waited for while its scope ended."""
+    link: Tie = session.info[_TIE]
     if link.scope is not None and link.scope._state:
-        # The scope ended while this call waited for its connection. Session.close() cannot
-        # be called in here (https://docs.sqlalchemy.org/en/20/errors.html#error-isce).
+        # Session.close() cannot be called in here (https://docs.sqlalchemy.org/en/20/errors.html#error-isce).
         if not _is_borrowed(session, connection):
             connection.close()
         link.scope._raise_closed()
@@ -114,7 +146,7 @@ def _on_commit(session: Session) -> None:
     """Tell the scope that something is committed: from here on nothing may be tried again."""
     link: Tie | None = session.info.get(_TIE)
     if link is not None and link.scope is not None and not session.in_nested_transaction():
-        link.scope._committed = link.scope._committed or bool(link.connections)
+        link.scope._committed = link.scope._committed or bool(link.known_connections())
 
 
 def _check_loop(scope: AsyncScope) -> None:
@@ -146,7 +178,7 @@ def _connections_out(session: Session) -> list[Connection]:
         return []
     return [
         connection
-        for connection in link.connections
+        for connection in link.known_connections()
         if not connection.closed and not _is_borrowed(session, connection)
     ]
 
@@ -154,19 +186,15 @@ def _connections_out(session: Session) -> list[Connection]:
 def _invalidate(session: Session) -> None:
     """Invalidate the connections that the session still has out; never raises."""
     for connection in _connections_out(session):
-        try:
-            connection.invalidate()
-        finally:
-            connection.close()
+        for step in (connection.invalidate, connection.close):
+            try:
+                step()
+            except Exception:
+                logger.exception("a connection could not be invalidated")
 
 
 def _has_nothing_open(session: Session) -> bool:
     return session.get_transaction() is None and not _connections_out(session)
-
-
-def _has_own_close(session: Session | AsyncSession) -> bool:
-    """Tell whether a close() that somebody has overridden has to be called."""
-    return type(session).close not in _CLOSE_METHODS or "close" in vars(session)
 
 
 def close(session: Session) -> None:
@@ -175,33 +203,48 @@ def close(session: Session) -> None:
     Raises:
         BaseException: what ``session.close()`` raised.
     """
+    is_open = session.get_transaction() is not None
     try:
-        if _has_own_close(session):
-            session.close()
+        if type(session).close is not _SESSION_CLOSE or "close" in session.__dict__:
+            session.close()  # somebody has overridden it
         else:
             # close() without "permanently closed" (Session.close_resets_only=False), after
             # which SQLAlchemy's own error would come before ours.
             session.reset()
-    finally:
-        # Also after a close() that succeeded: an earlier one, by the application, may have
-        # failed and forgotten its connection.
+    except BaseException as error:
+        if isinstance(error, IllegalStateChangeError):
+            _close_later(session)
+        _invalidate(session)
+        raise
+    if not is_open or session.info[_TIE].connections:
+        # An earlier close(), by the application, may have failed and forgotten its connection.
         _invalidate(session)
 
 
-def make_session(factory: Callable[..., _T], expected: type[_T], cure: str, **kw: Any) -> _T:
-    """Call the session factory and check what it gives.
+def _close_later(session: Session) -> None:
+    """Close a session that a call of another thread is using: its connection must not stay out.
+
+    If that call waits for its connection, it gives it back when it comes; if it has got it
+    meanwhile, the second close() does.
+    """
+    if _TRANSACTION_TELLS and not event.contains(session, "after_begin", _refuse_late):
+        event.listen(session, "after_begin", _refuse_late)
+    with suppress(IllegalStateChangeError):
+        session.reset()
+
+
+def check_session(session: object, expected: type, factory: object, example: str) -> None:
+    """Check what a session factory gave.
 
     Raises:
-        RopeError: it gave something else than an `expected`.
+        RopeError: it is something else than an `expected`.
     """
-    session = factory(**kw)
     if not isinstance(session, expected):
         what = "None" if session is None else f"an instance of {type(session).__qualname__}"
         raise RopeError(
-            f"The session factory {factory!r} returned {what}; it must return a new "
-            f"sqlalchemy {expected.__name__}, as {cure} does."
+            f"The session factory {factory!r} returned {what}; it must return a new sqlalchemy "
+            f"{expected.__name__}, as {example} does."
         )
-    return session
 
 
 class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
@@ -224,10 +267,9 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
     # ScopedRegistry's interface
 
     def __call__(self) -> _T:
-        try:
-            return cast("dict[Any, _T]", current.get()._sessions)[self]
-        except (LookupError, TypeError):
-            return self._first_use()
+        scope = self.scope()
+        session = None if scope is None else scope._session_of(self)
+        return self.first_use(scope) if session is None else cast("_T", session)
 
     def has(self) -> bool:
         scope = self.scope()
@@ -238,9 +280,9 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         if scope is None:
             self.outside.set(obj)
             return
-        replaced = scope._drop(self)
-        if replaced is not None:
-            self._keep_beside(scope, replaced)
+        replaced = self._let_go(scope)
+        if replaced is not None and replaced is not obj:
+            scope._keep(copy.copy(self), replaced)  # another key: the scope ends it, too
         self._adopt(scope, obj)
 
     def clear(self) -> None:
@@ -248,7 +290,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         if scope is None:
             self.outside.clear()
         else:
-            scope._drop(self)
+            self._let_go(scope)
 
     def remove(self) -> Any:
         """Close the current session, if there is one; the next use makes a new one.
@@ -257,7 +299,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         """
         scope = self.scope()
         if scope is not None:
-            session = scope._drop(self)
+            session = self._let_go(scope)
             return None if session is None else self.close(session)
         if not self.outside.has():
             return None
@@ -271,44 +313,47 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         """Return the current scope, which may have ended, or None outside of any."""
         return current.get(None)
 
-    def _first_use(self) -> _T:
-        scope = self.scope()
+    def first_use(self, scope: Scope | None) -> _T:
+        """Make the session of `scope`, or leave it to `outside` where there is none."""
         if scope is None:
             return self.outside()
         if scope._state:
             scope._raise_closed()
-        session = scope._session_of(self)
-        if session is not None:
-            return cast("_T", session)
         return self._adopt(scope, self.createfunc())
 
     def _adopt(self, scope: Scope, session: _T) -> _T:
-        self._tie(scope, self._sync(session))  # before another thread can see it
+        proper: Session = session.sync_session if self.is_async else session  # type: ignore[assignment,attr-defined]
+        if type(proper) is not self._listening:
+            listen(type(proper))
+            self._listening = type(proper)
+        tie(proper, scope, self)  # before another thread can see it
         kept = scope._keep(self, session)
         if kept is not session:
             self.drop(session)
         return cast("_T", kept)
 
-    def _tie(self, scope: Scope, session: Session) -> None:
-        if type(session) is not self._listening:
-            listen(type(session))
-            self._listening = type(session)
-        tie(session, scope, self)
+    def _let_go(self, scope: Scope) -> _T | None:
+        """Take the session out of its scope; return it, or None."""
+        session = cast("_T | None", scope._drop(self))
+        if session is not None:
+            self._proper(session).info[_TIE].is_loose = True
+        return session
 
-    def _sync(self, session: Any) -> Session:
-        """Return the Session proper."""
+    def _take_back(self, link: Tie, session: Session) -> None:
+        """Have the scope end a session that was removed from it and is used on."""
+        link.is_loose = False
+        kept = self._facade(session)
+        if link.scope is not None and kept is not None:
+            # A copy is another key for the same keeper.
+            link.scope._keep(copy.copy(self), kept)
+
+    def _proper(self, session: Any) -> Session:
+        """Return the Session proper of what `createfunc` made."""
         return cast("Session", session)
 
-    def _on_begin(self, scope: Scope, session: Session) -> None:
-        """Take back a session that was removed from its scope and is used on."""
-        if scope._session_of(self) is not session:
-            self._keep_beside(scope, session)
-
-    def _keep_beside(self, scope: Scope, session: Any) -> None:
-        """Have `scope` end a session that is not, or no more, its current one."""
-        if not any(kept is session for kept in list((scope._sessions or {}).values())):
-            # A copy is another key for the same keeper.
-            scope._keep(copy.copy(self), session)
+    def _facade(self, session: Session) -> Any:
+        """Return what `createfunc` made, of a Session proper; None if it is gone."""
+        return session
 
     # The scope's keeper
 
@@ -348,16 +393,14 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
     is_async = True
 
     def __call__(self) -> _T:
-        try:
-            scope = current.get()
-            session = cast("dict[Any, _T]", scope._sessions)[self]
-        except (LookupError, TypeError):
-            return self._first_use()
+        scope = current.get(None)
+        session = None if scope is None else scope._session_of(self)
+        if session is None:
+            return self.first_use(scope)
         _check_loop(cast("AsyncScope", scope))
-        return session
+        return cast("_T", session)
 
-    def _first_use(self) -> _T:
-        scope = self.scope()
+    def first_use(self, scope: Scope | None) -> _T:
         if isinstance(scope, AsyncScope):
             _check_loop(scope)
         elif scope is not None and not scope._state:
@@ -366,21 +409,20 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
                 '"with open_scope():"), where nothing can await the end of an AsyncSession. '
                 'Use "async with open_scope():", or a SessionJenny here.'
             )
-        return super()._first_use()
+        return super().first_use(scope)
 
-    def _sync(self, session: Any) -> Session:
+    def _proper(self, session: Any) -> Session:
         return cast("AsyncSession", session).sync_session
 
-    def _on_begin(self, scope: Scope, session: Session) -> None:
-        _check_loop(cast("AsyncScope", scope))
-        current_session = scope._session_of(self)
-        if current_session is None or current_session.sync_session is not session:
-            removed = async_session(session)
-            if removed is not None:
-                self._keep_beside(scope, removed)
+    def _facade(self, session: Session) -> Any:
+        return async_session(session)
 
     def is_idle(self, session: Any, /) -> bool:
-        return _has_nothing_open(session.sync_session) and not _has_own_close(session)
+        return (
+            _has_nothing_open(session.sync_session)
+            and type(session).close is _ASYNC_SESSION_CLOSE
+            and "close" not in session.__dict__
+        )
 
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.sync_session.twophase)
@@ -390,8 +432,8 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
 
     async def close(self, session: Any, /) -> None:
         try:
-            if _has_own_close(session):
-                await session.close()
+            if type(session).close is not _ASYNC_SESSION_CLOSE or "close" in session.__dict__:
+                await session.close()  # somebody has overridden it
             else:
                 await session.run_sync(close)
         finally:

@@ -242,7 +242,8 @@ class Scope:
 
     def _keep(self, keeper: Keeper, session: Any) -> Any:
         """Keep `session` for `keeper`, unless another thread was first; return the one kept."""
-        kept = self._begin_use().setdefault(keeper, session)
+        sessions = self._sessions
+        kept = (self._begin_use() if sessions is None else sessions).setdefault(keeper, session)
         # Read after the write: the end sets `_state` first and looks at `_sessions` then, so
         # that one of the two sees the other.
         if self._state:
@@ -351,33 +352,53 @@ class Scope:
             else:
                 yield keeper.close, session, _releases[keeper.is_async]
         except BaseException as error:
-            logger.error(
-                "closing a session of %r failed, its connection is invalidated: %s",
-                self.name,
-                class_of(error),
-                exc_info=error,
-            )
-            keeper.abandon(session)
-            if not isinstance(error, (Exception, asyncio.CancelledError)):
-                return error
+            return self._close_failed(keeper, session, error)
         return None
+
+    def _close_failed(
+        self, keeper: Keeper, session: Any, error: BaseException
+    ) -> BaseException | None:
+        """Log `error` and invalidate what the session holds; return what is to be raised."""
+        logger.error(
+            "closing a session of %r failed, its connection is invalidated: %s",
+            self.name,
+            class_of(error),
+            exc_info=error,
+        )
+        keeper.abandon(session)
+        return None if isinstance(error, (Exception, asyncio.CancelledError)) else error
 
     # -- what the boundaries call ----------------------------------------------------------
 
     def _end_unused(self) -> bool:
         """End a scope that has nothing to end; tell whether it was one."""
-        if self._registries:
+        if self._sessions is not None or self._registries:
             return False
         self._state = ENDED
-        if self._sessions is not None:
-            return False
+        if self._sessions is not None:  # made by a thread in this instant
+            return False  # type: ignore[unreachable]
         self._state = CLOSED
         return True
 
     def _end(self, commit: bool = False, why: str = "") -> None:
         """End a sync scope. See `_end_steps`."""
-        if not self._end_unused():
+        if self._end_unused():
+            return
+        if self._commits or self._registries or self._on_close:
             drive(self._end_steps(commit, why))
+            return
+        # What most requests need of `_end_steps`, without the price of its generators.
+        raised: BaseException | None = None
+        self._state = ENDED
+        for keeper, session in list((self._sessions or {}).items()):
+            try:
+                keeper.close(session)
+            except BaseException as error:
+                raised = self._close_failed(keeper, session, error) or raised
+        self._sessions = None
+        self._state = CLOSED
+        if raised is not None:
+            raise raised
 
 
 class AsyncScope(Scope):

@@ -238,15 +238,18 @@ class _Ending:
             close = getattr(self._body, "close", None)
             if close is not None:
                 close()
-            if self._owns and not scope._end_unused():
-                why = self._why_not(scope)
-                scope._end(not why, why)
+            if self._owns:
+                why = self._why_not(scope) if scope._commits else ""
+                scope._end(scope._commits and not why, why)
         except BaseException as error:
             if self._owns:
                 _end_failed(scope, error)
             raise
         finally:
-            unbind(token)
+            try:  # `unbind`, without the price of a call
+                _reset(token)
+            except ValueError:
+                pass
 
     def _why_not(self, scope: Scope) -> str:
         """Tell why the end does not commit; "" where it does."""
