@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-__all__ = ["finish", "in_thread", "running_loop", "within"]
+__all__ = ["finish", "in_thread", "is_async_running", "running_loop", "within"]
 
 _T = TypeVar("_T")
 
@@ -27,6 +27,15 @@ def running_loop() -> object:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+def is_async_running() -> bool:
+    """Tell whether the caller runs in a task of asyncio, or in trio."""
+    try:
+        return asyncio.current_task() is not None
+    except RuntimeError:
+        trio = sys.modules.get("trio")
+        return trio is not None and trio.lowlevel.in_trio_task()
 
 
 async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _T:

@@ -1,7 +1,7 @@
 """The facade: one object for the whole application, whose session is the request's.
 
-`SessionJenny` is a `scoped_session` and `AsyncSessionJenny` an `async_scoped_session`; both keep
-SQLAlchemy's methods and give them another registry.
+`SessionJenny` is a `scoped_session`: it keeps SQLAlchemy's methods and gives them another
+registry. Its async twin stands in `async_jenny`, because it cannot be imported without greenlet.
 """
 
 from __future__ import annotations
@@ -11,24 +11,20 @@ from types import FrameType
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakValueDictionary
 
-from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util import ScopedRegistry
 
-from rope_middleware.finish import finish
 from rope_middleware.registry import (
-    AsyncScopeRegistry,
     ScopeRegistry,
     StrictRegistry,
     check_session,
 )
 from rope_middleware.rope import RopeRegistry, ScopeRope, SessionRope, owner_name
-from rope_middleware.scope import current, current_scope
+from rope_middleware.scope import current
 
-__all__ = ["AsyncSessionJenny", "SessionJenny"]
+__all__ = ["SessionJenny", "check_callables"]
 
 _S = TypeVar("_S", bound=Session)
-_AS = TypeVar("_AS", bound=AsyncSession)
 
 _current = current.get
 
@@ -61,7 +57,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         *,
         strict: bool = False,
     ) -> None:
-        _check_callables(session_factory, scopefunc, "sessionmaker(engine)")
+        check_callables(session_factory, scopefunc, "sessionmaker(engine)")
         # Any callable is as good as the sessionmaker that SQLAlchemy's annotation asks for.
         super().__init__(cast("Any", session_factory), scopefunc)
         self._ropes: WeakValueDictionary[str, SessionRope[_S]] = WeakValueDictionary()
@@ -204,84 +200,12 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         return outside if isinstance(outside, RopeRegistry) else None
 
 
-class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
-    """The AsyncSession of the request being served: the twin of `SessionJenny`.
-
-    There is no rope: nothing can await the end of a session when a frame goes. Outside of
-    scopes, `scopefunc` tells whose session it is, or `NoScopeError` is raised.
-
-    Args:
-        session_factory: an `async_sessionmaker`, or any callable that returns a new
-            `AsyncSession`.
-        scopefunc: called outside of scopes; its hashable result is the key of the session.
-            Call ``await jenny.remove()`` yourself there.
-        strict: raise `NoScopeError` outside of scopes, whatever the scopefunc.
+def check_callables(factory: object, scopefunc: object, example: str) -> None:
+    """Check the arguments of a jenny.
 
     Raises:
-        TypeError: `session_factory` or `scopefunc` is not callable.
-
-    See the SQLAlchemy chapter "Using asyncio scoped session".
+        TypeError: one of them is not callable.
     """
-
-    registry: AsyncScopeRegistry[_AS]
-
-    def __init__(
-        self,
-        session_factory: Callable[..., _AS],
-        scopefunc: Callable[[], Any] | None = None,
-        *,
-        strict: bool = False,
-    ) -> None:
-        _check_callables(session_factory, scopefunc, _ASYNC_EXAMPLE)
-        super().__init__(cast("Any", session_factory), scopefunc or current_scope)
-
-        def create() -> _AS:
-            # Looked up on each use: the factory may be replaced later.
-            session: Any = self.session_factory()
-            if not isinstance(session, AsyncSession):
-                check_session(session, AsyncSession, self.session_factory, _ASYNC_EXAMPLE)
-            return cast("_AS", session)
-
-        outside: ScopedRegistry[_AS]
-        if scopefunc is None or strict:
-            outside = StrictRegistry(create, _NO_ASYNC_ROPE)
-        else:
-            outside = ScopedRegistry(create, scopefunc)
-        self.registry = AsyncScopeRegistry(  # pyright: ignore[reportIncompatibleVariableOverride]
-            create, outside
-        )
-
-    @property
-    def session(self) -> _AS:
-        """The current session; made on first use.
-
-        Raises:
-            NoScopeError: no scope is open, and there is no scopefunc.
-            ScopeClosedError: this code has outlived its scope.
-            CrossLoopError: the scope belongs to another event loop.
-            RopeError: the scope is a sync one, or the session factory returned something
-                that is no AsyncSession.
-        """
-        return self.registry()
-
-    async def remove(self) -> None:
-        """Close the current session; the next use makes a new one.
-
-        Finishes even where the caller is cancelled meanwhile.
-        """
-        closing = self.registry.remove()
-        if closing is not None:
-            await finish(closing)
-
-
-_ASYNC_EXAMPLE = "async_sessionmaker(engine)"
-_NO_ASYNC_ROPE = (
-    " Nothing can await the end of an AsyncSession that hangs on a frame, so there is no rope "
-    "for it."
-)
-
-
-def _check_callables(factory: object, scopefunc: object, example: str) -> None:
     if not callable(factory):
         raise TypeError(
             f"session_factory must be callable and return a new session, like {example}; "

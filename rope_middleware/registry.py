@@ -20,7 +20,6 @@ from typing import Any, Generic, TypeVar, cast
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IllegalStateChangeError
-from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_session
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import ScopedRegistry
 
@@ -38,11 +37,13 @@ from rope_middleware.scope import (
 )
 
 __all__ = [
-    "AsyncScopeRegistry",
     "ScopeRegistry",
     "StrictRegistry",
+    "check_loop",
     "check_session",
     "close",
+    "has_nothing_open",
+    "invalidate",
     "keepers_of",
     "listen",
     "tie",
@@ -53,7 +54,6 @@ _T = TypeVar("_T")
 _TIE = "rope_middleware.tie"
 _TRANSACTION_TELLS = hasattr(SessionTransaction, "connections")  # SQLAlchemy 2.1.7
 _SESSION_CLOSE = Session.close
-_ASYNC_SESSION_CLOSE = AsyncSession.close
 
 
 class Tie:
@@ -121,7 +121,7 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
         if link.is_loose:
             link.registry._take_back(link, session)
         if link.registry.is_async:
-            _check_loop(cast("AsyncScope", scope))
+            check_loop(cast("AsyncScope", scope))
 
 
 def _on_connection(session: Session, _: SessionTransaction, connection: Connection) -> None:
@@ -149,7 +149,12 @@ def _on_commit(session: Session) -> None:
         link.scope._committed = link.scope._committed or bool(link.known_connections())
 
 
-def _check_loop(scope: AsyncScope) -> None:
+def check_loop(scope: AsyncScope) -> None:
+    """Check that the running event loop is that of `scope`.
+
+    Raises:
+        CrossLoopError: it is another one.
+    """
     loop = running_loop()
     if loop is None or loop is scope._loop:
         return
@@ -183,7 +188,7 @@ def _connections_out(session: Session) -> list[Connection]:
     ]
 
 
-def _invalidate(session: Session) -> None:
+def invalidate(session: Session) -> None:
     """Invalidate the connections that the session still has out; never raises."""
     for connection in _connections_out(session):
         for step in (connection.invalidate, connection.close):
@@ -193,7 +198,8 @@ def _invalidate(session: Session) -> None:
                 logger.exception("a connection could not be invalidated")
 
 
-def _has_nothing_open(session: Session) -> bool:
+def has_nothing_open(session: Session) -> bool:
+    """Tell whether ending `session` needs no I/O."""
     return session.get_transaction() is None and not _connections_out(session)
 
 
@@ -214,11 +220,11 @@ def close(session: Session) -> None:
     except BaseException as error:
         if isinstance(error, IllegalStateChangeError):
             _close_later(session)
-        _invalidate(session)
+        invalidate(session)
         raise
     if not is_open or session.info[_TIE].connections:
         # An earlier close(), by the application, may have failed and forgotten its connection.
-        _invalidate(session)
+        invalidate(session)
 
 
 def _close_later(session: Session) -> None:
@@ -358,7 +364,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
     # The scope's keeper
 
     def is_idle(self, session: Any, /) -> bool:
-        return _has_nothing_open(session)
+        return has_nothing_open(session)
 
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.twophase)
@@ -382,68 +388,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         close(session)
 
     def abandon(self, session: Any, /) -> None:
-        _invalidate(session)
-
-
-class AsyncScopeRegistry(ScopeRegistry[_T]):
-    """The twin of `ScopeRegistry` for AsyncSession."""
-
-    __slots__ = ()
-
-    is_async = True
-
-    def __call__(self) -> _T:
-        scope = current.get(None)
-        session = None if scope is None else scope._session_of(self)
-        if session is None:
-            return self.first_use(scope)
-        _check_loop(cast("AsyncScope", scope))
-        return cast("_T", session)
-
-    def first_use(self, scope: Scope | None) -> _T:
-        if isinstance(scope, AsyncScope):
-            _check_loop(scope)
-        elif scope is not None and not scope._state:
-            raise RopeError(
-                f"The scope {scope.name!r} is a sync one (WSGI, or a plain "
-                '"with open_scope():"), where nothing can await the end of an AsyncSession. '
-                'Use "async with open_scope():", or a SessionJenny here.'
-            )
-        return super().first_use(scope)
-
-    def _proper(self, session: Any) -> Session:
-        return cast("AsyncSession", session).sync_session
-
-    def _facade(self, session: Session) -> Any:
-        return async_session(session)
-
-    def is_idle(self, session: Any, /) -> bool:
-        return (
-            _has_nothing_open(session.sync_session)
-            and type(session).close is _ASYNC_SESSION_CLOSE
-            and "close" not in session.__dict__
-        )
-
-    def is_twophase(self, session: Any, /) -> bool:
-        return bool(session.sync_session.twophase)
-
-    async def prepare(self, session: Any, /) -> None:
-        await session.run_sync(Session.prepare)
-
-    async def close(self, session: Any, /) -> None:
-        try:
-            if type(session).close is not _ASYNC_SESSION_CLOSE or "close" in session.__dict__:
-                await session.close()  # somebody has overridden it
-            else:
-                await session.run_sync(close)
-        finally:
-            _invalidate(session.sync_session)
-
-    def drop(self, session: Any, /) -> None:
-        close(session.sync_session)
-
-    def abandon(self, session: Any, /) -> None:
-        _invalidate(session.sync_session)
+        invalidate(session)
 
 
 class StrictRegistry(ScopedRegistry[_T]):
@@ -482,7 +427,7 @@ class RemovalKeeper(Keeper):
                 "scopefunc=current_scope and give them in a list."
             )
         self.scoped = scoped
-        self.is_async = isinstance(scoped, async_scoped_session) or is_async_callable(scoped.remove)
+        self.is_async = is_async_callable(scoped.remove)  # as async_scoped_session's is
         # None where it only has a remove(): then that is all there is to call.
         registry: Any = getattr(cast("Any", scoped), "registry", None)
         self.registry: ScopedRegistry[Any] | None = registry
@@ -505,7 +450,7 @@ class RemovalKeeper(Keeper):
         if session is None:
             return True
         # The end of an async_scoped_session has to be awaited, whatever it has open.
-        return not self.is_async and _has_nothing_open(session)
+        return not self.is_async and has_nothing_open(session)
 
     def is_twophase(self, _: Any, /) -> bool:
         return bool(getattr(self._sync_session(), "twophase", False))
@@ -540,7 +485,7 @@ class RemovalKeeper(Keeper):
         session = self._sync_session()
         if session is not None and self.registry is not None:
             self.registry.clear()
-            _invalidate(session)
+            invalidate(session)
 
 
 async def _nothing() -> None:

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
 from rope_middleware.errors import NoScopeError, RopeError, ScopeClosedError
-from rope_middleware.finish import finish, in_thread, within
+from rope_middleware.finish import finish, in_thread, is_async_running, within
 
 __all__ = [
     "CLOSED",
@@ -589,6 +589,18 @@ def _tells_of_sharing(error: BaseException) -> bool:
     return "another operation is in progress" in str(error)
 
 
+def _may_await(traceback: TracebackType | None) -> bool:
+    """Tell whether code that GeneratorExit goes through can still await.
+
+    An async generator can (its aclose() is awaited), a coroutine that is closed cannot.
+    """
+    return (
+        traceback is not None
+        and bool(traceback.tb_frame.f_code.co_flags & inspect.CO_ASYNC_GENERATOR)
+        and is_async_running()
+    )
+
+
 class open_scope:  # noqa: N801 - used like a function
     """Open a scope by hand: ``with``, ``async with``, or as a decorator.
 
@@ -680,7 +692,7 @@ class open_scope:  # noqa: N801 - used like a function
         left, token, commit, why = self._leave(error)
         scope = cast("AsyncScope", left)
         try:
-            if isinstance(error, GeneratorExit):
+            if isinstance(error, GeneratorExit) and not _may_await(traceback):
                 scope._abandon()
             else:
                 await scope._aend(commit, why)

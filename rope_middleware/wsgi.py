@@ -68,8 +68,10 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         """Serve one request within a scope of its own."""
         if self._has_options or SCOPE_KEY in environ or "asgi.scope" in environ:
             return self._serve_otherwise(environ, start_response)
-        scope = _RequestScope()
         get = environ.get
+        if type(get("wsgi.file_wrapper")) not in _CLASS_OR_NONE:
+            _note_files(environ)
+        scope = _RequestScope()
         scope._name = get("REQUEST_METHOD"), get("SCRIPT_NAME"), get("PATH_INFO")
         scope._sessions = None
         scope._state = OPEN
@@ -78,8 +80,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         token = _bind(scope)
         try:
             if scope._commits:
-                gate = _Gate(self, scope, start_response)
-                return cast("Iterable[bytes]", gate.serve(self.app, environ))
+                return _Gate(self, scope, start_response).serve(self.app, environ)
             body = self.app(environ, start_response)
             kind = type(body)
             if kind is list or kind is tuple:
@@ -106,16 +107,16 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         if replay is not None and replay.is_whole:
             for tried in range(self._retries):
                 scope, response = self._serve_try(replay.environ(), start_response, is_last=False)
-                if response is not None:
+                if response is not _AGAIN:
                     return response
                 logger.warning("trying %r again: %s", scope.name, class_of(scope._refused))
                 time.sleep(backoff(tried))
-        _, response = self._serve_try(replay.environ() if replay else environ, start_response)
-        return cast("Iterable[bytes]", response)
+        return self._serve_try(replay.environ() if replay else environ, start_response)[1]
 
     def _serve_within(
         self, outer: Scope, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
+        environ[SCOPE_KEY] = outer
         token = current.set(outer)
         try:
             body = self.app(environ, start_response)
@@ -127,8 +128,10 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
 
     def _serve_try(
         self, environ: WSGIEnvironment, start_response: StartResponse, is_last: bool = True
-    ) -> tuple[Scope, Iterable[bytes] | None]:
-        """Serve one try of a request; return None where there should be another one."""
+    ) -> tuple[Scope, Iterable[bytes]]:
+        """Serve one try of a request; the response is _AGAIN where there should be another."""
+        if type(environ.get("wsgi.file_wrapper")) not in _CLASS_OR_NONE:
+            _note_files(environ)
         scope = _RequestScope()
         scope._name = tuple(map(environ.get, ("REQUEST_METHOD", "SCRIPT_NAME", "PATH_INFO")))
         scope._sessions = None
@@ -178,10 +181,30 @@ def _close(body: object) -> None:
 def _is_file(body: object, environ: WSGIEnvironment) -> bool:
     """Tell whether ``wsgi.file_wrapper`` made the body: then servers want that very object."""
     wrapper = environ.get("wsgi.file_wrapper")
-    if isinstance(wrapper, type):
-        return isinstance(body, wrapper)
-    # uWSGI's is a function that gives back the file itself.
-    return wrapper is not None and hasattr(body, "read")
+    if isinstance(wrapper, _FileWrapper):
+        return body is wrapper.made
+    return isinstance(wrapper, type) and isinstance(body, wrapper)
+
+
+_CLASS_OR_NONE = frozenset({type, type(None)})
+
+
+class _FileWrapper:
+    """Knows what a ``wsgi.file_wrapper`` made that is a function, as uWSGI's is."""
+
+    def __init__(self, wrapper: Callable[..., Any]) -> None:
+        self._wrapper = wrapper
+        self.made: object = None
+
+    def __call__(self, *args: Any) -> Any:
+        self.made = self._wrapper(*args)
+        return self.made
+
+
+def _note_files(environ: WSGIEnvironment) -> None:
+    wrapper = environ["wsgi.file_wrapper"]
+    if not isinstance(wrapper, (type, _FileWrapper)):
+        environ["wsgi.file_wrapper"] = _FileWrapper(wrapper)
 
 
 def _is_odd(body: object) -> bool:
@@ -346,6 +369,8 @@ def _end_with_file(body: Any, scope: Scope, commit: bool) -> Iterable[bytes]:
 # What has become of the response of one try.
 _WAITING, _STARTED, _COMMIT_FAILED, _HELD = range(4)
 
+_AGAIN: list[bytes] = []  # no response: the request is to be tried again
+
 
 class _Gate:
     """Stands between the app and the server's `start_response`: commits before a success starts.
@@ -392,8 +417,8 @@ class _Gate:
         self._commits = False
         self._why = ""
 
-    def serve(self, app: WSGIApplication, environ: WSGIEnvironment) -> Iterable[bytes] | None:
-        """Call the app and return what the server gets; None where there should be another try.
+    def serve(self, app: WSGIApplication, environ: WSGIEnvironment) -> Iterable[bytes]:
+        """Call the app; return what the server gets, or _AGAIN for another try.
 
         Raises:
             BaseException: what the app raised, unless a commit failed or another try follows.
@@ -421,7 +446,7 @@ class _Gate:
         if self._may_try_again():
             self._response = _HELD
         self._scope._end(why=self._why)
-        return None if self._response == _HELD else self._plain_error()
+        return _AGAIN if self._response == _HELD else self._plain_error()
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
