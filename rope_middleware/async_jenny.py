@@ -95,7 +95,10 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
 
     async def close(self, session: Any, /) -> None:
         try:
-            if type(session).close is not _ASYNC_SESSION_CLOSE or "close" in session.__dict__:
+            if (
+                cast("type[AsyncSession]", type(session)).close is not _ASYNC_SESSION_CLOSE
+                or "close" in session.__dict__
+            ):
                 await session.close()  # somebody has overridden it
             else:
                 await session.run_sync(close)

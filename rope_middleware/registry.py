@@ -87,7 +87,7 @@ def tie(
     link.scope = scope
     link.registry = registry
     link.is_loose = False
-    link.transaction = None
+    link.transaction = session.get_transaction()  # a factory may have begun one
     link.connections = ()
     return link
 
@@ -222,7 +222,8 @@ def close(session: Session) -> None:
             _close_later(session)
         invalidate(session)
         raise
-    if not is_open or session.info[_TIE].connections:
+    link: Tie | None = session.info.get(_TIE)
+    if link is not None and (link.connections or not is_open):
         # An earlier close(), by the application, may have failed and forgotten its connection.
         invalidate(session)
 
@@ -429,9 +430,9 @@ class RemovalKeeper(Keeper):
         self.scoped = scoped
         self.is_async = is_async_callable(scoped.remove)  # as async_scoped_session's is
         # None where it only has a remove(): then that is all there is to call.
-        registry: Any = getattr(cast("Any", scoped), "registry", None)
+        registry: Any = getattr(scoped, "registry", None)
         self.registry: ScopedRegistry[Any] | None = registry
-        factory: Any = getattr(cast("Any", scoped), "session_factory", None)
+        factory: Any = getattr(scoped, "session_factory", None)
         session_class: type = getattr(factory, "class_", Session)
         # An async_sessionmaker's class is no Session; its sessions' inner one is.
         listen(session_class if issubclass(session_class, Session) else Session)

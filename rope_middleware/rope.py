@@ -14,12 +14,14 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Container
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
 
+from rope_middleware.registry import _TIE as TIE
 from rope_middleware.registry import ScopeRegistry, close, listen, tie
 from rope_middleware.scope import current_scope
 
@@ -60,23 +62,22 @@ class SessionRope(Generic[_T]):
                 self._held = ropes.living()
             return self._held.session
         if self._session is None:
-            self._session = self._registry()
+            self._session = _watched(self._registry())
         return self._session
 
     def remove(self) -> None:
         """Close the session, if there is one; the next use makes a new one."""
         ropes = self._ropes()
-        held, self._held = self._held, None
         if self._is_in_scope():
             cast("ScopeRegistry[_T]", self._registry).remove()
         elif ropes is not None:
-            held = held or ropes.find()
+            held, self._held = self._held or ropes.find(), None
             if held is not None:
                 ropes.cut(held)
         else:
             session, self._session = self._session, None
             if session is None and self._registry.has():
-                session = self._registry()
+                session = _watched(self._registry())
             if session is not None:
                 self._end(session)
 
@@ -141,9 +142,7 @@ class _OwnRope(SessionRope[_T]):
         return self._session
 
     def hold(self, session: _T) -> _T:
-        listen(type(session))
-        tie(session)
-        self._session = session
+        self._session = _watched(session)
         return session
 
     def remove(self) -> None:
@@ -159,6 +158,14 @@ class _OwnRope(SessionRope[_T]):
 
     def _end(self, session: _T) -> None:
         close(session)
+
+
+def _watched(session: _T) -> _T:
+    """Have `session` remember its connections, so that none stays out if it cannot be closed."""
+    listen(cast("type[Session]", type(session)))
+    if TIE not in session.info or session.info[TIE].scope is not None:
+        tie(session)
+    return session
 
 
 class _Thread:
@@ -346,7 +353,15 @@ def calling_frame(facade: Container[int] = ()) -> FrameType:
 
 def _is_class_body(frame: FrameType) -> bool:
     variables = frame.f_locals
-    return variables is not frame.f_globals and "__qualname__" in variables
+    return variables is not frame.f_globals and _get(variables, "__qualname__") is not None
+
+
+def _get(variables: Any, name: str) -> object:
+    """Return a variable or None; exec() takes mappings that can hardly more than be indexed."""
+    try:
+        return variables[name]
+    except KeyError:
+        return None
 
 
 def _codes_of(facade: type) -> dict[int, CodeType]:
@@ -385,11 +400,19 @@ def _hidden(frame: FrameType, name: str) -> str:
 
 
 def _hold(frame: FrameType, name: str, rope: SessionRope[Any]) -> None:
-    frame.f_locals[_hidden(frame, name)] = rope
+    variables = frame.f_locals
+    variables[_hidden(frame, name)] = rope
+    if _COPIES and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        for key in [key for key, value in variables.items() if isinstance(value, _CYCLIC)]:
+            del variables[key]
+
+
+# Before Python 3.13 the local variables of a function are copied into the frame when they are
+# read, and stay there until they are read again. What refers to the frame would keep it after
+# the function's end, although the function has deleted its variable, as "except ... as" does.
+_COPIES = sys.version_info < (3, 13)
+_CYCLIC = (BaseException, TracebackType, FrameType)
 
 
 def _held_by(frame: FrameType, name: str) -> object:
-    try:
-        return frame.f_locals[_hidden(frame, name)]
-    except KeyError:
-        return None
+    return _get(frame.f_locals, _hidden(frame, name))

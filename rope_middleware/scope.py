@@ -124,8 +124,8 @@ class Scope:
     """
 
     # Every request pays for its Scope. There is no __init__, which would double the price:
-    # whoever opens a scope sets the slots. What most requests
-    # never change has its value on the class, and goes into __dict__ when it is changed.
+    # whoever opens a scope sets the slots. What most requests never change has its value on
+    # the class, and goes into __dict__ when it is changed.
     __slots__ = ("__dict__", "__weakref__", "_commits", "_name", "_sessions", "_state")
 
     _commits: bool
@@ -247,6 +247,7 @@ class Scope:
         # Read after the write: the end sets `_state` first and looks at `_sessions` then, so
         # that one of the two sees the other.
         if self._state:
+            self._drop(keeper)
             self._raise_closed()
         return kept
 
@@ -262,8 +263,7 @@ class Scope:
 
     def _open_sessions(self) -> list[tuple[Keeper, Any]]:
         """Return what has something open, in the order in which it was made."""
-        held: list[tuple[Keeper, Any]] = list((self._sessions or {}).items())
-        held += [(registry, None) for registry in self._registries]
+        held = [*(self._sessions or {}).items(), *_without(self._registries)]
         return [(keeper, session) for keeper, session in held if not keeper.is_idle(session)]
 
     def _commit_steps(self) -> _Steps[None]:
@@ -428,18 +428,27 @@ class AsyncScope(Scope):
 
     def _abandon(self) -> None:
         """End an async scope whose coroutine is being closed: nothing can be awaited there."""
-        for keeper, session in self._open_sessions():
-            if keeper.is_async:
+        for keeper, session in [*(self._sessions or {}).items(), *_without(self._registries)]:
+            if not keeper.is_async:
+                continue
+            if keeper.is_idle(session):
+                keeper.drop(session)
+            else:
                 logger.error(
                     "the coroutine that served %r was closed before its end; the connection "
                     "of its session is invalidated",
                     self.name,
                 )
                 keeper.abandon(session)
-                self._drop(keeper)
+            self._drop(keeper)
         self._registries = tuple(r for r in self._registries if not r.is_async)
         self._on_close = [fn for fn in self._on_close or () if not is_async_callable(fn)]
         self._end()
+
+
+def _without(registries: tuple[Keeper, ...]) -> list[tuple[Keeper, Any]]:
+    """Pair keepers that find their session themselves with none."""
+    return [(registry, None) for registry in registries]
 
 
 _kinds = {False: _BLOCKS, True: _AWAITS}
@@ -572,13 +581,13 @@ def note_shared_session(error: BaseException) -> None:
         if inner is None or id(inner) in seen:
             continue
         seen.add(id(inner))
-        if isinstance(inner, BaseExceptionGroup):
-            pending += cast("tuple[BaseException, ...]", getattr(inner, "exceptions", ()))
         if _tells_of_sharing(inner):
             for told in (inner, error):
                 if _SHARED_SESSION not in getattr(told, "__notes__", ()):
                     told.add_note(_SHARED_SESSION)
         pending += (inner.__cause__, inner.__context__)
+        if isinstance(inner, BaseExceptionGroup):
+            pending += cast("BaseExceptionGroup[BaseException]", inner).exceptions
 
 
 def _tells_of_sharing(error: BaseException) -> bool:
@@ -586,7 +595,8 @@ def _tells_of_sharing(error: BaseException) -> bool:
     # https://docs.sqlalchemy.org/en/20/errors.html#error-isce
     if getattr(error, "code", None) == "isce":
         return True
-    return "another operation is in progress" in str(error)
+    text = str(error)  # asyncpg's, psycopg's
+    return "another operation is in progress" in text or "another command is already in" in text
 
 
 def _may_await(traceback: TracebackType | None) -> bool:
