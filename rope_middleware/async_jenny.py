@@ -83,7 +83,7 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
     def is_idle(self, session: Any, /) -> bool:
         return (
             has_nothing_open(session.sync_session)
-            and type(session).close is _ASYNC_SESSION_CLOSE
+            and cast("type[AsyncSession]", type(session)).close is _ASYNC_SESSION_CLOSE
             and "close" not in session.__dict__
         )
 

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any, Generic, TypeVar, cast
+from weakref import WeakSet
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
@@ -54,6 +55,10 @@ _T = TypeVar("_T")
 _TIE = "rope_middleware.tie"
 _TRANSACTION_TELLS = hasattr(SessionTransaction, "connections")  # SQLAlchemy 2.1.7
 _SESSION_CLOSE = Session.close
+
+# Not event.contains(): it knows a class by its id, and the ids of dead classes come again. A
+# sessionmaker makes a class each time.
+_listening_to: WeakSet[type[Session]] = WeakSet()
 
 
 class Tie:
@@ -94,7 +99,8 @@ def tie(
 
 def listen(session_class: type[Session]) -> None:
     """Have the sessions of `session_class` heed their ties. Done once for each class."""
-    if not event.contains(session_class, "after_transaction_create", _on_begin):
+    if session_class not in _listening_to:
+        _listening_to.add(session_class)
         event.listen(session_class, "after_transaction_create", _on_begin)
         event.listen(session_class, "after_commit", _on_commit)
         if not _TRANSACTION_TELLS:
@@ -234,7 +240,7 @@ def _close_later(session: Session) -> None:
     If that call waits for its connection, it gives it back when it comes; if it has got it
     meanwhile, the second close() does.
     """
-    if _TRANSACTION_TELLS and not event.contains(session, "after_begin", _refuse_late):
+    if _TRANSACTION_TELLS:
         event.listen(session, "after_begin", _refuse_late)
     with suppress(IllegalStateChangeError):
         session.reset()

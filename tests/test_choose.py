@@ -1,0 +1,582 @@
+"""RopeMiddleware chooses its protocol, as pathlib.Path chooses its flavour."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import io
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import scoped_session, sessionmaker
+
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    RopeMiddleware,
+    WSGIRopeMiddleware,
+    current_scope,
+    open_scope,
+)
+
+App = Callable[..., Any]
+
+# --------------------------------------------------------------------------------------
+# Applications of both kinds. Each is made by a function, so that a framework that is not
+# installed skips its own case only.
+# --------------------------------------------------------------------------------------
+
+
+def wsgi_function(environ: Any, start_response: Any) -> Any:
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [current_scope().name.encode()]
+
+
+def wsgi_generator(environ: Any, start_response: Any) -> Iterator[bytes]:
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    yield current_scope().name.encode()
+
+
+def wsgi_with_option(environ: Any, start_response: Any, prefix: bytes = b"") -> Any:
+    return wsgi_function(environ, start_response)
+
+
+def wsgi_with_keyword(environ: Any, start_response: Any, *, prefix: bytes = b"") -> Any:
+    return wsgi_function(environ, start_response)
+
+
+def wsgi_bound_by_partial(prefix: bytes, environ: Any, start_response: Any) -> Any:
+    return wsgi_function(environ, start_response)
+
+
+class WSGIObject:
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        return wsgi_function(environ, start_response)
+
+    def method(self, environ: Any, start_response: Any) -> Any:
+        return wsgi_function(environ, start_response)
+
+    @classmethod
+    def class_method(cls, environ: Any, start_response: Any) -> Any:
+        return wsgi_function(environ, start_response)
+
+    @staticmethod
+    def static_method(environ: Any, start_response: Any) -> Any:
+        return wsgi_function(environ, start_response)
+
+
+def wsgi_decorated() -> App:
+    @functools.wraps(wsgi_function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return wsgi_function(*args, **kwargs)
+
+    return wrapper
+
+
+async def asgi_function(scope: Any, receive: Any, send: Any) -> None:
+    body = current_scope().name.encode()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def asgi_bound_by_partial(prefix: bytes, scope: Any, receive: Any, send: Any) -> None:
+    await asgi_function(scope, receive, send)
+
+
+def asgi_plain_function(scope: Any, receive: Any, send: Any) -> Any:
+    return asgi_function(scope, receive, send)
+
+
+class ASGIObject:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await asgi_function(scope, receive, send)
+
+    async def method(self, scope: Any, receive: Any, send: Any) -> None:
+        await asgi_function(scope, receive, send)
+
+
+class ASGIPlainCall:
+    """Its `__call__` is no coroutine function; it returns what can be awaited."""
+
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Any:
+        return asgi_function(scope, receive, send)
+
+
+class ASGIProxy:
+    """As lazy proxies are: everything is looked up in what it stands for."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._app, name)
+
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Any:
+        return self._app(scope, receive, send)
+
+
+def asgi_decorated() -> App:
+    @functools.wraps(asgi_function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return asgi_function(*args, **kwargs)
+
+    return wrapper
+
+
+def flask_object() -> App:
+    app = pytest.importorskip("flask").Flask("choose")
+    app.add_url_rule("/", "name", lambda: current_scope().name)
+    return app
+
+
+def flask_bound_method() -> App:
+    return flask_object().wsgi_app
+
+
+def pyramid() -> App:
+    config = pytest.importorskip("pyramid.config")
+    response = pytest.importorskip("pyramid.response")
+    with config.Configurator() as configurator:
+        configurator.add_route("name", "/")
+        configurator.add_view(
+            lambda request: response.Response(current_scope().name), route_name="name"
+        )
+        return configurator.make_wsgi_app()
+
+
+def bottle() -> App:
+    app = pytest.importorskip("bottle").Bottle()
+    app.route("/", "GET", lambda: current_scope().name)
+    return app
+
+
+def falcon_wsgi() -> App:
+    falcon = pytest.importorskip("falcon")
+
+    class Resource:
+        def on_get(self, req: Any, resp: Any) -> None:
+            resp.text = current_scope().name
+
+    app = falcon.App()
+    app.add_route("/", Resource())
+    return app
+
+
+def falcon_asgi() -> App:
+    falcon_asgi = pytest.importorskip("falcon.asgi")
+
+    class Resource:
+        async def on_get(self, req: Any, resp: Any) -> None:
+            resp.text = current_scope().name
+
+    app = falcon_asgi.App()
+    app.add_route("/", Resource())
+    return app
+
+
+def _django() -> None:
+    conf = pytest.importorskip("django.conf")
+    http = pytest.importorskip("django.http")
+    urls = pytest.importorskip("django.urls")
+    if not conf.settings.configured:
+        pattern = urls.path("", lambda request: http.HttpResponse(current_scope().name))
+        conf.settings.configure(
+            ALLOWED_HOSTS=["*"], ROOT_URLCONF=(pattern,), SECRET_KEY="of the tests"
+        )
+
+
+def django_wsgi() -> App:
+    _django()
+    return pytest.importorskip("django.core.wsgi").get_wsgi_application()
+
+
+def django_asgi() -> App:
+    _django()
+    return pytest.importorskip("django.core.asgi").get_asgi_application()
+
+
+def starlette() -> App:
+    applications = pytest.importorskip("starlette.applications")
+    responses = pytest.importorskip("starlette.responses")
+    routing = pytest.importorskip("starlette.routing")
+
+    def name(request: Any) -> Any:
+        return responses.PlainTextResponse(current_scope().name)
+
+    return applications.Starlette(routes=[routing.Route("/", name)])
+
+
+def fastapi() -> App:
+    app = pytest.importorskip("fastapi").FastAPI()
+    responses = pytest.importorskip("fastapi.responses")
+
+    @app.get("/", response_class=responses.PlainTextResponse)
+    def name() -> str:
+        return current_scope().name
+
+    return app
+
+
+def responder() -> App:
+    api = pytest.importorskip("responder").API(allowed_hosts=["*"])
+
+    @api.route("/")
+    def name(req: Any, resp: Any) -> None:
+        resp.text = current_scope().name
+
+    return api
+
+
+def a2wsgi_asgi() -> App:
+    return pytest.importorskip("a2wsgi").WSGIMiddleware(wsgi_function)
+
+
+def a2wsgi_wsgi() -> App:
+    return pytest.importorskip("a2wsgi").ASGIMiddleware(asgi_function)
+
+
+WSGI: dict[str, Callable[[], App]] = {
+    "function": lambda: wsgi_function,
+    "generator function": lambda: wsgi_generator,
+    "function with an option": lambda: wsgi_with_option,
+    "function with a keyword": lambda: wsgi_with_keyword,
+    "lambda": lambda: lambda environ, start_response: wsgi_function(environ, start_response),
+    "partial": lambda: functools.partial(wsgi_bound_by_partial, b""),
+    "partial with a keyword": lambda: functools.partial(wsgi_with_keyword, prefix=b""),
+    "partial of a partial": lambda: functools.partial(
+        functools.partial(wsgi_bound_by_partial, b"")
+    ),
+    "object": WSGIObject,
+    "partial of an object": lambda: functools.partial(WSGIObject()),
+    "bound method": lambda: WSGIObject().method,
+    "class method": lambda: WSGIObject.class_method,
+    "static method": lambda: WSGIObject.static_method,
+    "decorated function": wsgi_decorated,
+    "open_scope decorator": lambda: open_scope()(wsgi_function),
+    "WSGIRopeMiddleware": lambda: WSGIRopeMiddleware(wsgi_function),
+    "RopeMiddleware": lambda: RopeMiddleware(wsgi_function),
+    "Flask": flask_object,
+    "Flask's wsgi_app": flask_bound_method,
+    "Pyramid": pyramid,
+    "Bottle": bottle,
+    "Falcon": falcon_wsgi,
+    "Django": django_wsgi,
+    "a2wsgi": a2wsgi_wsgi,
+}
+
+ASGI: dict[str, Callable[[], App]] = {
+    "function": lambda: asgi_function,
+    "plain function": lambda: asgi_plain_function,
+    "lambda": lambda: lambda scope, receive, send: asgi_function(scope, receive, send),
+    "partial": lambda: functools.partial(asgi_bound_by_partial, b""),
+    "partial of a plain function": lambda: functools.partial(asgi_plain_function),
+    "object": ASGIObject,
+    "partial of an object": lambda: functools.partial(ASGIObject()),
+    "bound method": lambda: ASGIObject().method,
+    "plain __call__": ASGIPlainCall,
+    "proxy": lambda: ASGIProxy(ASGIObject()),
+    "decorated function": asgi_decorated,
+    "ASGIRopeMiddleware": lambda: ASGIRopeMiddleware(asgi_function),
+    "RopeMiddleware": lambda: RopeMiddleware(asgi_function),
+    "Starlette": starlette,
+    "FastAPI": fastapi,
+    "Responder": responder,
+    "Falcon": falcon_asgi,
+    "Django": django_asgi,
+    "a2wsgi": a2wsgi_asgi,
+}
+
+
+def serve_wsgi(app: Any) -> bytes:
+    from wsgiref.util import setup_testing_defaults
+
+    environ: dict[str, Any] = {
+        "SCRIPT_NAME": "",
+        "PATH_INFO": "/",
+        "QUERY_STRING": "",
+        "wsgi.input": io.BytesIO(),
+    }
+    setup_testing_defaults(environ)
+    starts: list[Any] = []
+    written: list[bytes] = []
+
+    def start_response(*args: Any) -> Callable[[bytes], Any]:
+        starts.append(args[0])
+        return written.append
+
+    body = app(environ, start_response)
+    try:
+        chunks = [*written, *body]
+    finally:
+        if hasattr(body, "close"):
+            body.close()
+    assert starts[-1].startswith("200"), (starts, chunks)
+    return b"".join(chunks)
+
+
+async def serve_asgi(app: Any) -> bytes:
+    import anyio
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": "/",
+        "raw_path": b"/",
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"host", b"testserver")],
+        "server": ("testserver", 80),
+        "client": ("127.0.0.1", 5),
+    }
+    messages: list[Any] = []
+    first = [{"type": "http.request", "body": b"", "more_body": False}]
+
+    async def receive() -> Any:
+        if first:
+            return first.pop()
+        return await anyio.sleep_forever()
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    await app(scope, receive, send)
+    assert messages[0]["status"] == 200, messages
+    return b"".join(message.get("body", b"") for message in messages[1:])
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """What some of the frameworks know."""
+    return "asyncio"
+
+
+# --------------------------------------------------------------------------------------
+# The choice
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WSGI)
+def test_W1_a_wsgi_app_gets_the_wsgi_middleware(name: str) -> None:
+    """And is served by it, within a scope."""
+    middleware = RopeMiddleware(WSGI[name]())
+    assert type(middleware) is WSGIRopeMiddleware
+    assert isinstance(middleware, RopeMiddleware)
+    inner = "open_scope" in name
+    assert serve_wsgi(middleware) == (b"wsgi_function" if inner else b"GET /")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", ASGI)
+async def test_A1_an_asgi_app_gets_the_asgi_middleware(name: str) -> None:
+    """And is served by it, within a scope."""
+    middleware = RopeMiddleware(ASGI[name]())
+    assert type(middleware) is ASGIRopeMiddleware
+    assert isinstance(middleware, RopeMiddleware)
+    assert await serve_asgi(middleware) == b"GET /"
+
+
+def test_W1_the_class_stays_what_it_was_asked_for() -> None:
+    """The explicit classes never choose, whatever the app looks like."""
+    assert type(WSGIRopeMiddleware(asgi_function)) is WSGIRopeMiddleware  # type: ignore[arg-type]
+    assert type(ASGIRopeMiddleware(wsgi_function)) is ASGIRopeMiddleware  # type: ignore[arg-type]
+
+    class Mine(WSGIRopeMiddleware):
+        pass
+
+    assert type(Mine(wsgi_function)) is Mine
+    assert serve_wsgi(Mine(wsgi_function)) == b"GET /"
+    assert serve_wsgi(WSGIRopeMiddleware(lambda *args: wsgi_function(*args))) == b"GET /"
+
+
+@pytest.mark.anyio
+async def test_A1_an_explicit_class_takes_what_cannot_be_told_apart() -> None:
+    """That is the cure which the error names."""
+
+    def anything(*args: Any) -> Any:
+        return asgi_function(*args)
+
+    assert await serve_asgi(ASGIRopeMiddleware(anything)) == b"GET /"
+
+
+@pytest.mark.parametrize("make", [RopeMiddleware, WSGIRopeMiddleware])
+def test_W1_options_are_handed_on(make: Any) -> None:
+    """The app by position or by name, the options as they are documented."""
+    registry = scoped_session(sessionmaker(create_engine("sqlite://")), scopefunc=current_scope)
+    middleware = make(app=wsgi_function, registries=[registry], commit_on_success=True, retries=1)
+    assert type(middleware) is WSGIRopeMiddleware
+    assert serve_wsgi(middleware) == b"GET /"
+    assert serve_wsgi(make(wsgi_function, [registry])) == b"GET /"
+
+
+def test_A1_frameworks_add_it_without_being_told() -> None:
+    """Starlette and Responder make a middleware with the app alone, by position or by name."""
+    testclient = pytest.importorskip("starlette.testclient")
+    app = starlette()
+    app.add_middleware(RopeMiddleware)  # type: ignore[attr-defined]
+    with testclient.TestClient(app) as client:
+        assert client.get("/").text == "GET /"
+    api = responder()
+    api.add_middleware(RopeMiddleware)  # type: ignore[attr-defined]
+    with testclient.TestClient(api) as client:
+        assert client.get("/").text == "GET /"
+
+
+# --------------------------------------------------------------------------------------
+# What cannot be told apart
+# --------------------------------------------------------------------------------------
+
+
+class OneArgument:
+    def __call__(self, scope: Any) -> Any:
+        return None
+
+
+class FourArguments:
+    def __call__(self, a: Any, b: Any, c: Any, d: Any) -> Any:
+        return None
+
+
+class Unreadable:
+    """A callable that hides its parameters, as some made in C do."""
+
+    def __call__(self, *args: Any) -> Any:
+        return None
+
+    @property
+    def __signature__(self) -> Any:
+        raise ValueError("no signature found")
+
+
+BAD: dict[str, Any] = {
+    "*args": lambda *args: None,
+    "*args and **kwargs": lambda *args, **kwargs: None,
+    "one argument": lambda scope: None,
+    "no argument": lambda: None,
+    "four arguments": lambda a, b, c, d: None,
+    "object of one argument": OneArgument(),
+    "object of four arguments": FourArguments(),
+    "a class": WSGIObject,
+    "an ASGI 2 class": OneArgument,
+    "a class of the standard library": dict,
+    "partial that binds too much": functools.partial(wsgi_function, None),
+    "partial of *args": functools.partial(lambda *args: None, 1),
+    "coroutine function of one argument": mock.AsyncMock.assert_awaited,
+    "mock": mock.Mock(),
+    "unreadable": Unreadable(),
+    "None": None,
+    "a number": 42,
+    "text": "app:application",
+    "a module": inspect,
+    "no callable": SimpleNamespace(),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_W1_what_cannot_be_told_apart_is_refused_in_words(name: str) -> None:
+    """The error names both explicit classes, which are the cure."""
+    with pytest.raises(TypeError) as caught:
+        RopeMiddleware(BAD[name])
+    assert "ASGIRopeMiddleware" in str(caught.value)
+    assert "WSGIRopeMiddleware" in str(caught.value)
+
+
+def test_W1_no_app_at_all() -> None:
+    """A forgotten app is the same error, not one about arguments of __init__."""
+    with pytest.raises(TypeError) as caught:
+        RopeMiddleware()  # type: ignore[call-overload]
+    assert "ASGIRopeMiddleware" in str(caught.value)
+    assert "WSGIRopeMiddleware" in str(caught.value)
+
+
+@pytest.mark.parametrize("explicit", [ASGIRopeMiddleware, WSGIRopeMiddleware])
+@pytest.mark.parametrize("thing", [None, 42, "app:application"])
+def test_W1_the_explicit_classes_refuse_what_is_no_app(explicit: Any, thing: Any) -> None:
+    """At once, and not with the first request."""
+    with pytest.raises(TypeError, match=explicit.__name__):
+        explicit(thing)
+
+
+def test_W1_nothing_is_called_to_find_out() -> None:
+    """The choice is made by looking; an app that is called would answer a request."""
+    called: list[Any] = []
+
+    class App:
+        def __call__(self, environ: Any, start_response: Any) -> Any:
+            called.append(environ)
+            return []
+
+    RopeMiddleware(App())
+    RopeMiddleware(lambda scope, receive, send: called.append(scope))
+    assert called == []
+
+
+# --------------------------------------------------------------------------------------
+# Servers choose, too
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["function", "plain function", "plain __call__", "Starlette"])
+def test_A1_servers_recognise_the_result_as_asgi_3(name: str) -> None:
+    """uvicorn, hypercorn and what inspects as granian does, without being told."""
+    middleware = RopeMiddleware(ASGI[name]())
+
+    uvicorn = pytest.importorskip("uvicorn")
+    config = uvicorn.Config(middleware, interface="auto", log_config=None, lifespan="off")
+    config.load()
+    assert config.interface == "asgi3"
+
+    utils = pytest.importorskip("hypercorn.utils")
+    assert utils.is_asgi(middleware)
+    assert type(utils.wrap_app(middleware, 1024, None)).__name__ == "ASGIWrapper"
+
+    # What ASGI frameworks look at, asgiref's `guarantee_single_callable` among them.
+    assert inspect.iscoroutinefunction(type(middleware).__call__)
+    asgiref = pytest.importorskip("asgiref.compatibility")
+    assert not asgiref.is_double_callable(middleware)
+    assert asgiref.guarantee_single_callable(middleware) is middleware
+
+
+def test_W1_servers_recognise_the_result_as_wsgi() -> None:
+    """hypercorn and Responder take it for the WSGI application that it is."""
+    middleware = RopeMiddleware(wsgi_function)
+    utils = pytest.importorskip("hypercorn.utils")
+    assert not utils.is_asgi(middleware)
+    assert type(utils.wrap_app(middleware, 1024, None)).__name__ == "WSGIWrapper"
+    assert not inspect.iscoroutinefunction(middleware)
+    assert len(inspect.signature(middleware).parameters) == 2
+
+
+def test_A1_granian_serves_the_result(tmp_path: Any) -> None:
+    """granian's ASGI interface calls it as ASGI 3."""
+    pytest.importorskip("granian")
+    import http.client
+    import sys
+    from pathlib import Path
+
+    from tests.e2e.servers import HOST, PATIENCE, free_port, run_command
+
+    (tmp_path / "choose_app.py").write_text(
+        "from rope_middleware import RopeMiddleware\n"
+        "from tests.test_choose import ASGIPlainCall\n"
+        "app = RopeMiddleware(ASGIPlainCall())\n"
+    )
+    port = free_port()
+    root = Path(__file__).parents[1]
+    command = [
+        *(sys.executable, "-m", "granian", "--interface", "asginl", "--host", HOST),
+        *("--port", str(port), "choose_app:app"),
+    ]
+    with run_command(command, cwd=tmp_path, PYTHONPATH=f"{root}:{tmp_path}") as granian:
+        granian.wait_for_port(port)
+        connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE)
+        connection.request("GET", "/")
+        response = connection.getresponse()
+        assert (response.status, response.read()) == (200, b"GET /")
+        connection.close()
+        granian.interrupt()
