@@ -4,8 +4,8 @@
 over the current scope. It is also the scope's `Keeper`: it knows how its sessions are committed
 and closed. Outside any scope it hands over to another registry (`outside`).
 
-Each session carries a `Tie` in its ``info``: which scope it belongs to and which connections it
-has had. Three listeners on the session's class read it; one for each class, because listening on
+Each session carries a `Tie` as an attribute: which scope it belongs to and which connections it
+has had. Its ``info`` stays the application's. Three listeners on the session's class read it; one for each class, because listening on
 each session would cost a quarter of a small request.
 """
 
@@ -52,7 +52,7 @@ __all__ = [
 
 _T = TypeVar("_T")
 
-_TIE = "rope_middleware.tie"
+_TIE = "_rope_middleware_tie"
 _TRANSACTION_TELLS = hasattr(SessionTransaction, "connections")  # SQLAlchemy 2.1.7
 _SESSION_CLOSE = Session.close
 
@@ -62,7 +62,7 @@ _listening_to: WeakSet[type[Session]] = WeakSet()
 
 
 class Tie:
-    """What a session must know of where it comes from; kept in ``session.info``."""
+    """What a session must know of where it comes from; an attribute of the session."""
 
     __slots__ = ("connections", "is_loose", "registry", "scope", "transaction")
 
@@ -88,7 +88,7 @@ def tie(
 
     The session's class must be listened to: see `listen`.
     """
-    link = session.info[_TIE] = Tie()
+    link = session.__dict__[_TIE] = Tie()
     link.scope = scope
     link.registry = registry
     link.is_loose = False
@@ -110,7 +110,7 @@ def listen(session_class: type[Session]) -> None:
 def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     """Refuse to begin in a scope that has ended: nothing is checked out yet."""
     # A session without a tie is one of a plain scoped_session, see `keepers_of`.
-    link: Tie = session.info.get(_TIE) or tie(session)
+    link: Tie = session.__dict__.get(_TIE) or tie(session)
     scope = link.scope
     if scope is not None and scope._state:
         if transaction.parent is None:
@@ -132,7 +132,7 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
 
 def _on_connection(session: Session, _: SessionTransaction, connection: Connection) -> None:
     """Remember a connection that the session has begun to use."""
-    link: Tie = session.info[_TIE]
+    link: Tie = session.__dict__[_TIE]
     known = [c for c in link.connections if c is not connection and not c.closed]
     link.connections = [*known, connection]
     _refuse_late(session, _, connection)
@@ -140,7 +140,7 @@ def _on_connection(session: Session, _: SessionTransaction, connection: Connecti
 
 def _refuse_late(session: Session, _: SessionTransaction, connection: Connection) -> None:
     """Give back the connection that a call waited for while its scope ended."""
-    link: Tie = session.info[_TIE]
+    link: Tie = session.__dict__[_TIE]
     if link.scope is not None and link.scope._state:
         # Session.close() cannot be called in here (https://docs.sqlalchemy.org/en/20/errors.html#error-isce).
         if not _is_borrowed(session, connection):
@@ -150,7 +150,7 @@ def _refuse_late(session: Session, _: SessionTransaction, connection: Connection
 
 def _on_commit(session: Session) -> None:
     """Tell the scope that something is committed: from here on nothing may be tried again."""
-    link: Tie | None = session.info.get(_TIE)
+    link: Tie | None = session.__dict__.get(_TIE)
     if link is not None and link.scope is not None and not session.in_nested_transaction():
         link.scope._committed = link.scope._committed or bool(link.known_connections())
 
@@ -184,7 +184,7 @@ def _is_borrowed(session: Session, connection: Connection) -> bool:
 
 def _connections_out(session: Session) -> list[Connection]:
     """Return the session's own connections that have not gone back to their pool."""
-    link: Tie | None = session.info.get(_TIE)
+    link: Tie | None = session.__dict__.get(_TIE)
     if link is None:
         return []
     return [
@@ -228,7 +228,7 @@ def close(session: Session) -> None:
             _close_later(session)
         invalidate(session)
         raise
-    link: Tie | None = session.info.get(_TIE)
+    link: Tie | None = session.__dict__.get(_TIE)
     if link is not None and (link.connections or not is_open):
         # An earlier close(), by the application, may have failed and forgotten its connection.
         invalidate(session)
@@ -349,7 +349,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         """Take the session out of its scope; return it, or None."""
         session = cast("_T | None", scope._drop(self))
         if session is not None:
-            self._proper(session).info[_TIE].is_loose = True
+            self._proper(session).__dict__[_TIE].is_loose = True
         return session
 
     def _take_back(self, link: Tie, session: Session) -> None:

@@ -163,7 +163,7 @@ class _OwnRope(SessionRope[_T]):
 def _watched(session: _T) -> _T:
     """Have `session` remember its connections, so that none stays out if it cannot be closed."""
     listen(cast("type[Session]", type(session)))
-    if TIE not in session.info or session.info[TIE].scope is not None:
+    if TIE not in vars(session) or vars(session)[TIE].scope is not None:
         tie(session)
     return session
 

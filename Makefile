@@ -1,0 +1,91 @@
+# `make run` and `make test` do all the set-up by themselves: they need make and a Python >= 3.11.
+# Another Python:       make test PYTHON=python3.12
+# Part of the tests:    make test PYTEST_ARGS="tests/e2e -k responder -x"
+# Another SQLAlchemy:   make test SQLALCHEMY="SQLAlchemy<2.1" VENV=.venv-2.0
+
+VENV ?= .venv
+PYTEST_ARGS ?=
+SQLALCHEMY ?= SQLAlchemy
+CANDIDATES := python3.13 python3.12 python3.11 python3.14 python3 python
+bin := $(VENV)/bin
+
+# A name on PATH may be a shim that starts nothing, so each candidate is run. A user's own
+# PYTHON is the only candidate then.
+probe := import sys; sys.exit(sys.version_info < (3, 11))
+ifdef PYTHON
+find_python = $(PYTHON) -c '$(probe)' 2>/dev/null && found=$(PYTHON)
+else
+find_python = for p in $(CANDIDATES); do \
+	if $$p -c '$(probe)' >/dev/null 2>&1; then found=$$p; break; fi; done
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run run-flask run-fastapi test coverage format check docs bench bench-check clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | sort | expand -t 14
+
+run: $(VENV)/.run ## serve the Responder counter on 127.0.0.1:5042 (PORT, DATABASE_URL)
+	@exec $(bin)/python examples/responder_app.py
+
+run-flask: $(VENV)/.test ## serve the Flask counter on 127.0.0.1:5042 (PORT, DATABASE_URL)
+	@exec $(bin)/python examples/flask_app.py
+
+run-fastapi: $(VENV)/.test ## serve the FastAPI AsyncSession counter on 127.0.0.1:5042 (PORT, DATABASE_URL)
+	@exec $(bin)/python examples/fastapi_async_app.py
+
+test: $(VENV)/.test ## run all tests (PYTEST_ARGS)
+	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+coverage: $(VENV)/.test ## run all tests and report branch coverage (PYTEST_ARGS)
+	$(bin)/python -m pytest --cov --cov-report=term-missing $(PYTEST_ARGS)
+
+format: $(VENV)/.check ## format the code and mend what the linter can mend
+	$(bin)/ruff format .
+	$(bin)/ruff check --fix .
+
+# mypy and pyright read the package and the tests of its types.
+typed := rope_middleware $(wildcard tests/typing)
+check: $(VENV)/.check ## formatter, linter, strict mypy and strict pyright
+	$(bin)/ruff format --check .
+	$(bin)/ruff check .
+	$(bin)/mypy $(typed)
+	$(bin)/pyright --pythonpath $(bin)/python $(typed)
+
+docs: $(VENV)/.docs ## build the documentation into docs/_build/html
+	$(bin)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench: $(VENV)/.bench ## compare with other ways to have a session per request
+	$(bin)/python -m benchmarks
+
+bench-check: $(VENV)/.bench ## check the promises on cost
+	$(bin)/python -m benchmarks.check
+
+clean: ## remove everything that make has made, but no database
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage dist docs/_build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of dependencies: made once, and again when pyproject.toml changes.
+$(VENV)/.python:
+	@found=; $(find_python); \
+	if [ -z "$$found" ]; then \
+		echo "rope_middleware needs Python 3.11 or newer, and none was found" \
+			"(tried: $(or $(PYTHON),$(CANDIDATES)))." >&2; \
+		for p in $(or $(PYTHON),$(CANDIDATES)); do \
+			v=$$($$p --version 2>/dev/null) && echo "  $$p is $$v, too old." >&2; done; \
+		echo "Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	echo "$$found: $$($$found --version)"; \
+	$$found -m venv $(VENV) || { \
+		echo "$$found cannot make a virtual environment" \
+			"(on Debian and Ubuntu: apt-get install python3-venv)." >&2; exit 1; }
+	@touch $@
+
+extra = $(patsubst .%,%,$(@F))
+
+$(VENV)/.run: extra = responder
+$(VENV)/.run $(VENV)/.test $(VENV)/.check $(VENV)/.docs $(VENV)/.bench: \
+		$(VENV)/.python pyproject.toml
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(extra)]" \
+		"$(SQLALCHEMY)"
+	@touch $@

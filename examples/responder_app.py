@@ -1,0 +1,92 @@
+"""The counter of the documentation, on Responder.
+
+    make run
+
+serves it on http://127.0.0.1:5042. Each visit counts one more, and the count survives a restart.
+`PORT` and `DATABASE_URL` in the environment change where it listens and where it counts.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import responder
+import uvicorn
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+
+from rope_middleware import RopeMiddleware, SessionJenny
+
+HOST = "127.0.0.1"
+PORT = int(os.environ.get("PORT", "5042"))
+DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///counter.sqlite")
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Data(Base):
+    __tablename__ = "data"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    count: Mapped[int] = mapped_column(default=0)
+
+
+def begin_as_writer(engine: Engine) -> None:
+    """Have SQLite take its write lock where a transaction begins, not at its first write.
+
+    Python's sqlite3 begins a transaction at the first INSERT, UPDATE or DELETE. The SELECT
+    before it stands outside: two requests read 7, and both write 8. A plain BEGIN is not enough
+    either: both would read 7 inside of their transactions, and the second one to write would be
+    refused with "database is locked". BEGIN IMMEDIATE lets one in, and has the next one wait
+    (for as long as `timeout` says) before it reads.
+
+    These are the events that SQLAlchemy documents for it; they work on every Python, and with
+    a BEGIN of one's own, which `connect_args={"autocommit": False}` has no place for:
+    https://docs.sqlalchemy.org/en/latest/dialects/sqlite.html#sqlite-enabling-transactions
+    """
+
+    @event.listens_for(engine, "connect")
+    def leave_begin_to_us(dbapi_connection: Any, connection_record: Any) -> None:
+        dbapi_connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+if DATABASE_URL.startswith("sqlite"):
+    engine = create_engine(DATABASE_URL, connect_args={"timeout": 30})
+    begin_as_writer(engine)
+else:
+    engine = create_engine(DATABASE_URL)
+
+# expire_on_commit=False: the view reads the count after its commit. Were it to be loaded again
+# there, it could be the next visitor's.
+jenny = SessionJenny(sessionmaker(engine, expire_on_commit=False))
+
+api = responder.API(sessions=False)  # no cookies, so it needs no key to sign them
+api.add_middleware(RopeMiddleware)
+
+# Outside of a request `jenny.session` works as well. Here it makes the first row.
+Base.metadata.create_all(engine)
+if jenny.session.query(Data).first() is None:
+    jenny.session.add(Data(count=0))
+    jenny.session.commit()
+# This session would live as long as the module, with its transaction, which is a writer's.
+jenny.remove()
+
+
+@api.route("/")
+def count(req: responder.Request, resp: responder.Response) -> None:
+    data = jenny.session.query(Data).first()
+    data.count += 1
+    jenny.session.commit()
+    resp.content = str(data.count)
+
+
+if __name__ == "__main__":
+    print(f"Open http://{HOST}:{PORT}/ - each visit counts one more. Ctrl-C ends it.", flush=True)
+    uvicorn.run(api, host=HOST, port=PORT, log_level="warning")

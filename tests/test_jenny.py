@@ -1,0 +1,685 @@
+"""J1-J4: SessionJenny is a scoped_session, proven against SQLAlchemy's own list of names."""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import factory
+import pytest
+import transaction
+import zope.sqlalchemy
+from factory.alchemy import SQLAlchemyModelFactory
+from sqlalchemy import Engine, event, func, select, text
+from sqlalchemy.exc import InvalidRequestError, SAWarning
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Query, Session, scoped_session, sessionmaker
+
+from rope_middleware import (
+    NoScopeError,
+    RopeError,
+    ScopeClosedError,
+    SessionJenny,
+    current_scope,
+    open_scope,
+)
+from tests.conftest import Data, MakeEngine, checked_out
+
+Jenny = SessionJenny[Session]
+
+
+@pytest.fixture
+def jenny(engine: Engine) -> Jenny:
+    """A jenny for the engine."""
+    return SessionJenny(sessionmaker(engine))
+
+
+@pytest.fixture(params=[open_scope, nullcontext], ids=["in a scope", "by rope"])
+def around(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[object]]:
+    """What is around the application's code: a scope, or nothing."""
+    return request.param  # type: ignore[no-any-return]
+
+
+Around = Callable[[], AbstractContextManager[object]]
+
+
+def use(session: Session) -> Session:
+    """Have the session check out a connection."""
+    session.execute(text("SELECT 1"))
+    return session
+
+
+# -- parity: every name that SQLAlchemy has ------------------------------------------------------
+
+SPECIAL = ("__call__", "__contains__", "__iter__")
+NAMES = [name for name in dir(scoped_session) if not name.startswith("_") or name in SPECIAL]
+OWN = {"__call__", "configure", "query_property", "remove"}
+PROXIED = [name for name in NAMES if hasattr(Session, name) and name not in OWN]
+# Instance attributes of Session are no attributes of the class.
+PROXIED += [
+    name
+    for name in NAMES
+    if name not in PROXIED and isinstance(inspect.getattr_static(scoped_session, name), property)
+]
+
+
+def test_J1_every_name_of_scoped_session_is_accounted_for() -> None:
+    """A name that SQLAlchemy adds is either proxied to the session or tested by hand below."""
+    assert set(NAMES) - set(PROXIED) == OWN
+    assert len(PROXIED) > 40
+    assert set(NAMES) <= set(dir(SessionJenny))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_J1_the_signature_is_that_of_scoped_session(name: str) -> None:
+    """Arguments, their names and their defaults are the same; `remove` takes one more."""
+    theirs, ours = getattr(scoped_session, name), getattr(SessionJenny, name)
+    if isinstance(theirs, property):
+        assert isinstance(ours, property)
+        return
+    parameters = dict(inspect.signature(ours).parameters)
+    if name == "remove":
+        assert parameters.pop("rope_name").default is None
+    assert list(parameters) == list(inspect.signature(theirs).parameters)
+    assert [p.default for p in parameters.values()] == [
+        p.default for p in inspect.signature(theirs).parameters.values()
+    ]
+
+
+class Recorder:
+    """Makes sessions that write down what reaches them under one name."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.result: Any = iter([1]) if name == "__iter__" else True
+        static = inspect.getattr_static(scoped_session, name)
+        replacement: Any
+        if isinstance(static, property):
+
+            def read(session: Session) -> object:
+                self.calls.append(("get", session))
+                return self.result
+
+            def write(session: Session, value: object) -> None:
+                self.calls.append(("set", session, value))
+
+            replacement = property(read, write)
+        else:
+
+            def method(session: Session, *args: object, **kw: object) -> object:
+                self.calls.append(("call", session, args, tuple(kw.items())))
+                return self.result
+
+            replacement = method
+        # Without __init__: it would read and write the attribute under test.
+        made = type("Recording", (Session,), {name: replacement, "__init__": self._init})
+        self._engine = engine
+        self.factory = made
+
+    def _init(self, session: Any = None, **kw: object) -> None: ...
+
+    def seen(self, session: Session) -> list[tuple[object, ...]]:
+        """Return the calls, with a word for the session."""
+        return [tuple("it" if x is session else x for x in call) for call in self.calls]
+
+
+def arguments_for(name: str) -> tuple[list[object], dict[str, object]]:
+    """Return distinct values for every parameter that scoped_session's method has."""
+    args: list[object] = []
+    kw: dict[str, object] = {}
+    parameters = list(inspect.signature(getattr(scoped_session, name)).parameters.values())
+    static = inspect.getattr_static(scoped_session, name)
+    for parameter in parameters if isinstance(static, classmethod) else parameters[1:]:
+        value = f"<{parameter.name}>"
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            kw[parameter.name] = value
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            kw["more"] = value
+        else:
+            args.append(value)
+    return args, kw
+
+
+INSTANCE_NAMES = [
+    name
+    for name in PROXIED
+    if not isinstance(inspect.getattr_static(scoped_session, name), classmethod)
+]
+CLASS_NAMES = [name for name in PROXIED if name not in INSTANCE_NAMES]
+
+
+@pytest.mark.parametrize("name", INSTANCE_NAMES)
+def test_J1_every_proxied_name_goes_to_the_current_session(
+    engine: Engine, around: Around, name: str
+) -> None:
+    """What reaches the session, and what comes back, is what SQLAlchemy's own proxy does."""
+
+    def exercise(proxy: Any, recorder: Recorder) -> tuple[object, object]:
+        session = proxy()
+        recorder.calls.clear()
+        static = inspect.getattr_static(scoped_session, name)
+        if isinstance(static, property):
+            result = getattr(proxy, name)
+            if static.fset is not None:
+                setattr(proxy, name, "value")
+        else:
+            args, kw = arguments_for(name)
+            result = getattr(proxy, name)(*args, **kw)
+        seen = recorder.seen(session)
+        return seen, result is recorder.result
+
+    theirs, ours = Recorder(engine, name), Recorder(engine, name)
+    plain: Any = scoped_session(theirs.factory)  # type: ignore[arg-type]
+    expected = exercise(plain, theirs)
+    assert expected[0], "SQLAlchemy's own proxy reaches the session"
+    jenny: Any = SessionJenny(RealEnough(ours))
+    with around():
+        assert exercise(jenny, ours) == expected
+        jenny.registry.clear()  # it cannot be closed: it has no insides
+    plain.registry.clear()
+
+
+class RealEnough:
+    """A session factory for recording sessions, whose class has no __init__ to speak of."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def __call__(self, **kw: object) -> Session:
+        session = self.recorder.factory.__new__(self.recorder.factory)
+        session.__dict__.update(_transaction=None, _nested_transaction=None)
+        return session  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", CLASS_NAMES)
+def test_J1_every_class_method_goes_to_the_session_class(
+    jenny: Jenny, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Those need no session, and none is made for them."""
+    seen: list[object] = []
+
+    def record(cls: type, *args: object, **kw: object) -> object:
+        seen.append((args, kw))
+        return "result"
+
+    monkeypatch.setattr(Session, name, classmethod(record))
+    args, kw = arguments_for(name)
+    for proxy in (scoped_session, SessionJenny, jenny):
+        assert getattr(proxy, name)(*args, **kw) == "result"
+    assert len(seen) == 3
+    assert seen[0] == seen[1] == seen[2]
+    assert jenny.registry.has() is False
+
+
+def test_J1_isinstance_and_generic(jenny: Jenny) -> None:
+    """Whoever asks for a scoped_session gets one."""
+    assert isinstance(jenny, scoped_session)
+    assert issubclass(SessionJenny, scoped_session)
+    assert SessionJenny[Session] is not None
+
+
+def program(proxy: Any) -> list[object]:
+    """A little program on a scoped_session; returns all that it has seen."""
+    seen: list[object] = []
+    row = Data(count=1)
+    proxy.add(row)
+    seen += [row in proxy, len(proxy.new), list(proxy) == [row], proxy.is_modified(row)]
+    proxy.flush()
+    seen += [row.id, proxy.get(Data, row.id) is row, len(proxy.identity_map)]
+    row.count = 5
+    seen += [row in proxy.dirty, proxy.is_active, proxy.autoflush]
+    proxy.commit()
+    with proxy.no_autoflush:
+        seen.append(proxy.scalar(select(func.sum(Data.count))))
+    seen.append(sorted(proxy.scalars(select(Data.count))))
+    seen.append(proxy.query(Data).filter_by(count=5).count())
+    proxy.expire(row)
+    proxy.refresh(row)
+    with proxy.begin_nested():
+        proxy.merge(Data(id=row.id, count=6))
+    seen.append(row.count)
+    proxy.rollback()
+    seen.append(row.count)
+    proxy.bulk_insert_mappings(Data, [{"count": 10}, {"count": 11}])
+    proxy.bulk_save_objects([Data(count=12)])
+    seen.append(proxy.execute(select(func.count()).select_from(Data)).scalar())
+    seen.append(proxy.connection().closed)
+    proxy.expunge(row)
+    seen.append(row in proxy)
+    seen.append(proxy.object_session(row))
+    seen.append(proxy.identity_key(Data, 1)[1])
+    row.count = 3
+    proxy.add_all([row])
+    proxy.delete(row)
+    seen.append(len(proxy.deleted))
+    proxy.flush()
+    proxy.expunge_all()
+    proxy.info["key"] = 1
+    seen += [proxy.info["key"], proxy.get_bind() is proxy.bind]
+    proxy.rollback()
+    proxy.close()
+    proxy.reset()
+    seen.append(proxy.registry.has())
+    proxy.remove()
+    seen.append(proxy.registry.has())
+    return seen
+
+
+def test_J1_a_program_on_a_scoped_session_runs_unchanged(
+    make_engine: MakeEngine, around: Around
+) -> None:
+    """It sees the same on a SessionJenny, in a scope and outside."""
+    plain = scoped_session(sessionmaker(make_engine()))
+    jenny = SessionJenny(sessionmaker(make_engine()))
+    with around():
+        assert program(jenny) == program(plain)
+
+
+def test_J1_query_property(jenny: Jenny, engine: Engine, around: Around) -> None:
+    """A model's `query` attribute asks the current session, also with a class of one's own."""
+
+    class MyQuery(Query[Any]):
+        pass
+
+    class Model:
+        pass
+
+    Data.query = jenny.query_property()  # type: ignore[attr-defined]
+    Data.my_query = jenny.query_property(MyQuery)  # type: ignore[attr-defined]
+    model: Any = Data
+    try:
+        with around():
+            assert model.query.session is jenny.session
+            assert model.query.one().count == 0
+            assert type(model.my_query) is MyQuery
+            assert model.my_query.session is jenny.session
+        with open_scope():
+            assert model.query.session is jenny.session
+    finally:
+        del model.query, model.my_query
+
+
+def test_J1_configure(jenny: Jenny, make_engine: MakeEngine, around: Around) -> None:
+    """It reconfigures the sessionmaker, and warns where a session is there already."""
+    with around():
+        jenny.configure(autoflush=False)
+        assert jenny.session.autoflush is False
+        with pytest.warns(SAWarning, match="already present"):
+            jenny.configure(autoflush=True)
+        assert jenny.session.autoflush is False
+        jenny.remove()
+        assert jenny.session.autoflush is True
+        jenny.remove()
+
+
+def test_J1_a_call_with_arguments(jenny: Jenny, around: Around) -> None:
+    """They go to the session factory; where a session is there already they are an error."""
+    with around():
+        session = jenny(autoflush=False)
+        assert session.autoflush is False
+        assert jenny() is session
+        assert jenny.session is session
+        with pytest.raises(InvalidRequestError, match="already present"):
+            jenny(autoflush=True)
+        jenny.remove()
+        assert jenny(expire_on_commit=False).expire_on_commit is False
+
+
+def test_J1_the_session_factory_may_be_replaced(
+    jenny: Jenny, make_engine: MakeEngine, around: Around
+) -> None:
+    """The next session is made by the new one: tests put another database in that way."""
+    other = make_engine()
+    with around():
+        jenny.session_factory = sessionmaker(other)
+        assert jenny.session.get_bind() is other
+        use(jenny.session)
+        assert checked_out(other) == 1
+        jenny.remove()
+
+
+def test_J1_events_of_a_scoped_session(jenny: Jenny, around: Around) -> None:
+    """`event.listen(jenny, ...)` listens on all sessions of its factory."""
+    seen: list[Session] = []
+    event.listen(jenny, "before_commit", seen.append)
+    with around():
+        use(jenny.session)
+        jenny.session.commit()
+        assert seen == [jenny.session]
+
+
+# -- what takes a scoped_session -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("persistence", [None, "flush", "commit"])
+def test_J1_factory_boy(
+    jenny: Jenny, engine: Engine, around: Around, persistence: str | None
+) -> None:
+    """A factory makes rows in the current session."""
+
+    class DataFactory(SQLAlchemyModelFactory):
+        class Meta:
+            model = Data
+            sqlalchemy_session = jenny
+            sqlalchemy_session_persistence = persistence
+
+        count = factory.Sequence(lambda n: n + 100)
+
+    def test() -> None:
+        session = jenny.session
+        rows = DataFactory.create_batch(3)
+        assert all(row in session for row in rows)
+        assert DataFactory(count=7).count == 7
+        session.commit()
+
+    with around():
+        test()
+    assert checked_out(engine) == 0
+    with Session(engine) as session:
+        assert session.scalar(select(func.count()).select_from(Data)) == 5
+
+
+def test_J1_factory_boy_get_or_create(jenny: Jenny, engine: Engine, around: Around) -> None:
+    """Its options that ask the database work, too."""
+
+    class DataFactory(SQLAlchemyModelFactory):
+        class Meta:
+            model = Data
+            sqlalchemy_session_factory = lambda: jenny  # noqa: E731
+            sqlalchemy_get_or_create = ("count",)
+            sqlalchemy_session_persistence = "flush"
+
+    with around():
+        session = jenny.session
+        row = DataFactory(count=9)
+        assert DataFactory(count=9) is row
+        assert row in session
+
+
+@pytest.fixture
+def manager() -> Iterator[Any]:
+    """The thread's transaction manager, in the end without a transaction."""
+    yield transaction.manager
+    transaction.abort()
+
+
+def test_J1_zope_sqlalchemy(make_engine: MakeEngine, around: Around, manager: Any) -> None:
+    """`zope.sqlalchemy.register(jenny)`: the transaction manager commits and aborts."""
+    engine = make_engine()
+    jenny = SessionJenny(sessionmaker(engine))
+    zope.sqlalchemy.register(jenny)
+
+    def request(count: int) -> None:
+        jenny.session.add(Data(count=count))
+        jenny.session.flush()
+
+    with around():
+        _ = jenny.session
+        with manager:
+            request(1)
+        assert checked_out(engine) == 0
+        with pytest.raises(ValueError), manager:
+            request(2)
+            raise ValueError
+        manager.begin()
+        request(3)
+        manager.commit()
+        manager.begin()
+        request(4)
+        manager.abort()
+    with Session(engine) as session:
+        assert sorted(session.scalars(select(Data.count))) == [0, 1, 3]
+
+
+# -- J2, J3 --------------------------------------------------------------------------------------
+
+
+def test_J2_what_only_looks_at_the_jenny_makes_no_session(jenny: Jenny) -> None:
+    """Methods that need none make none."""
+    with open_scope():
+        assert jenny.session_factory is not None
+        assert jenny.registry.has() is False
+        jenny.query_property()
+        jenny.remove()
+        assert jenny.rope is not None
+        assert jenny.registry.has() is False
+
+
+def test_J3_remove_inside_a_scope(jenny: Jenny, engine: Engine) -> None:
+    """The session is closed, what it had not committed is gone, and the next one is new."""
+    with open_scope():
+        first = jenny.session
+        first.add(Data(count=3))
+        first.flush()
+        assert checked_out(engine) == 1
+        jenny.remove()
+        assert checked_out(engine) == 0
+        second = jenny.session
+        assert second is not first
+        assert second.scalars(select(Data.count)).all() == [0]
+
+
+# -- J4 ------------------------------------------------------------------------------------------
+
+
+def test_J4_with_a_scopefunc_it_is_keyed_as_sqlalchemy_does(engine: Engine) -> None:
+    """Outside of scopes the key tells whose session it is; nothing ends it but `remove()`."""
+    key = "a"
+    jenny = SessionJenny(sessionmaker(engine), scopefunc=lambda: key)
+    plain = scoped_session(sessionmaker(engine), scopefunc=lambda: key)
+    a, plain_a = use(jenny.session), use(plain())
+    key = "b"
+    assert jenny.registry.has() is plain.registry.has() is False
+    b = use(jenny.session)
+    assert b is not a
+    assert plain() is not plain_a
+    jenny.remove()
+    plain.remove()
+    assert not b.in_transaction()
+    key = "a"
+    assert jenny.session is a
+    assert plain() is plain_a
+    assert a.in_transaction()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(contextvars.Context().run, lambda: jenny.session).result(30) is a
+    jenny.remove()
+    plain.remove()
+    assert checked_out(engine) == 0
+
+
+def test_J4_inside_a_scope_the_scopefunc_is_not_asked(engine: Engine) -> None:
+    """The scope's session is another one, and the key's comes back after it."""
+
+    def scopefunc() -> str:
+        asked.append(1)
+        return "key"
+
+    asked: list[int] = []
+    jenny = SessionJenny(sessionmaker(engine), scopefunc)
+    keyed = use(jenny.session)
+    asked.clear()
+    with open_scope():
+        assert jenny.session is not keyed
+        use(jenny.session)
+        jenny.remove()
+    assert asked == []
+    assert jenny.session is keyed
+    assert keyed.in_transaction()
+    jenny.remove()
+    assert checked_out(engine) == 0
+
+
+def test_J4_a_scopefunc_that_raises(engine: Engine) -> None:
+    """Its error comes out; inside a scope there is none."""
+
+    def scopefunc() -> object:
+        raise KeyError("no request")
+
+    jenny = SessionJenny(sessionmaker(engine), scopefunc)
+    with pytest.raises(KeyError, match="no request"):
+        _ = jenny.session
+    with open_scope():
+        use(jenny.session)
+
+
+def test_J4_current_scope_as_the_scopefunc(engine: Engine) -> None:
+    """It raises NoScopeError outside, as strict does."""
+    jenny = SessionJenny(sessionmaker(engine), scopefunc=current_scope)
+    with pytest.raises(NoScopeError):
+        _ = jenny.session
+    with open_scope():
+        use(jenny.session)
+
+
+def test_J4_strict_wins_over_the_scopefunc(engine: Engine) -> None:
+    """Outside of scopes nothing may happen, whatever the key."""
+    jenny = SessionJenny(sessionmaker(engine), threading.get_ident, strict=True)
+    with pytest.raises(NoScopeError, match=r"RopeMiddleware.*open_scope"):
+        _ = jenny.session
+    jenny.remove()
+    with open_scope():
+        use(jenny.session)
+
+
+def test_J4_strict_and_scopefunc_are_as_documented() -> None:
+    """`scopefunc` may be given by place as in SQLAlchemy, `strict` by name only."""
+    parameters = inspect.signature(SessionJenny).parameters
+    assert list(parameters) == ["session_factory", "scopefunc", "strict"]
+    assert parameters["strict"].kind is inspect.Parameter.KEYWORD_ONLY
+    with pytest.raises(TypeError):
+        SessionJenny(sessionmaker(), None, True)  # type: ignore[misc]
+
+
+# -- factories -----------------------------------------------------------------------------------
+
+
+class Flaky:
+    """A session factory that raises at first."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.calls = 0
+
+    def __call__(self, **kw: Any) -> Session:
+        self.calls += 1
+        if self.calls < 3:
+            raise OSError(f"call {self.calls}")
+        return Session(self.engine, **kw)
+
+
+def test_a_factory_that_raises_is_asked_again(engine: Engine, around: Around) -> None:
+    """Its error comes out as it is, and nothing is kept of the try."""
+    jenny = SessionJenny(Flaky(engine))
+    with around():
+        with pytest.raises(OSError, match="call 1"):
+            _ = jenny.session
+        assert jenny.registry.has() is False
+        with pytest.raises(OSError, match="call 2"):
+            jenny(autoflush=False)
+        assert jenny.registry.has() is False
+        use(jenny.session)
+        jenny.remove()
+    assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize(
+    "made",
+    [None, object(), Session, "session", sessionmaker()],
+    ids=["None", "object", "class", "str", "sessionmaker"],
+)
+@pytest.mark.parametrize("kw", [{}, {"autoflush": False}], ids=["", "with arguments"])
+@pytest.mark.parametrize("scopefunc", [None, threading.get_ident])
+def test_a_factory_that_returns_no_session_is_told_so(
+    around: Around, made: object, kw: dict[str, Any], scopefunc: Any
+) -> None:
+    """A RopeError names the factory, what it gave and what it should."""
+
+    def my_factory(**_: object) -> Any:
+        return made
+
+    jenny = SessionJenny(my_factory, scopefunc)
+    with around():
+        for _ in range(2):
+            with pytest.raises(RopeError, match=r"my_factory.*must return.*Session"):
+                jenny(**kw)
+            assert jenny.registry.has() is False
+
+
+def test_a_factory_of_async_sessions_is_told_so(around: Around) -> None:
+    """An AsyncSession in a SessionJenny could not be closed."""
+    made: list[AsyncSession] = []
+
+    def my_factory() -> Any:
+        made.append(async_sessionmaker()())
+        return made[-1]
+
+    jenny = SessionJenny(my_factory)
+    with around(), pytest.raises(RopeError, match="AsyncSession"):
+        _ = jenny.session
+
+
+@pytest.mark.parametrize("bad", [None, "factory", 3])
+def test_a_factory_must_be_callable(bad: Any) -> None:
+    """At the start, not at the first request."""
+    with pytest.raises(TypeError, match="session_factory must be callable"):
+        SessionJenny(bad)
+
+
+@pytest.mark.parametrize("bad", ["scope", 3])
+def test_a_scopefunc_must_be_callable(bad: Any) -> None:
+    """At the start, too."""
+    with pytest.raises(TypeError, match="scopefunc must be a callable"):
+        SessionJenny(sessionmaker(), bad)
+
+
+def test_any_callable_makes_sessions(engine: Engine, around: Around) -> None:
+    """A class, a function, a partial: not only a sessionmaker."""
+
+    class MySession(Session):
+        def __init__(self, **kw: Any) -> None:
+            super().__init__(engine, **kw)
+
+    for each in (MySession, lambda **kw: MySession(**kw)):
+        jenny = SessionJenny(each)
+        with around():
+            assert isinstance(use(jenny.session), MySession)
+            jenny.remove()
+    assert checked_out(engine) == 0
+
+
+def test_a_factory_that_uses_the_jenny_of_another_database(make_engine: MakeEngine) -> None:
+    """The database for a tenant may be looked up in another one."""
+    engines = [make_engine(), make_engine()]
+    directory = SessionJenny(sessionmaker(engines[0]))
+
+    def for_tenant() -> Session:
+        assert directory.session.scalar(select(Data.count)) == 0
+        return Session(engines[1])
+
+    jenny = SessionJenny(for_tenant)
+    with open_scope():
+        use(jenny.session)
+        assert [checked_out(engine) for engine in engines] == [1, 1]
+    assert [checked_out(engine) for engine in engines] == [0, 0]
+
+
+def test_S4_every_name_refuses_code_that_outlived_its_scope(jenny: Jenny) -> None:
+    """Whichever name of the facade is used: no session, and no rope instead of one."""
+    with open_scope():
+        context = contextvars.copy_context()
+
+    def late() -> None:
+        for name in INSTANCE_NAMES:
+            static = inspect.getattr_static(scoped_session, name)
+            args, kw = ([], {}) if isinstance(static, property) else arguments_for(name)
+            with pytest.raises(ScopeClosedError):
+                value = getattr(jenny, name)
+                value(*args, **kw)
+        assert not jenny._ropes
+
+    context.run(late)
