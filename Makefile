@@ -35,11 +35,13 @@ run-flask: $(VENV)/.test ## serve the Flask counter on 127.0.0.1:5042 (PORT, DAT
 run-fastapi: $(VENV)/.test ## serve the FastAPI AsyncSession counter on 127.0.0.1:5042 (PORT, DATABASE_URL)
 	@exec $(bin)/python examples/fastapi_async_app.py
 
+# Seconds. Far more than the slowest test takes on a busy machine: one that hangs is stopped.
+timeout = --timeout=300
 test: $(VENV)/.test ## run all tests (PYTEST_ARGS)
-	$(bin)/python -m pytest $(PYTEST_ARGS)
+	$(bin)/python -m pytest $(timeout) $(PYTEST_ARGS)
 
 coverage: $(VENV)/.test ## run all tests and report branch coverage (PYTEST_ARGS)
-	$(bin)/python -m pytest --cov --cov-report=term-missing $(PYTEST_ARGS)
+	$(bin)/python -m pytest $(timeout) --cov --cov-report=term-missing $(PYTEST_ARGS)
 
 format: $(VENV)/.check ## format the code and mend what the linter can mend
 	$(bin)/ruff format .

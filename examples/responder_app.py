@@ -61,6 +61,8 @@ if DATABASE_URL.startswith("sqlite"):
     engine = create_engine(DATABASE_URL, connect_args={"timeout": 30})
     begin_as_writer(engine)
 else:
+    # To count exactly elsewhere: isolation_level="REPEATABLE READ" here, and retries=10 given to
+    # the middleware, which runs again the requests that the database refuses then.
     engine = create_engine(DATABASE_URL)
 
 # expire_on_commit=False: the view reads the count after its commit. Were it to be loaded again

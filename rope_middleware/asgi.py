@@ -22,7 +22,7 @@ from rope_middleware.scope import (
     Scope,
     class_of,
     current,
-    logger,
+    log_retry,
     note_shared_session,
     unbind,
 )
@@ -137,7 +137,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             failed = await self._serve_try(dict(scope), replay, send, replay)
             if failed is None:
                 return
-            logger.warning("trying %r again: %s", failed.name, class_of(failed._refused))
+            log_retry(failed, tried + 1, self._retries)
             await anyio.sleep(backoff(tried))
             replay.rewind()
         await self._serve_try(dict(scope), replay, send, None)

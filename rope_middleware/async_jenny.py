@@ -143,13 +143,14 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         check_callables(session_factory, scopefunc, _ASYNC_EXAMPLE)
         super().__init__(cast("Any", session_factory), scopefunc or current_scope)
 
-        def create() -> _AS:
+        def create(**kw: Any) -> _AS:
             # Looked up on each use: the factory may be replaced later.
-            session: Any = self.session_factory()
+            session: Any = self.session_factory(**kw)
             if not isinstance(session, AsyncSession):
                 check_session(session, AsyncSession, self.session_factory, _ASYNC_EXAMPLE)
             return cast("_AS", session)
 
+        self._create = create
         outside: ScopedRegistry[_AS]
         if scopefunc is None or strict:
             outside = StrictRegistry(create, _NO_ASYNC_ROPE)
@@ -171,6 +172,20 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
                 that is no AsyncSession.
         """
         return self.registry()
+
+    def __call__(self, **kw: Any) -> _AS:
+        """Return the current session; make it with `kw` for the session factory if there is none.
+
+        Raises:
+            sqlalchemy.exc.InvalidRequestError: `kw` is given and there is a session already.
+        """
+        if not kw:
+            return self.session
+        if self.registry.has():
+            return super().__call__(**kw)  # SQLAlchemy's error
+        session = self._create(**kw)
+        self.registry.set(session)
+        return session
 
     async def remove(self) -> None:
         """Close the current session; the next use makes a new one.

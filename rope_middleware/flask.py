@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.jenny import SessionJenny
 from rope_middleware.registry import ScopeRegistry
+from rope_middleware.rope import ScopeRope
 from rope_middleware.scope import OPEN, Scope
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class _Context:
     def __init__(self, name: str) -> None:
         self.scope = scope = Scope()
         scope._name = name
+        scope._commits = False
         scope._sessions = None
         scope._state = OPEN
 
@@ -94,6 +96,7 @@ class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is d
     def __init__(self, session_factory: Callable[..., _S], app: Flask | None = None) -> None:
         super().__init__(session_factory)
         self.registry = _AppContextRegistry(self.registry.createfunc, self.registry.outside)
+        self._unbound_rope = ScopeRope(self.registry)
         if app is not None:
             self.init_app(app)
 

@@ -63,13 +63,14 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         self._ropes: WeakValueDictionary[str, SessionRope[_S]] = WeakValueDictionary()
         self._callback: Callable[[], str] | None = None
 
-        def create() -> _S:
+        def create(**kw: Any) -> _S:
             # Looked up on each use: the factory may be replaced later.
-            session: Any = self.session_factory()
+            session: Any = self.session_factory(**kw)
             if not isinstance(session, Session):
                 check_session(session, Session, self.session_factory, "sessionmaker(engine)")
             return cast("_S", session)
 
+        self._create = create
         outside: ScopedRegistry[_S]
         if strict:
             outside = StrictRegistry(create)
@@ -107,7 +108,11 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         """
         if not kw:
             return self.session
-        return super().__call__(**kw)
+        if self.registry.has():
+            return super().__call__(**kw)  # SQLAlchemy's error
+        session = self._create(**kw)
+        self.registry.set(session)
+        return session
 
     def remove(self, rope_name: str | None = None) -> None:
         """Close the current session; the next use makes a new one.

@@ -4,9 +4,9 @@
 over the current scope. It is also the scope's `Keeper`: it knows how its sessions are committed
 and closed. Outside any scope it hands over to another registry (`outside`).
 
-Each session carries a `Tie` as an attribute: which scope it belongs to and which connections it
-has had. Its ``info`` stays the application's. Three listeners on the session's class read it; one for each class, because listening on
-each session would cost a quarter of a small request.
+Each session carries a `Tie` as an attribute (its ``info`` stays the application's): which scope
+it belongs to and which connections it has had. Listeners on the session's class read it; on the
+class, because listening on each session would cost a quarter of a small request.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def tie(
     link.scope = scope
     link.registry = registry
     link.is_loose = False
-    link.transaction = session.get_transaction()  # a factory may have begun one
+    # A factory may have begun one.
+    link.transaction = session.get_transaction() if _TRANSACTION_TELLS else None
     link.connections = ()
     return link
 
@@ -109,8 +110,9 @@ def listen(session_class: type[Session]) -> None:
 
 def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     """Refuse to begin in a scope that has ended: nothing is checked out yet."""
-    # A session without a tie is one of a plain scoped_session, see `keepers_of`.
-    link: Tie = session.__dict__.get(_TIE) or tie(session)
+    link: Tie | None = session.__dict__.get(_TIE)
+    if link is None:
+        return  # of the same class, and none of ours
     scope = link.scope
     if scope is not None and scope._state:
         if transaction.parent is None:
@@ -119,7 +121,7 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
             session.reset()
         scope._raise_closed()
     if link.transaction is None:
-        link.transaction = transaction
+        link.transaction = transaction if _TRANSACTION_TELLS else None
     elif transaction.parent is None:
         link.connections = [c for c in link.known_connections() if not c.closed]
         link.transaction = transaction
@@ -132,7 +134,8 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
 
 def _on_connection(session: Session, _: SessionTransaction, connection: Connection) -> None:
     """Remember a connection that the session has begun to use."""
-    link: Tie = session.__dict__[_TIE]
+    # Without a tie it may be a session of a plain scoped_session: see `RemovalKeeper`.
+    link: Tie = session.__dict__.get(_TIE) or tie(session)
     known = [c for c in link.connections if c is not connection and not c.closed]
     link.connections = [*known, connection]
     _refuse_late(session, _, connection)
@@ -229,9 +232,11 @@ def close(session: Session) -> None:
         invalidate(session)
         raise
     link: Tie | None = session.__dict__.get(_TIE)
-    if link is not None and (link.connections or not is_open):
-        # An earlier close(), by the application, may have failed and forgotten its connection.
-        invalidate(session)
+    if link is not None:
+        if link.connections or not is_open:
+            # An earlier close(), by the application, may have failed and forgotten them.
+            invalidate(session)
+        link.transaction = None  # it refers to the session: a cycle for the garbage collector
 
 
 def _close_later(session: Session) -> None:
@@ -482,6 +487,9 @@ class RemovalKeeper(Keeper):
         return _nothing() if self.is_async else None
 
     def close(self, _: Any, /) -> Any:
+        session = self._sync_session()
+        if session is not None and _TIE not in session.__dict__:
+            tie(session)  # for `abandon`
         return self.scoped.remove()
 
     def drop(self, _: Any, /) -> None:

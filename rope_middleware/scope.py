@@ -37,6 +37,7 @@ __all__ = [
     "current",
     "current_scope",
     "is_async_callable",
+    "log_retry",
     "logger",
     "no_scope",
     "note_shared_session",
@@ -508,6 +509,11 @@ async def adrive(steps: _Steps[_T], step: _Step, close_timeout: float) -> _T:
         return cast("_T", stop.value)
 
 
+def log_retry(scope: Scope, number: int, of: int) -> None:
+    """Log that a request is run again because the database refused its transaction."""
+    logger.warning("retry %d of %d of %r: %s", number, of, scope.name, class_of(scope._refused))
+
+
 def class_of(error: BaseException | None) -> str:
     """Name the class of `error`, and of the driver's error inside of it.
 
@@ -666,7 +672,10 @@ class open_scope:  # noqa: N801 - used like a function
         return scope
 
     def _leave(self, error: BaseException | None) -> tuple[Scope, Token[Scope], bool, str]:
-        scope, token = self._entered.pop()
+        # Threads and tasks may share one object, and need not leave in the order they came.
+        here = current.get(None)
+        mine = [number for number, (scope, _) in enumerate(self._entered) if scope is here]
+        scope, token = self._entered.pop(mine[-1] if mine else -1)
         if error is not None:
             note_shared_session(error)
         commit = self._commit and error is None and not scope._doomed

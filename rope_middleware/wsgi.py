@@ -22,6 +22,7 @@ from rope_middleware.scope import (
     class_of,
     current,
     drive,
+    log_retry,
     logger,
     note_shared_session,
     unbind,
@@ -109,7 +110,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
                 scope, response = self._serve_try(replay.environ(), start_response, is_last=False)
                 if response is not _AGAIN:
                     return response
-                logger.warning("trying %r again: %s", scope.name, class_of(scope._refused))
+                log_retry(scope, tried + 1, self._retries)
                 time.sleep(backoff(tried))
         return self._serve_try(replay.environ() if replay else environ, start_response)[1]
 

@@ -84,6 +84,16 @@ class Store:
     engine: AsyncEngine
     jenny: AsyncSessionJenny[AsyncSession]
     made: list[AsyncSession]
+    holding: int = 0
+
+    async def hold(self) -> None:
+        """Begin a transaction and keep it until cancelled; `holding` tells that it is begun."""
+        await self.jenny.execute(text("SELECT 1"))
+        self.holding += 1
+        try:
+            await never()
+        finally:
+            self.holding -= 1
 
     def held(self) -> int:
         return int(self.engine.pool.checkedout())  # type: ignore[attr-defined]
@@ -125,8 +135,11 @@ async def store(tmp_path: Path, anyio_backend: str) -> AsyncIterator[Store]:
         assert found.held() == 0, "a connection is still out of its pool"
     # The last word of the thread of a connection that was invalidated needs an open loop.
     await poll(
-        lambda: not any(
-            "_connection_worker" in thread.name for thread in set(threading.enumerate()) - before
+        lambda: (
+            not any(
+                "_connection_worker" in thread.name
+                for thread in set(threading.enumerate()) - before
+            )
         )
     )
 
@@ -676,11 +689,10 @@ async def test_S5_on_close_finishes_though_the_request_is_cancelled(store: Store
 
     async def handler() -> None:
         current_scope().on_close(later)
-        await store.jenny.execute(text("SELECT 1"))
-        await never()
+        await store.hold()
 
     task = asyncio.create_task(serve(handler))
-    await poll(lambda: store.held() == 1)
+    await poll(lambda: store.holding == 1)
     await cancel_again_and_again(task)
     assert order == ["finished"]
 
@@ -786,12 +798,11 @@ async def test_Y2_cancelled_again_and_again_while_it_closes(store: Store) -> Non
     done = make_slow(store.engine)
 
     async def handler() -> None:
-        await store.jenny.execute(text("SELECT 1"))
-        await never()
+        await store.hold()
 
     for _ in range(5):
         task = asyncio.create_task(serve(handler))
-        await poll(lambda: store.held() == 1)
+        await poll(lambda: store.holding == 1)
         await cancel_again_and_again(task)
         assert store.held() == 0
     assert done == ["rollback"] * 5
@@ -843,14 +854,13 @@ async def test_Y2_in_an_anyio_task_group_that_is_cancelled(store: Store) -> None
     done = make_slow(store.engine)
 
     async def handler() -> None:
-        await store.jenny.execute(text("SELECT 1"))
-        await never()
+        await store.hold()
 
     for _ in range(3):
         async with anyio.create_task_group() as group:
             group.start_soon(serve, handler)
             group.start_soon(serve, handler)
-            await poll(lambda: store.held() == 2)
+            await poll(lambda: store.holding == 2)
             group.cancel_scope.cancel()
         assert store.held() == 0
     assert done == ["rollback"] * 6
@@ -861,12 +871,11 @@ async def test_Y2_in_an_asyncio_task_group_whose_other_task_fails(store: Store) 
     make_slow(store.engine)
 
     async def fail() -> None:
-        await poll(lambda: store.held() == 1)
+        await poll(lambda: store.holding == 1)
         raise LookupError
 
     async def handler() -> None:
-        await store.jenny.execute(text("SELECT 1"))
-        await never()
+        await store.hold()
 
     with pytest.raises(ExceptionGroup):
         async with asyncio.TaskGroup() as group:
@@ -881,8 +890,7 @@ async def test_Y2_when_the_time_is_up(store: Store, how: str) -> None:
     done = make_slow(store.engine)
 
     async def handler() -> None:
-        await store.jenny.execute(text("SELECT 1"))
-        await never()
+        await store.hold()
 
     if how == "timeout":
         with pytest.raises(TimeoutError):
@@ -913,13 +921,11 @@ async def test_Y2_open_scope_is_shielded_too(store: Store) -> None:
 
     async def block() -> None:
         async with open_scope():
-            await store.jenny.execute(text("SELECT 1"))
-            await never()
+            await store.hold()
 
     @open_scope()
     async def decorated() -> None:
-        await store.jenny.execute(text("SELECT 1"))
-        await never()
+        await store.hold()
 
     async def remove() -> None:
         async with open_scope():
@@ -930,7 +936,7 @@ async def test_Y2_open_scope_is_shielded_too(store: Store) -> None:
 
     for work in (block, decorated):
         task = asyncio.create_task(work())
-        await poll(lambda: store.held() == 1)
+        await poll(lambda: store.holding == 1)
         await cancel_again_and_again(task)
         assert store.held() == 0
     removing = asyncio.Event()
@@ -950,12 +956,11 @@ async def test_Y2_several_sessions_are_all_closed_by_a_cancelled_scope(
         done_too = make_slow(second.engine)
 
         async def handler() -> None:
-            await store.jenny.execute(text("SELECT 1"))
             await second.jenny.execute(text("SELECT 1"))
-            await never()
+            await store.hold()
 
         task = asyncio.create_task(serve(handler))
-        await poll(lambda: (store.held(), second.held()) == (1, 1))
+        await poll(lambda: store.holding == second.held() == 1)
         await cancel_again_and_again(task)
         assert (store.held(), second.held()) == (0, 0)
         assert done == done_too == ["rollback"]
@@ -1041,11 +1046,10 @@ async def test_Y2_a_silent_database_does_not_hold_a_cancelled_request(store: Sto
     )
 
     async def handler() -> None:
-        await store.jenny.execute(text("SELECT 1"))
-        await never()
+        await store.hold()
 
     task = asyncio.create_task(serve(handler, close_timeout=0.2))
-    await poll(lambda: store.held() == 1)
+    await poll(lambda: store.holding == 1)
     await cancel_again_and_again(task)
     assert store.held() == 0
 
@@ -1060,13 +1064,12 @@ async def test_Y2_a_loop_that_ends_leaves_no_task_behind(tmp_path: Path) -> None
 
             async def handler() -> None:
                 try:
-                    await store.jenny.execute(text("SELECT 1"))
-                    await never()
+                    await store.hold()
                 finally:
                     await asyncio.sleep(0)
 
             task = asyncio.create_task(serve(handler))
-            await poll(lambda: store.held() == 1)
+            await poll(lambda: store.holding == 1)
 
             async def last() -> None:
                 try:

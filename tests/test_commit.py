@@ -56,9 +56,7 @@ class Child(Base):
 
     __tablename__ = "child"
     n: Mapped[int] = mapped_column(primary_key=True)
-    parent: Mapped[int] = mapped_column(
-        ForeignKey("row.n", deferrable=True, initially="DEFERRED")
-    )
+    parent: Mapped[int] = mapped_column(ForeignKey("row.n", deferrable=True, initially="DEFERRED"))
 
 
 # --------------------------------------------------------------------------------------------
@@ -1731,7 +1729,7 @@ def test_C6_never_after_a_session_committed(web: Web) -> None:
 
 
 def test_C6_a_commit_that_only_read_forbids_a_retry_as_well(web: Web) -> None:
-    """"A session of this scope committed" is told by the commit, not by what it wrote."""
+    """ "A session of this scope committed" is told by the commit, not by what it wrote."""
     tries: list[int] = []
     locks: list[Lock] = []
 
@@ -1796,9 +1794,7 @@ def test_C6_on_commit_runs_for_the_try_that_committed(web: Web, lock: Lock) -> N
     assert called == [3]
 
 
-def test_C6_each_retry_is_logged(
-    web: Web, lock: Lock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_C6_each_retry_is_logged(web: Web, lock: Lock, caplog: pytest.LogCaptureFixture) -> None:
     """The line says which request, which try and the error's class."""
     caplog.set_level(logging.DEBUG, "rope_middleware")
     tries: list[int] = []

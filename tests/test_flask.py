@@ -186,7 +186,7 @@ def test_flask_a_test_request_context(app: flask.Flask, session: Made, engine: E
 def test_flask_a_client_that_preserves_its_context(
     app: flask.Flask, session: Made, engine: Engine
 ) -> None:
-    """`with client:` keeps the context, and the session, until the block ends."""
+    """`with client:` pushes the request's context again, with another session, until its end."""
 
     @app.route("/")
     def view() -> str:
@@ -195,8 +195,9 @@ def test_flask_a_client_that_preserves_its_context(
 
     with app.test_client() as client:
         client.get("/")
-        assert session() is flask.g.mine
-        mine = session()
+        assert_over(flask.g.mine, engine)
+        mine = use(session)
+        assert mine is not flask.g.mine
         assert checked_out(engine) == 1
     gc.collect()
     assert_over(mine, engine)
@@ -418,6 +419,30 @@ def test_flask_a_thread_that_shares_the_context_shares_the_session(
     assert checked_out(engine) == 0
 
 
+def test_flask_threads_that_race_for_the_context_share_the_session(engine: Engine) -> None:
+    """Two threads are at the same time where the context's scope is made; it is one scope."""
+    both = threading.Barrier(2, timeout=30)
+
+    class Slow(flask.Flask):
+        waits = False
+
+        @property
+        def name(self) -> str:  # type: ignore[override]
+            if self.waits:
+                both.wait()
+            return "slow"
+
+    app = Slow("application")
+    session = flask_scoped_session(sessionmaker(engine), app)
+    with app.app_context(), ThreadPoolExecutor(2) as pool:
+        app.waits = True
+        futures = [pool.submit(contextvars.copy_context().run, session) for _ in range(2)]
+        assert futures[0].result(60) is futures[1].result(60)
+        app.waits = False
+        assert use(session) is futures[0].result()
+    assert checked_out(engine) == 0
+
+
 def test_flask_a_thread_without_the_context_has_none(app: flask.Flask, session: Made) -> None:
     """Nothing is thread-local."""
 
@@ -434,8 +459,8 @@ def test_flask_outside_of_a_context_it_hangs_by_a_rope(session: Made, engine: En
     """Scripts and shells need no context."""
 
     def script() -> Session:
-        mine = use(session)
-        assert session() is mine
+        mine = session()
+        assert use(session) is mine
         assert session.rope.session is mine
         assert session._ropes
         return mine
@@ -485,7 +510,7 @@ def test_flask_beside_the_middleware(app: flask.Flask, session: Made, engine: En
     @app.route("/")
     def view() -> str:
         scopes.append(current_scope())
-        assert use(jenny.session) is not use(session)
+        assert use(jenny) is not use(session)
         assert checked_out(engine) == 2
         return "both"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -170,6 +171,38 @@ def test_J6_threads_that_race_for_the_first_use_get_one_session(engine: Engine) 
                 assert set(closed) == set(made) - sessions
                 assert {jenny.session} == sessions
             assert set(closed) == set(made)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_S4_a_session_that_is_made_while_the_scope_ends(engine: Engine, begun: bool) -> None:
+    """The scope is over when the factory returns: the session is refused and given back."""
+    asked, ended = threading.Event(), threading.Event()
+
+    def factory() -> Session:
+        asked.set()
+        assert ended.wait(30)
+        return use(Session(engine)) if begun else Session(engine)
+
+    jenny = SessionJenny(factory)
+
+    def work() -> None:
+        gc.disable()  # the garbage collector would do it, some time
+        try:
+            with pytest.raises(ScopeClosedError) as caught:
+                _ = jenny.session
+            assert checked_out(engine) == 0
+            assert caught.value is not None
+        finally:
+            gc.enable()
+
+    with ThreadPoolExecutor(1) as pool:
+        with open_scope() as scope:
+            future = pool.submit(contextvars.copy_context().run, work)
+            assert asked.wait(30)
+        assert scope.closed
+        ended.set()
+        future.result(30)
+    assert not scope._sessions
 
 
 def test_J6_the_race_without_a_barrier(jenny: Jenny) -> None:

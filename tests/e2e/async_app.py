@@ -466,7 +466,9 @@ class Client:
         return status, headers, await self.reader.read()
 
 
-async def mixed_load(host: str, port: int, *, requests: int, clients: int, seed: int) -> dict[str, int]:
+async def mixed_load(
+    host: str, port: int, *, requests: int, clients: int, seed: int
+) -> dict[str, int]:
     """Send `requests`: a third is cut off at a random moment, a third raises, a third is well.
 
     Returns:

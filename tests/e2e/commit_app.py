@@ -49,9 +49,7 @@ class Child(Base):
 
     __tablename__ = "child"
     n: Mapped[int] = mapped_column(primary_key=True)
-    parent: Mapped[int] = mapped_column(
-        ForeignKey("row.n", deferrable=True, initially="DEFERRED")
-    )
+    parent: Mapped[int] = mapped_column(ForeignKey("row.n", deferrable=True, initially="DEFERRED"))
 
 
 class Data(Base):
@@ -203,9 +201,7 @@ class _Quiet(werkzeug.serving.WSGIRequestHandler):
 @contextmanager
 def serve_wsgi(app: Callable[..., Any]) -> Iterator[int]:
     """Run a WSGI application under werkzeug's threaded server; the port."""
-    server = werkzeug.serving.make_server(
-        HOST, 0, app, threaded=True, request_handler=_Quiet
-    )
+    server = werkzeug.serving.make_server(HOST, 0, app, threaded=True, request_handler=_Quiet)
     # Connections that a test has left open would be waited for.
     server.daemon_threads = True  # type: ignore[attr-defined]
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

@@ -119,9 +119,7 @@ class Database:
                 " WHERE datname = %s AND backend_type = 'client backend'",
                 (self.name,),
             ).fetchall()
-        return [
-            Backend(*row) for row in rows if state is None or (row[1] or "").startswith(state)
-        ]
+        return [Backend(*row) for row in rows if state is None or (row[1] or "").startswith(state)]
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:

@@ -173,9 +173,7 @@ class Load:
     ("kind", "requests"),
     [("asgi-asyncpg", 2000), ("asgi-psycopg", 600), ("asgi-threads", 600), ("wsgi", 2000)],
 )
-def test_C2_C3_nothing_lost_nothing_invented(
-    kind: str, requests: int, database: Database
-) -> None:
+def test_C2_C3_nothing_lost_nothing_invented(kind: str, requests: int, database: Database) -> None:
     """2,000 writes while the server cuts connections, commits fail and clients leave."""
     number = seed(20260706)
     make, driver = WRITERS[kind]
@@ -261,9 +259,7 @@ def test_C2_C3_nothing_lost_when_the_server_is_killed(database: Database) -> Non
 class Failing:
     """Handlers whose commit fails for one of three reasons, one framework around each."""
 
-    def __init__(
-        self, database: Database, cause: str, make_engine: Callable[..., Engine]
-    ) -> None:
+    def __init__(self, database: Database, cause: str, make_engine: Callable[..., Engine]) -> None:
         self.database = database
         self.cause = cause
         level = {"isolation_level": "SERIALIZABLE"} if cause == "serialization" else {}
@@ -751,6 +747,7 @@ def test_C7_two_phase_sessions_are_all_prepared_before_one_commits(
 
 def test_C7_two_phase_in_open_scope(database: Database) -> None:
     """The same by hand, with an async session where the driver can."""
+
     async def main() -> None:
         engine = create_async_engine(database.url("psycopg"), **POOL)
         jenny = AsyncSessionJenny(async_sessionmaker(engine, twophase=True))

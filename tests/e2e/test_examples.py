@@ -30,7 +30,7 @@ def counter(folder: Path, **env: str) -> Iterator[tuple[Command, str]]:
 
 
 def visit(url: str) -> int:
-    response = httpx.get(url, timeout=PATIENCE)
+    response = httpx.get(url, timeout=PATIENCE, verify=False)
     assert response.status_code == 200, response.text
     return int(response.text)
 

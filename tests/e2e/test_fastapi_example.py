@@ -82,9 +82,7 @@ def test_C1_the_fastapi_example_leaves_the_database_to_others(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("database", ["aiosqlite", "asyncpg"])
-def test_C1_C6_the_fastapi_example_counts_exactly_under_load(
-    database: str, tmp_path: Path
-) -> None:
+def test_C1_C6_the_fastapi_example_counts_exactly_under_load(database: str, tmp_path: Path) -> None:
     """1,024 requests from 32 clients get each number from 1 to 1,024 once."""
     if database == "aiosqlite":
         with counter(tmp_path) as (command, port):

@@ -24,8 +24,6 @@ from rope_middleware import RopeMiddleware, Scope, ScopeClosedError, SessionJenn
 from tests.conftest import Data, MakeEngine, checked_out, nothing_checked_out
 from tests.e2e.servers import ASYNCIO_SERVERS, PATIENCE, eventually, serve
 
-SECONDS = 10 * PATIENCE
-
 
 class App(SimpleNamespace):
     """An API, its jenny, and what its handlers have noted down."""
@@ -43,7 +41,7 @@ class App(SimpleNamespace):
 
     def serve_and_get(self, server: str, path: str) -> httpx.Response:
         with serve(self.api, server) as running:
-            return httpx.get(running.url + path, timeout=SECONDS)
+            return running.get(path)
 
     def all_noted_one_session(self, *who: str) -> None:
         """All of `who`, and nobody else, saw the same session and scope, which has ended."""
@@ -95,7 +93,7 @@ def test_C1_a_sync_view_counts(app: App, server: str) -> None:
         resp.content = str(data.count)
 
     with serve(app.api, server) as running:
-        answers = [httpx.get(running.url, timeout=SECONDS).text for _ in range(3)]
+        answers = [running.get().text for _ in range(3)]
     assert answers == ["1", "2", "3"]
     assert count_of(app.engine) == 3
 
@@ -178,9 +176,9 @@ def test_J2_a_view_that_needs_no_session_makes_none(engine: Engine, server: str)
         resp.text = str(jenny.session.query(Data).count())
 
     with serve(api, server) as running:
-        assert httpx.get(running.url + "/idle?q=1", timeout=SECONDS).text == "GET /idle"
+        assert running.get("/idle?q=1").text == "GET /idle"
         assert not made
-        assert httpx.get(running.url + "/busy", timeout=SECONDS).text == "1"
+        assert running.get("/busy").text == "1"
         assert len(made) == 1
 
 
@@ -477,7 +475,7 @@ def test_J4_api_background_task_has_a_session_of_its_own(app: App, server: str) 
         resp.text = "started"
 
     with serve(app.api, server) as running:
-        assert httpx.get(running.url, timeout=SECONDS).text == "started"
+        assert running.get().text == "started"
         app.all_noted_one_session("view")
         request_ended.set()
         futures[0].result(PATIENCE)
@@ -513,7 +511,7 @@ def test_J4_many_background_tasks_leave_nothing_behind(app: App, server: str) ->
         resp.text = "started"
 
     with serve(app.api, server) as running:
-        assert httpx.get(running.url, timeout=SECONDS).text == "started"
+        assert running.get().text == "started"
         eventually(lambda: len(seen) == 40 and len(failed) == 14, f"{len(seen)} {failed}")
         assert set(failed) == {"the task's own error"}
         nothing_checked_out(app.engine)
@@ -552,7 +550,7 @@ def test_S6_a_middleware_above_and_below_share_one_scope(app: App, server: str) 
         resp.text = "done"
 
     with serve(RopeMiddleware(app.api), server) as running:
-        assert httpx.get(running.url, timeout=SECONDS).text == "done"
+        assert running.get().text == "done"
     app.all_noted_one_session("view")
 
 
@@ -590,7 +588,7 @@ def test_S4_a_view_that_outlives_its_timeout_gets_scope_closed_error(
             ended.set()
 
     with serve(app.api, server) as running:
-        assert httpx.get(running.url, timeout=SECONDS).status_code == 504
+        assert running.get().status_code == 504
         eventually(lambda: app.notes[0][2].closed, "the scope has ended before its view")
         nothing_checked_out(engine)
         timed_out.set()
@@ -632,11 +630,11 @@ def test_S4_a_view_timed_out_within_a_statement_leaves_nothing(
         resp.text = str(app.jenny.session.query(Data).count())
 
     with serve(app.api, server) as running:
-        assert httpx.get(running.url + "/slow", timeout=SECONDS).status_code == 504
+        assert running.get("/slow").status_code == 504
         assert ended.wait(PATIENCE)
         nothing_checked_out(engine)
         assert len(outcome) == 1, outcome  # in the statement, or at the latest at the next use
-        assert httpx.get(running.url + "/fast", timeout=SECONDS).text == "1"
+        assert running.get("/fast").text == "1"
 
 
 def test_S4_many_timed_out_views_leave_a_pool_of_five_whole(
@@ -664,14 +662,14 @@ def test_S4_many_timed_out_views_leave_a_pool_of_five_whole(
     statuses: list[int] = []
 
     def client(number: int) -> None:
-        statuses.append(httpx.get(f"{running.url}/{number}", timeout=SECONDS).status_code)
+        statuses.append(running.get(f"/{number}").status_code)
 
     with serve(app.api, server) as running:
         threads = [threading.Thread(target=client, args=(number,)) for number in range(20)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(SECONDS)
+            thread.join(PATIENCE)
         eventually(lambda: running_views[0] == 0, "every view has ended")
         nothing_checked_out(engine)
     assert len(statuses) == 20

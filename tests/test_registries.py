@@ -1,0 +1,308 @@
+"""`RopeMiddleware(app, registries=[...])`: plain scoped_sessions that end with the request."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import httpx
+import pytest
+from sqlalchemy import Engine, select, text
+from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    NoScopeError,
+    ScopeClosedError,
+    SessionJenny,
+    WSGIRopeMiddleware,
+    current_scope,
+)
+from tests.conftest import Data, MakeEngine, checked_out
+
+# Asks an application that calls `view` for its answer: its status, or the error it raised.
+Ask = Callable[..., int]
+
+
+def ask_wsgi(view: Callable[[], None], registries: Iterable[Any], **options: Any) -> int:
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        view()
+        start_response("200 OK", [])
+        return [b""]
+
+    wrapped = WSGIRopeMiddleware(app, registries, **options)
+    with httpx.Client(transport=httpx.WSGITransport(app=wrapped)) as client:
+        return client.get("http://test/").status_code
+
+
+def ask_asgi(
+    view: Callable[[], None],
+    registries: Iterable[Any],
+    backend: str = "asyncio",
+    **options: Any,
+) -> int:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await anyio.to_thread.run_sync(view)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def main() -> int:
+        wrapped = ASGIRopeMiddleware(app, registries, **options)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=wrapped)) as client:
+            return (await client.get("http://test/")).status_code
+
+    return anyio.run(main, backend=backend)
+
+
+def ask_asgi_on_trio(view: Callable[[], None], registries: Iterable[Any], **options: Any) -> int:
+    return ask_asgi(view, registries, backend="trio", **options)
+
+
+@pytest.fixture(params=[ask_wsgi, ask_asgi, ask_asgi_on_trio], ids=lambda f: f.__name__)
+def ask(request: pytest.FixtureRequest) -> Ask:
+    """Serve one request by an application of either protocol."""
+    return request.param  # type: ignore[no-any-return]
+
+
+def scoped(engine: Engine, **options: Any) -> scoped_session[Session]:
+    """Make the scoped_session that the documentation tells to make."""
+    return scoped_session(sessionmaker(engine, **options), scopefunc=current_scope)
+
+
+def use(session: Any) -> None:
+    """Have the session check out a connection."""
+    session.execute(text("SELECT 1"))
+
+
+def errors_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what our logger has said of level ERROR."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "rope_middleware" and record.levelno >= logging.ERROR
+    ]
+
+
+def test_S3_a_plain_scoped_session_ends_with_the_request(ask: Ask, engine: Engine) -> None:
+    """It has one session for each request, and leaves nothing in its registry."""
+    plain = scoped(engine)
+    seen: list[Session] = []
+
+    def view() -> None:
+        seen.append(plain())
+        use(plain)
+        plain.add(Data(count=9))
+        plain.flush()
+        assert plain() is seen[-1]
+        assert checked_out(engine) == 1
+
+    for _ in range(2):
+        assert ask(view, [plain]) == 200
+        assert checked_out(engine) == 0
+    assert seen[0] is not seen[1]
+    registry: Any = plain.registry
+    assert registry.registry == {}
+    with Session(engine) as session:
+        assert session.scalars(select(Data.count)).all() == [0]
+
+
+def test_S3_without_registries_it_stays(engine: Engine) -> None:
+    """What the list is for: a registry that it does not name keeps the session, and the scope."""
+    plain = scoped(engine)
+    ask_wsgi(lambda: use(plain), [])
+    registry: Any = plain.registry
+    assert len(registry.registry) == 1
+    assert checked_out(engine) == 1
+    for session in registry.registry.values():
+        session.close()
+
+
+def test_S3_a_request_that_does_not_use_it_makes_no_session(ask: Ask, engine: Engine) -> None:
+    """Nor does the end of the request."""
+    made: list[Session] = []
+
+    def factory() -> Session:
+        made.append(Session(engine))
+        return made[-1]
+
+    plain = scoped_session(factory, scopefunc=current_scope)  # type: ignore[arg-type]
+    assert ask(lambda: None, [plain]) == 200
+    assert made == []
+
+
+def test_S3_many_registries_and_a_jenny(ask: Ask, make_engine: MakeEngine) -> None:
+    """Each is removed, in one request with a jenny, which needs no mention."""
+    engines = [make_engine() for _ in range(4)]
+    plains = [scoped(engine) for engine in engines[:3]]
+    jenny = SessionJenny(sessionmaker(engines[3]))
+
+    def view() -> None:
+        for each in (*plains, jenny):
+            use(each())
+        assert [checked_out(engine) for engine in engines] == [1, 1, 1, 1]
+
+    assert ask(view, iter(plains)) == 200
+    assert [checked_out(engine) for engine in engines] == [0, 0, 0, 0]
+    assert ask(view, tuple(plains)) == 200
+    assert [checked_out(engine) for engine in engines] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_S3_one_whose_remove_raises_does_not_keep_the_others(
+    ask: Ask, make_engine: MakeEngine, position: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged, the response stands, and its connection is back as well."""
+
+    class CannotClose(Session):
+        def close(self) -> None:
+            raise RuntimeError("cannot close")
+
+    engines = [make_engine(pool_size=1) for _ in range(3)]
+    plains = [
+        scoped(engine, class_=CannotClose if number == position else Session)
+        for number, engine in enumerate(engines)
+    ]
+
+    def view() -> None:
+        for plain in plains:
+            use(plain)
+
+    for _ in range(2):
+        caplog.clear()
+        assert ask(view, plains) == 200
+        assert [checked_out(engine) for engine in engines] == [0, 0, 0]
+        assert len(errors_in(caplog)) == 1
+        assert "RuntimeError" in errors_in(caplog)[0]
+
+
+def test_S3_one_whose_scoped_session_itself_cannot_remove(
+    ask: Ask, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An overridden `remove()` that raises does no harm, either."""
+
+    class Broken(scoped_session[Session]):
+        def remove(self) -> None:
+            raise RuntimeError("cannot remove")
+
+    engines = [make_engine(pool_size=1), make_engine(pool_size=1)]
+    plains = [Broken(sessionmaker(engines[0]), scopefunc=current_scope), scoped(engines[1])]
+
+    def view() -> None:
+        for plain in plains:
+            use(plain)
+
+    assert ask(view, plains) == 200
+    assert [checked_out(engine) for engine in engines] == [0, 0]
+    assert len(errors_in(caplog)) == 1
+
+
+def test_S3_an_error_of_the_application_comes_out(ask: Ask, engine: Engine) -> None:
+    """And its session is removed."""
+    plain = scoped(engine)
+
+    def view() -> None:
+        use(plain)
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        ask(view, [plain])
+    assert checked_out(engine) == 0
+
+
+def test_S6_outside_of_a_request_there_is_no_session(engine: Engine) -> None:
+    """`scopefunc=current_scope` refuses, where a thread-local registry would make one."""
+    with pytest.raises(NoScopeError):
+        scoped(engine)()
+
+
+def test_C2_a_plain_scoped_session_is_committed(ask: Ask, engine: Engine) -> None:
+    """With `commit_on_success` it takes part in the commit, and in the roll-back."""
+    plain = scoped(engine)
+
+    def view() -> None:
+        plain.add(Data(count=9))
+
+    def doomed() -> None:
+        plain.add(Data(count=10))
+        plain.flush()
+        current_scope().doom()
+
+    assert ask(view, [plain], commit_on_success=True) == 200
+    assert ask(doomed, [plain], commit_on_success=True) == 200
+    assert checked_out(engine) == 0
+    with Session(engine) as session:
+        assert sorted(session.scalars(select(Data.count))) == [0, 9]
+
+
+def test_S5_when_on_close_runs_the_registries_are_empty(ask: Ask, engine: Engine) -> None:
+    """They belong to the scope's sessions, which are closed by then."""
+    plain = scoped(engine)
+    seen: list[int] = []
+
+    def view() -> None:
+        use(plain)
+        current_scope().on_close(lambda: seen.append(checked_out(engine)))
+
+    ask(view, [plain])
+    assert seen == [0]
+
+
+def test_S4_a_scoped_session_that_is_reached_too_late(ask: Ask, engine: Engine) -> None:
+    """`current_scope()` is its key, and raises there; no session is made or kept."""
+    plain = scoped(engine)
+    contexts: list[contextvars.Context] = []
+    ask(lambda: contexts.append(contextvars.copy_context()), [plain])
+    with pytest.raises(ScopeClosedError):
+        contexts[0].run(plain)
+    registry: Any = plain.registry
+    assert registry.registry == {}
+
+
+# -- async ---------------------------------------------------------------------------------------
+
+
+def test_Y1_a_plain_async_scoped_session_ends_with_the_request(
+    tmp_path: Path, engine: Engine, no_leaks: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside a sync one, also where its `remove()` raises."""
+
+    async def main() -> None:
+        async_engine = create_async_engine(
+            f"sqlite+aiosqlite:///{tmp_path}/async.sqlite", pool_size=1, max_overflow=0
+        )
+        pool: Any = async_engine.pool
+        plain = scoped(engine)
+        fine = async_scoped_session(async_sessionmaker(async_engine), scopefunc=current_scope)
+        broken = Broken(async_sessionmaker(async_engine), scopefunc=current_scope)
+        used: list[Any] = [fine]
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await used[0].execute(text("SELECT 1"))
+            assert pool.checkedout() == 1
+            await anyio.to_thread.run_sync(use, plain)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        wrapped = ASGIRopeMiddleware(app, [broken, fine, plain])
+        try:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=wrapped)) as client:
+                for each, errors in ((fine, 0), (broken, 1), (fine, 1)):
+                    used[0] = each
+                    assert (await client.get("http://test/")).status_code == 200
+                    assert pool.checkedout() == 0
+                    assert checked_out(engine) == 0
+                    assert len(errors_in(caplog)) == errors
+        finally:
+            await async_engine.dispose()
+
+    class Broken(async_scoped_session[Any]):
+        async def remove(self) -> None:
+            raise RuntimeError("cannot remove")
+
+    anyio.run(main)
