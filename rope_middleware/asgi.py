@@ -7,6 +7,7 @@ request's body to the next one.
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Awaitable, Callable, MutableMapping
 from threading import get_ident
 from typing import Any, TypeAlias
@@ -293,7 +294,12 @@ class _Gate:
             self._scope._doomed = True  # nothing later in the scope commits, either
             await self._scope._afinish(self._scope._rollback_steps(self._why))
         else:
-            await self._scope._afinish(self._scope._commit_steps())
+            try:
+                await self._scope._afinish(self._scope._commit_steps())
+            except CancelledError:
+                if self._scope._committed:  # and only then cancelled
+                    self._response = _WAITING
+                raise
             self._commits = True
 
     async def _replace(self) -> None:

@@ -32,7 +32,7 @@ from rope_middleware.registry import (
     has_nothing_open,
     invalidate,
 )
-from rope_middleware.scope import AsyncScope, Scope, current, current_scope
+from rope_middleware.scope import CLOSE_TIMEOUT, AsyncScope, Scope, current, current_scope
 
 __all__ = ["AsyncSessionJenny"]
 
@@ -194,4 +194,4 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         """
         closing = self.registry.remove()
         if closing is not None:
-            await finish(closing)
+            await finish(closing, grace=CLOSE_TIMEOUT)

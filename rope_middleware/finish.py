@@ -77,7 +77,10 @@ async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _
             timer.cancel()
         if not task.cancelled():
             task.exception()  # retrieved: cancellation is what the caller has to hear
-        raise cancelled
+        try:
+            raise cancelled
+        finally:
+            del cancelled  # its traceback refers to this frame
     return task.result()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any, Generic, TypeVar, cast
@@ -27,6 +28,7 @@ from sqlalchemy.util import ScopedRegistry
 from rope_middleware.errors import CrossLoopError, RopeError
 from rope_middleware.finish import running_loop
 from rope_middleware.scope import (
+    CLOSE_TIMEOUT,
     AsyncScope,
     Keeper,
     Scope,
@@ -64,7 +66,7 @@ _listening_to: WeakSet[type[Session]] = WeakSet()
 class Tie:
     """What a session must know of where it comes from; an attribute of the session."""
 
-    __slots__ = ("connections", "is_loose", "registry", "scope", "transaction")
+    __slots__ = ("connections", "flush", "is_loose", "registry", "scope", "transaction")
 
     scope: Scope | None
     registry: ScopeRegistry[Any] | None
@@ -73,6 +75,7 @@ class Tie:
     # known beforehand. From SQLAlchemy 2.1.7 on the transaction tells them.
     transaction: SessionTransaction | None
     connections: Collection[Connection]
+    flush: tuple[SessionTransaction, int] | None  # the last one, and the thread it ran in
 
     def known_connections(self) -> Collection[Connection]:
         """Return the connections that the session has used since it was last seen idle."""
@@ -95,6 +98,7 @@ def tie(
     # A factory may have begun one.
     link.transaction = session.get_transaction() if _TRANSACTION_TELLS else None
     link.connections = ()
+    link.flush = None
     return link
 
 
@@ -112,7 +116,10 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     """Refuse to begin in a scope that has ended: nothing is checked out yet."""
     link: Tie | None = session.__dict__.get(_TIE)
     if link is None:
-        return  # of the same class, and none of ours
+        scope = current.get(None)
+        if scope is None or not any(_is_of(keeper, session) for keeper in scope._registries):
+            return  # of the same class, and none of ours
+        link = tie(session, scope)
     scope = link.scope
     if scope is not None and scope._state:
         if transaction.parent is None:
@@ -124,12 +131,24 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
         link.transaction = transaction if _TRANSACTION_TELLS else None
     elif transaction.parent is None:
         link.connections = [c for c in link.known_connections() if not c.closed]
-        link.transaction = transaction
+        link.transaction = transaction if _TRANSACTION_TELLS else None
+    elif not transaction.nested:
+        # The transaction within a transaction that SQLAlchemy opens for each flush.
+        link.flush = transaction, threading.get_ident()
     if scope is not None and link.registry is not None:
         if link.is_loose:
             link.registry._take_back(link, session)
         if link.registry.is_async:
-            check_loop(cast("AsyncScope", scope))
+            try:
+                check_loop(cast("AsyncScope", scope))
+            except CrossLoopError:
+                if transaction.parent is None:
+                    session.reset()
+                raise
+
+
+def _is_of(keeper: Keeper, session: Session) -> bool:
+    return isinstance(keeper, RemovalKeeper) and keeper.find() is session
 
 
 def _on_connection(session: Session, _: SessionTransaction, connection: Connection) -> None:
@@ -218,20 +237,26 @@ def close(session: Session) -> None:
     Raises:
         BaseException: what ``session.close()`` raised.
     """
+    link: Tie | None = session.__dict__.get(_TIE)
     is_open = session.get_transaction() is not None
+    if link is not None and link.flush is not None:
+        _wait_for_flush(link)
     try:
         if type(session).close is not _SESSION_CLOSE or "close" in session.__dict__:
             session.close()  # somebody has overridden it
+            if is_open and session.get_transaction() is not None:
+                session.reset()  # somebody's does something else
         else:
             # close() without "permanently closed" (Session.close_resets_only=False), after
             # which SQLAlchemy's own error would come before ours.
             session.reset()
     except BaseException as error:
-        if isinstance(error, IllegalStateChangeError):
-            _close_later(session)
+        if isinstance(error, IllegalStateChangeError) and link is not None:
+            _close_later(session, link)
         invalidate(session)
+        with suppress(Exception):
+            session.reset()  # what is left of its transaction must not be used any more
         raise
-    link: Tie | None = session.__dict__.get(_TIE)
     if link is not None:
         if link.connections or not is_open:
             # An earlier close(), by the application, may have failed and forgotten them.
@@ -239,16 +264,40 @@ def close(session: Session) -> None:
         link.transaction = None  # it refers to the session: a cycle for the garbage collector
 
 
-def _close_later(session: Session) -> None:
+def _wait_for_flush(link: Tie) -> None:
+    """Let a flush end that another thread is in the middle of.
+
+    Its next statement would land on a connection that is back in the pool already, and be
+    committed by whoever has it then.
+    """
+    flush, link.flush = link.flush, None
+    if flush is None or flush[1] == threading.get_ident() or running_loop() is not None:
+        return  # nobody can be waited for here
+    deadline = time.monotonic() + CLOSE_TIMEOUT
+    while flush[0].is_active and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def _close_later(session: Session, link: Tie) -> None:
     """Close a session that a call of another thread is using: its connection must not stay out.
 
-    If that call waits for its connection, it gives it back when it comes; if it has got it
-    meanwhile, the second close() does.
+    A call that waits for its connection gives it back when it comes. One that has it (a commit,
+    say) is let end first.
     """
     if _TRANSACTION_TELLS:
         event.listen(session, "after_begin", _refuse_late)
-    with suppress(IllegalStateChangeError):
-        session.reset()
+    deadline = time.monotonic() + CLOSE_TIMEOUT
+    while True:
+        with suppress(IllegalStateChangeError):
+            session.reset()
+            return
+        if (
+            all(connection.closed for connection in link.known_connections())
+            or running_loop() is not None
+            or time.monotonic() > deadline
+        ):
+            return
+        time.sleep(0.001)
 
 
 def check_session(session: object, expected: type, factory: object, example: str) -> None:
@@ -308,7 +357,9 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         if scope is None:
             self.outside.clear()
         else:
-            self._let_go(scope)
+            session = self._let_go(scope)
+            if session is not None and not self.is_idle(session):
+                scope._keep(copy.copy(self), session)
 
     def remove(self) -> Any:
         """Close the current session, if there is one; the next use makes a new one.
@@ -345,9 +396,13 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             listen(type(proper))
             self._listening = type(proper)
         tie(proper, scope, self)  # before another thread can see it
-        kept = scope._keep(self, session)
-        if kept is not session:
-            self.drop(session)
+        kept = None
+        try:
+            kept = scope._keep(self, session)
+        finally:
+            if kept is not session:  # another thread was first, or the scope has ended
+                self.abandon(session)
+                self.drop(session)
         return cast("_T", kept)
 
     def _let_go(self, scope: Scope) -> _T | None:
@@ -448,7 +503,7 @@ class RemovalKeeper(Keeper):
         # An async_sessionmaker's class is no Session; its sessions' inner one is.
         listen(session_class if issubclass(session_class, Session) else Session)
 
-    def _sync_session(self) -> Any:
+    def find(self) -> Any:
         """Return the Session proper, or None."""
         if self.registry is None or not self.registry.has():
             return None
@@ -458,14 +513,17 @@ class RemovalKeeper(Keeper):
     def is_idle(self, _: Any, /) -> bool:
         if self.registry is None:
             return False
-        session = self._sync_session()
+        try:
+            session = self.find()
+        except Exception:  # its scopefunc's: close() is going to say so
+            return False
         if session is None:
             return True
         # The end of an async_scoped_session has to be awaited, whatever it has open.
         return not self.is_async and has_nothing_open(session)
 
     def is_twophase(self, _: Any, /) -> bool:
-        return bool(getattr(self._sync_session(), "twophase", False))
+        return bool(getattr(self.find(), "twophase", False))
 
     def flush(self, _: Any, /) -> Any:
         return self._call("flush")
@@ -487,20 +545,34 @@ class RemovalKeeper(Keeper):
         return _nothing() if self.is_async else None
 
     def close(self, _: Any, /) -> Any:
-        session = self._sync_session()
-        if session is not None and _TIE not in session.__dict__:
-            tie(session)  # for `abandon`
-        return self.scoped.remove()
+        return self._aclose() if self.is_async else self._close()
+
+    def _close(self) -> None:
+        session = self.find()
+        self.scoped.remove()
+        _forget(session)
+
+    async def _aclose(self) -> None:
+        session = self.find()
+        await self.scoped.remove()
+        _forget(session)
 
     def drop(self, _: Any, /) -> None:
         if not self.is_async:
-            self.scoped.remove()
+            self._close()
 
     def abandon(self, _: Any, /) -> None:
-        session = self._sync_session()
+        session = self.find()
         if session is not None and self.registry is not None:
             self.registry.clear()
             invalidate(session)
+
+
+def _forget(session: Session | None) -> None:
+    """Drop what a closed session's tie refers to: a cycle for the garbage collector."""
+    link: Tie | None = None if session is None else session.__dict__.get(_TIE)
+    if link is not None:
+        link.transaction = link.flush = None
 
 
 async def _nothing() -> None:
@@ -515,4 +587,9 @@ def keepers_of(registries: Iterable[Any]) -> tuple[Keeper, ...]:
     """
     if hasattr(registries, "remove") and hasattr(registries, "registry"):
         raise TypeError(f"registries= takes a list of scoped_session objects: [{registries!r}].")
-    return tuple(RemovalKeeper(scoped) for scoped in registries)
+    # A jenny's session is the scope's anyway.
+    return tuple(
+        RemovalKeeper(scoped)
+        for scoped in registries
+        if not isinstance(getattr(scoped, "registry", None), ScopeRegistry)
+    )

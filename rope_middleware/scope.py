@@ -16,6 +16,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from functools import partial, wraps
 from types import TracebackType
@@ -57,7 +58,7 @@ CLOSE_TIMEOUT = 10.0
 
 logger = logging.getLogger("rope_middleware")
 
-current: ContextVar[Scope] = ContextVar("rope_middleware.scope")
+current: ContextVar[Scope | None] = ContextVar("rope_middleware.scope")
 """The scope that is open here. The only global state of the package."""
 
 
@@ -140,6 +141,7 @@ class Scope:
     _on_commit: list[Callable[[], Any]] | None = None
     _on_close: list[Callable[[], Any]] | None = None
     _info: dict[Any, Any] | None = None
+    _left: tuple[Scope | None] | None = None  # what was current before, once left: see `_leave`
     _doomed = False
     _committed = False  # a session has committed something: see C6
     _refused: BaseException | None = None  # the database asked to try again: see C6
@@ -211,6 +213,8 @@ class Scope:
         if self._on_close is None:
             self._on_close = []
         self._on_close.append(fn)
+        if self._state:  # it has ended in this instant, and may have passed over `fn`
+            self._raise_closed()
 
     def _check_callback(self, fn: Callable[[], object], method: str) -> None:
         if self._state:
@@ -293,7 +297,7 @@ class Scope:
             fn = self._on_commit.pop(0)
             try:
                 yield from _call_steps(fn)
-            except Exception:
+            except (Exception, asyncio.CancelledError):
                 logger.exception("on_commit function %r of %r failed", fn, self.name)
 
     def _rollback_steps(self, why: str) -> _Steps[None]:
@@ -336,7 +340,7 @@ class Scope:
         for fn in reversed(self._on_close or ()):
             try:
                 yield from _call_steps(fn)
-            except Exception:
+            except (Exception, asyncio.CancelledError):
                 logger.exception("on_close function %r of %r failed", fn, self.name)
             except BaseException as error:
                 raised = error
@@ -366,7 +370,10 @@ class Scope:
             class_of(error),
             exc_info=error,
         )
-        keeper.abandon(session)
+        try:
+            keeper.abandon(session)
+        except Exception:
+            logger.exception("a connection of %r could not be invalidated", self.name)
         return None if isinstance(error, (Exception, asyncio.CancelledError)) else error
 
     # -- what the boundaries call ----------------------------------------------------------
@@ -429,6 +436,14 @@ class AsyncScope(Scope):
 
     def _abandon(self) -> None:
         """End an async scope whose coroutine is being closed: nothing can be awaited there."""
+        token = current.set(self)  # it may be closed in any context
+        try:
+            self._abandon_async()
+            self._end()
+        finally:
+            unbind(token)
+
+    def _abandon_async(self) -> None:
         for keeper, session in [*(self._sessions or {}).items(), *_without(self._registries)]:
             if not keeper.is_async:
                 continue
@@ -444,7 +459,6 @@ class AsyncScope(Scope):
             self._drop(keeper)
         self._registries = tuple(r for r in self._registries if not r.is_async)
         self._on_close = [fn for fn in self._on_close or () if not is_async_callable(fn)]
-        self._end()
 
 
 def _without(registries: tuple[Keeper, ...]) -> list[tuple[Keeper, Any]]:
@@ -540,10 +554,9 @@ def current_scope() -> Scope:
         NoScopeError: no scope is open here.
         ScopeClosedError: this code has outlived the scope that it was started in.
     """
-    try:
-        scope = current.get()
-    except LookupError:
-        raise no_scope() from None
+    scope = current.get(None)
+    if scope is None:
+        raise no_scope()
     if scope._state:
         scope._raise_closed()
     return scope
@@ -561,7 +574,7 @@ def no_scope(more: str = "") -> NoScopeError:
     )
 
 
-def unbind(token: Token[Scope]) -> None:
+def unbind(token: Token[Scope | None]) -> None:
     """Give the ContextVar `current` the value it had before."""
     try:
         current.reset(token)
@@ -569,6 +582,21 @@ def unbind(token: Token[Scope]) -> None:
         # Left in another context than it was entered in (a coroutine closed by the garbage
         # collector, a generator dependency run in two threads): here nothing was set.
         pass
+
+
+def _leave(scope: Scope, token: Token[Scope | None]) -> None:
+    """Give the ContextVar its former value, also where scopes are not left in order.
+
+    Generators that open a scope each may be closed in any order. One that is left while another
+    is current only notes what was before it, and whoever comes back to it goes on to that.
+    """
+    if current.get(None) is not scope:
+        former = token.old_value
+        scope._left = (None if former is Token.MISSING else former,)
+        return
+    unbind(token)
+    while (now := current.get(None)) is not None and now._left is not None:
+        current.set(now._left[0])
 
 
 _SHARED_SESSION = (
@@ -580,6 +608,11 @@ _SHARED_SESSION = (
 
 def note_shared_session(error: BaseException) -> None:
     """Add to `error`, where it tells of a session shared by tasks, a note that says so (Y3)."""
+    with suppress(Exception):  # an error that has no text, or takes no note
+        _note_shared_session(error)
+
+
+def _note_shared_session(error: BaseException) -> None:
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     while pending:
@@ -660,7 +693,7 @@ class open_scope:  # noqa: N801 - used like a function
         self._name = name
         self._commit = commit_on_success
         self._close_timeout = close_timeout
-        self._entered: list[tuple[Scope, Token[Scope]]] = []
+        self._entered: list[tuple[Scope, Token[Scope | None]]] = []
 
     def _enter(self, scope: _ScopeT) -> _ScopeT:
         scope._name = self._name or "open_scope()"
@@ -668,10 +701,18 @@ class open_scope:  # noqa: N801 - used like a function
         scope._state = OPEN
         scope._commits = self._commit
         scope._close_timeout = self._close_timeout
+        outer = current.get(None)
+        if outer is not None and outer._registries:
+            # Their sessions are found by the current scope: this one has sessions of its own.
+            scope._registries = tuple(
+                registry
+                for registry in outer._registries
+                if scope._is_async or not registry.is_async
+            )
         self._entered.append((scope, current.set(scope)))
         return scope
 
-    def _leave(self, error: BaseException | None) -> tuple[Scope, Token[Scope], bool, str]:
+    def _leave(self, error: BaseException | None) -> tuple[Scope, Token[Scope | None], bool, str]:
         # Threads and tasks may share one object, and need not leave in the order they came.
         here = current.get(None)
         mine = [number for number, (scope, _) in enumerate(self._entered) if scope is here]
@@ -695,7 +736,7 @@ class open_scope:  # noqa: N801 - used like a function
         try:
             scope._end(commit, why)
         finally:
-            unbind(token)
+            _leave(scope, token)
 
     async def __aenter__(self) -> Scope:
         scope = self._enter(AsyncScope())
@@ -716,7 +757,7 @@ class open_scope:  # noqa: N801 - used like a function
             else:
                 await scope._aend(commit, why)
         finally:
-            unbind(token)
+            _leave(scope, token)
 
     def _again(self, fn: Callable[..., Any]) -> open_scope:
         return open_scope(

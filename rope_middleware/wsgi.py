@@ -183,7 +183,7 @@ def _is_file(body: object, environ: WSGIEnvironment) -> bool:
     """Tell whether ``wsgi.file_wrapper`` made the body: then servers want that very object."""
     wrapper = environ.get("wsgi.file_wrapper")
     if isinstance(wrapper, _FileWrapper):
-        return body is wrapper.made
+        return any(body is made for made in wrapper.made)
     return isinstance(wrapper, type) and isinstance(body, wrapper)
 
 
@@ -195,11 +195,12 @@ class _FileWrapper:
 
     def __init__(self, wrapper: Callable[..., Any]) -> None:
         self._wrapper = wrapper
-        self.made: object = None
+        self.made: list[object] = []
 
     def __call__(self, *args: Any) -> Any:
-        self.made = self._wrapper(*args)
-        return self.made
+        made = self._wrapper(*args)
+        self.made.append(made)
+        return made
 
 
 def _note_files(environ: WSGIEnvironment) -> None:
@@ -326,12 +327,15 @@ class _Body(_Ending):
             yield from self._body
             return
         chunks = None
+        inner: Scope | None = scope
         while True:
-            token = _bind(scope)
+            # An open_scope() around several chunks is current for each of them.
+            token = _bind(scope if inner is None or inner._state else inner)
             try:
                 if chunks is None:
                     chunks = iter(self._body)
                 chunk = next(chunks)
+                inner = current.get(None)
             except StopIteration:
                 self._read = True
                 return
@@ -457,7 +461,10 @@ class _Gate:
             self._open()  # called twice: the server shall say so
         call: Any = (status, headers) if exc_info is None else (status, headers, exc_info)
         if self._response == _STARTED:
-            return self._start_response(*call)
+            write = self._start_response(*call)
+            if _code(status) >= 400:
+                self._scope._doomed = True  # the server has taken it instead of the success
+            return write
         if self._response != _HELD:
             self._call = call
             if self._returned:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event, select, text
 from sqlalchemy.exc import IllegalStateChangeError
-from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware import (
@@ -255,12 +255,6 @@ def test_S3_a_session_that_the_factory_has_begun_is_given_back(engine: Engine) -
     assert checked_out(engine) == 0
 
 
-@pytest.mark.xfail(
-    not hasattr(SessionTransaction, "connections"),
-    reason="SQLAlchemy before 2.1.7 does not tell which connections a transaction has begun on "
-    "before anybody listened",
-    strict=True,
-)
 def test_S3_a_begun_session_whose_close_fails_is_given_back(engine: Engine) -> None:
     """Also its connection is known to the scope."""
 

@@ -8,7 +8,6 @@ repeats a load.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import random
