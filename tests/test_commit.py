@@ -1039,7 +1039,7 @@ def test_C3_a_wsgi_app_that_swallows_the_error_cannot_turn_it_into_a_success(
 def test_C3_a_failed_commit_of_the_second_transaction_does_not_hide(
     web: Web, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After the start a failed commit cannot change the status: it is logged, and no row is there."""
+    """After the start a failed commit cannot change the status: it is logged, no row is there."""
     caplog.set_level(logging.DEBUG, "rope_middleware")
 
     async def handler(exchange: Exchange) -> None:
@@ -1057,7 +1057,7 @@ def test_C3_a_failed_commit_of_the_second_transaction_does_not_hide(
 def test_C3_the_log_names_the_request_and_the_class_and_no_value(
     web: Web, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The line of a failed commit helps and gives nothing away: no bound values, no query string."""
+    """The line of a failed commit helps and gives nothing away: no values, no query string."""
     caplog.set_level(logging.DEBUG, "rope_middleware")
 
     async def handler(exchange: Exchange) -> None:

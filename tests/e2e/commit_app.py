@@ -1,8 +1,8 @@
 """The applications of the end-to-end tests of commits: they write, and answer, or fail to.
 
 `AsyncWriter` (ASGI, AsyncSession), `ThreadWriter` (ASGI, Session in threads) and `wsgi_writer`
-(Flask) understand the same requests: ``/write?n=7&do=...`` inserts row 7. ``tests.e2e.commit_app:app``
-is `AsyncWriter` as a module, for a server that is to be killed.
+(Flask) understand the same requests: ``/write?n=7&do=...`` inserts row 7.
+``tests.e2e.commit_app:app`` is `AsyncWriter` as a module, for a server that is to be killed.
 """
 
 from __future__ import annotations

@@ -305,9 +305,9 @@ def _open_folder() -> Path:
     The path of a Unix socket has about 100 characters at most.
     """
     for folder in (Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")):
-        if len(str(folder)) < 60 and os.access(folder, os.W_OK):
-            if os.geteuid() != 0 or _everybody_enters(folder):
-                return folder
+        is_usable = len(str(folder)) < 60 and os.access(folder, os.W_OK)
+        if is_usable and (os.geteuid() != 0 or _everybody_enters(folder)):
+            return folder
     raise RuntimeError("No folder for PostgreSQL's data. Set TMPDIR to a short path, open to all.")
 
 
