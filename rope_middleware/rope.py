@@ -402,7 +402,12 @@ def _hidden(frame: FrameType, name: str) -> str:
 def _hold(frame: FrameType, name: str, rope: SessionRope[Any]) -> None:
     variables = frame.f_locals
     variables[_hidden(frame, name)] = rope
-    if _COPIES and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+    if (
+        _COPIES
+        and frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        # Of very many variables only where there is an error to be found among them.
+        and (len(variables) < 30 or sys.exception() is not None)
+    ):
         for key in [key for key, value in variables.items() if isinstance(value, _CYCLIC)]:
             del variables[key]
 

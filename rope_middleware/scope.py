@@ -715,8 +715,10 @@ class open_scope:  # noqa: N801 - used like a function
     def _leave(self, error: BaseException | None) -> tuple[Scope, Token[Scope | None], bool, str]:
         # Threads and tasks may share one object, and need not leave in the order they came.
         here = current.get(None)
-        mine = [number for number, (scope, _) in enumerate(self._entered) if scope is here]
-        scope, token = self._entered.pop(mine[-1] if mine else -1)
+        entered = reversed(self._entered.copy())
+        entry = next((one for one in entered if one[0] is here), self._entered[-1])
+        self._entered.remove(entry)
+        scope, token = entry
         if error is not None:
             note_shared_session(error)
         commit = self._commit and error is None and not scope._doomed

@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import gc
 import threading
+import time
 import weakref
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -864,6 +865,22 @@ async def test_Y2_in_an_anyio_task_group_that_is_cancelled(store: Store) -> None
             group.cancel_scope.cancel()
         assert store.held() == 0
     assert done == ["rollback"] * 6
+
+
+async def test_Y2_a_cancelled_scope_does_not_spin_while_it_closes(store: Store) -> None:
+    """anyio cancels again at each turn of the loop; the processor has better things to do."""
+    make_slow(store.engine, 0.5)
+
+    async def handler() -> None:
+        await store.hold()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(serve, handler)
+        await poll(lambda: store.holding == 1)
+        before = time.thread_time()
+        group.cancel_scope.cancel()
+    assert time.thread_time() - before < 0.2
+    assert store.held() == 0
 
 
 async def test_Y2_in_an_asyncio_task_group_whose_other_task_fails(store: Store) -> None:

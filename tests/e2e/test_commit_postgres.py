@@ -8,6 +8,7 @@ repeats a load.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -197,6 +198,10 @@ def test_C2_C3_nothing_lost_nothing_invented(kind: str, requests: int, database:
         finally:
             done.set()
             cutter.join()
+        if kind == "wsgi":
+            # Werkzeug reads what a client has left unread before it closes the body; where the
+            # client resets meanwhile, the body is dropped without close(), and W3 holds.
+            eventually(lambda: gc.collect() >= 0 and not open_scopes(), "no scope is open")
         nothing_is_left(app.held, database)
         load.check(database)
     if kind == "wsgi":
