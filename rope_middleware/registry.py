@@ -127,8 +127,8 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
             # to come by here again.
             session.reset()
         scope._raise_closed()
-    if link.transaction is None:
-        link.transaction = transaction if _TRANSACTION_TELLS else None
+    if _TRANSACTION_TELLS and link.transaction is None:
+        link.transaction = transaction
     elif transaction.parent is None:
         link.connections = [c for c in link.known_connections() if not c.closed]
         link.transaction = transaction if _TRANSACTION_TELLS else None
