@@ -123,6 +123,7 @@ class App:
         self.sweeps = self.is_sqlite
         self.next = 0
         self.begun = 0
+        self.hanging = 0
         self.complaints = Complaints()
         self.serve = ASGIRopeMiddleware(self.route, **options)
         self.pause = text("SELECT 1" if self.is_sqlite else "SELECT pg_sleep(0.002)")
@@ -257,6 +258,7 @@ class App:
     async def hang(self, receive: Any, send: Any, asked: Any) -> None:
         """Hold a connection until the client goes away, or for ever."""
         await self.jenny.execute(self.pause)
+        self.hanging += 1
         if "deaf" in asked:
             await anyio.sleep(3600)
         await until_gone(receive, lambda: anyio.sleep(3600))
@@ -333,6 +335,7 @@ class SyncApp(App):
 
     async def hang(self, receive: Any, send: Any, asked: Any) -> None:
         await self.in_thread(self.sync_jenny.execute, self.pause)
+        self.hanging += 1
         if "deaf" in asked:
             await anyio.sleep(3600)
         await until_gone(receive, lambda: anyio.sleep(3600))
