@@ -51,7 +51,8 @@ def running(url: URL, server: str) -> Iterator[int]:
     if server == "granian":
         port = free_port()
         command = [sys.executable, "-m", "granian", "--interface", "asgi", "--host", HOST]
-        command += ["--port", str(port), "--log-level", "warning", "tests.e2e.async_app:app"]
+        command += ["--port", str(port), "--log-level", "warning"]
+        command += ["--workers-kill-timeout", "10", "tests.e2e.async_app:app"]
         with run_command(
             command,
             cwd=Path(__file__).parents[2],
@@ -59,7 +60,7 @@ def running(url: URL, server: str) -> Iterator[int]:
         ) as process:
             process.wait_for_port(port)
             yield port
-            assert process.interrupt() == 0, process.output
+            process.interrupt()
     else:
         app = SyncApp(url) if server == "hypercorn-trio" else App(url)
         with serve(app, server) as started:
