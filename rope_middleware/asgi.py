@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from threading import get_ident
 from typing import Any, TypeAlias
 
+from rope_middleware.finish import finish
 from rope_middleware.middleware import REPLAY_LIMIT, SERVER_ERROR, RopeMiddleware
 from rope_middleware.refusal import backoff
 from rope_middleware.scope import (
@@ -297,8 +298,12 @@ class _Gate:
             try:
                 await self._scope._afinish(self._scope._commit_steps())
             except CancelledError:
-                if self._scope._committed:  # and only then cancelled
-                    self._response = _WAITING
+                if self._scope._committed:
+                    # The rows are there, so nobody may read an error: the response that was
+                    # announced starts before the cancellation goes on.
+                    self._commits = True
+                    self._response = _STARTED
+                    await finish(_sent(self._send(message)), self._options._close_timeout)
                 raise
             self._commits = True
 
@@ -311,6 +316,10 @@ class _Gate:
         ]
         await self._send({"type": "http.response.start", "status": 500, "headers": headers})
         await self._send({"type": "http.response.body", "body": SERVER_ERROR})
+
+
+async def _sent(sending: Awaitable[None]) -> None:
+    await sending
 
 
 def _headers(message: Message) -> list[tuple[str, str]]:

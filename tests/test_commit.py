@@ -1096,9 +1096,6 @@ def test_C3_a_rollback_is_logged_with_its_reason(
     assert any("GET /thing" in line and "404" in line for line in messages), messages
 
 
-@pytest.mark.xfail(
-    reason="a commit that stands is forgotten where the app was cancelled in it", strict=True
-)
 @pytest.mark.parametrize("retries", [0, 1])
 def test_C3_a_commit_that_outlives_a_timeout_is_not_answered_by_an_error(
     retries: int, tmp_path: Path
