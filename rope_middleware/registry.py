@@ -79,7 +79,7 @@ class Tie:
 
     def known_connections(self) -> Collection[Connection]:
         """Return the connections that the session has used since it was last seen idle."""
-        if self.transaction is None or not _TRANSACTION_TELLS:
+        if self.transaction is None:
             return self.connections
         return (*self.connections, *self.transaction.connections)
 
@@ -151,13 +151,15 @@ def _is_of(keeper: Keeper, session: Session) -> bool:
     return isinstance(keeper, RemovalKeeper) and keeper.find() is session
 
 
-def _on_connection(session: Session, _: SessionTransaction, connection: Connection) -> None:
+def _on_connection(
+    session: Session, transaction: SessionTransaction, connection: Connection
+) -> None:
     """Remember a connection that the session has begun to use."""
     # Without a tie it may be a session of a plain scoped_session: see `RemovalKeeper`.
     link: Tie = session.__dict__.get(_TIE) or tie(session)
     known = [c for c in link.connections if c is not connection and not c.closed]
     link.connections = [*known, connection]
-    _refuse_late(session, _, connection)
+    _refuse_late(session, transaction, connection)
 
 
 def _refuse_late(session: Session, _: SessionTransaction, connection: Connection) -> None:
@@ -349,7 +351,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             return
         replaced = self._let_go(scope)
         if replaced is not None and replaced is not obj:
-            scope._keep(copy.copy(self), replaced)  # another key: the scope ends it, too
+            self._keep_beside(scope, replaced)
         self._adopt(scope, obj)
 
     def clear(self) -> None:
@@ -359,7 +361,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         else:
             session = self._let_go(scope)
             if session is not None and not self.is_idle(session):
-                scope._keep(copy.copy(self), session)
+                self._keep_beside(scope, session)
 
     def remove(self) -> Any:
         """Close the current session, if there is one; the next use makes a new one.
@@ -391,7 +393,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         return self._adopt(scope, self.createfunc())
 
     def _adopt(self, scope: Scope, session: _T) -> _T:
-        proper: Session = session.sync_session if self.is_async else session  # type: ignore[assignment,attr-defined]
+        proper = self._proper(session)
         if type(proper) is not self._listening:
             listen(type(proper))
             self._listening = type(proper)
@@ -414,11 +416,14 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
 
     def _take_back(self, link: Tie, session: Session) -> None:
         """Have the scope end a session that was removed from it and is used on."""
-        link.is_loose = False
         kept = self._facade(session)
         if link.scope is not None and kept is not None:
-            # A copy is another key for the same keeper.
-            link.scope._keep(copy.copy(self), kept)
+            self._keep_beside(link.scope, kept)
+
+    def _keep_beside(self, scope: Scope, session: Any) -> None:
+        """Have the scope end a session that is not its current one."""
+        self._proper(session).__dict__[_TIE].is_loose = False
+        scope._keep(copy.copy(self), session)  # a copy is another key for the same keeper
 
     def _proper(self, session: Any) -> Session:
         """Return the Session proper of what `createfunc` made."""

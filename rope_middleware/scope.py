@@ -141,7 +141,7 @@ class Scope:
     _on_commit: list[Callable[[], Any]] | None = None
     _on_close: list[Callable[[], Any]] | None = None
     _info: dict[Any, Any] | None = None
-    _left: tuple[Scope | None] | None = None  # what was current before, once left: see `_leave`
+    _left: tuple[Scope | None] | None = None  # what was current before, once left: see `_restore`
     _doomed = False
     _committed = False  # a session has committed something: see C6
     _refused: BaseException | None = None  # the database asked to try again: see C6
@@ -584,7 +584,7 @@ def unbind(token: Token[Scope | None]) -> None:
         pass
 
 
-def _leave(scope: Scope, token: Token[Scope | None]) -> None:
+def _restore(scope: Scope, token: Token[Scope | None]) -> None:
     """Give the ContextVar its former value, also where scopes are not left in order.
 
     Generators that open a scope each may be closed in any order. One that is left while another
@@ -738,7 +738,7 @@ class open_scope:  # noqa: N801 - used like a function
         try:
             scope._end(commit, why)
         finally:
-            _leave(scope, token)
+            _restore(scope, token)
 
     async def __aenter__(self) -> Scope:
         scope = self._enter(AsyncScope())
@@ -759,7 +759,7 @@ class open_scope:  # noqa: N801 - used like a function
             else:
                 await scope._aend(commit, why)
         finally:
-            _leave(scope, token)
+            _restore(scope, token)
 
     def _again(self, fn: Callable[..., Any]) -> open_scope:
         return open_scope(
