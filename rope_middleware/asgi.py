@@ -166,11 +166,8 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
 
     def _open(self, scope: ASGIScope) -> _RequestScope:
         scope[SCOPE_KEY] = own = _RequestScope()
-        own._name = scope.get("method"), scope["path"]
-        own._sessions = None
-        own._state = OPEN
+        own._open((scope.get("method"), scope["path"]), self._commit)
         own._thread = get_ident()
-        own._commits = self._commit
         self._configure(own)
         return own
 

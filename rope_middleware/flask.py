@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from rope_middleware.jenny import SessionJenny
 from rope_middleware.registry import ScopeRegistry
 from rope_middleware.rope import ScopeRope
-from rope_middleware.scope import OPEN, Scope
+from rope_middleware.scope import Scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,11 +45,8 @@ class _Context:
     """
 
     def __init__(self, name: str) -> None:
-        self.scope = scope = Scope()
-        scope._name = name
-        scope._commits = False
-        scope._sessions = None
-        scope._state = OPEN
+        self.scope = Scope()
+        self.scope._open(name)
 
     def __del__(self) -> None:
         if not self.scope._state:
@@ -60,11 +57,6 @@ class _AppContextRegistry(ScopeRegistry[_T]):
     """Finds the session in the scope of the current application context."""
 
     __slots__ = ()
-
-    def __call__(self) -> _T:
-        scope = self.scope()
-        session = None if scope is None else scope._session_of(self)
-        return self.first_use(scope) if session is None else cast("_T", session)
 
     def scope(self) -> Scope | None:
         if not has_app_context():

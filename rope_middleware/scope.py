@@ -125,9 +125,9 @@ class Scope:
     they are the same object, so a Scope is a safe dictionary key.
     """
 
-    # Every request pays for its Scope. There is no __init__, which would double the price:
-    # whoever opens a scope sets the slots. What most requests never change has its value on
-    # the class, and goes into __dict__ when it is changed.
+    # Every request pays for its Scope. There is no __init__, which would double the price: the
+    # short ways of the middlewares set the slots, all others call `_open`. What most requests
+    # never change has its value on the class, and goes into __dict__ when it is changed.
     __slots__ = ("__dict__", "__weakref__", "_commits", "_name", "_sessions", "_state")
 
     _commits: bool
@@ -145,6 +145,12 @@ class Scope:
     _doomed = False
     _committed = False  # a session has committed something: see C6
     _refused: BaseException | None = None  # the database asked to try again: see C6
+
+    def _open(self, name: Any, commits: bool = False) -> None:
+        self._name = name
+        self._sessions = None
+        self._state = OPEN
+        self._commits = commits
 
     def __repr__(self) -> str:
         return f"<Scope {self.name!r} {('open', 'ending', 'closed')[self._state]}>"
@@ -696,10 +702,7 @@ class open_scope:  # noqa: N801 - used like a function
         self._entered: list[tuple[Scope, Token[Scope | None]]] = []
 
     def _enter(self, scope: _ScopeT) -> _ScopeT:
-        scope._name = self._name or "open_scope()"
-        scope._sessions = None
-        scope._state = OPEN
-        scope._commits = self._commit
+        scope._open(self._name or "open_scope()", self._commit)
         scope._close_timeout = self._close_timeout
         outer = current.get(None)
         if outer is not None and outer._registries:

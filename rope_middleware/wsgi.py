@@ -134,10 +134,8 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         if type(environ.get("wsgi.file_wrapper")) not in _CLASS_OR_NONE:
             _note_files(environ)
         scope = _RequestScope()
-        scope._name = tuple(map(environ.get, ("REQUEST_METHOD", "SCRIPT_NAME", "PATH_INFO")))
-        scope._sessions = None
-        scope._state = OPEN
-        scope._commits = self._commit
+        name = tuple(map(environ.get, ("REQUEST_METHOD", "SCRIPT_NAME", "PATH_INFO")))
+        scope._open(name, self._commit)
         self._configure(scope)
         environ[SCOPE_KEY] = scope
         token = current.set(scope)
