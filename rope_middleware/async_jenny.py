@@ -11,11 +11,11 @@ from typing import Any, Generic, TypeVar, cast
 
 try:
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_session
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "AsyncSessionJenny needs SQLAlchemy's asyncio extension: "
         "pip install 'rope-middleware[asyncio]'"
-    ) from error
+    ) from _error
 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
@@ -56,12 +56,12 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
     is_async = True
 
     def __call__(self) -> _T:
-        scope = current.get(None)
-        session = None if scope is None else scope._session_of(self)
+        scope: Any = current.get(None)
+        session: Any = None if scope is None else scope._session_of(self)
         if session is None:
             return self.first_use(scope)
-        check_loop(cast("AsyncScope", scope))
-        return cast("_T", session)
+        check_loop(scope)  # pyright: ignore[reportArgumentType]  # sessions are in no other
+        return session  # type: ignore[no-any-return]  # cast() is a call for every request
 
     def first_use(self, scope: Scope | None) -> _T:
         if isinstance(scope, AsyncScope):
@@ -75,17 +75,13 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
         return super().first_use(scope)
 
     def _proper(self, session: Any) -> Session:
-        return cast("AsyncSession", session).sync_session
+        return session.sync_session  # type: ignore[no-any-return]
 
     def _facade(self, session: Session) -> Any:
         return async_session(session)
 
     def is_idle(self, session: Any, /) -> bool:
-        return (
-            has_nothing_open(session.sync_session)
-            and cast("type[AsyncSession]", type(session)).close is _ASYNC_SESSION_CLOSE
-            and "close" not in session.__dict__
-        )
+        return has_nothing_open(session.sync_session) and not _overrides_close(session)
 
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.sync_session.twophase)
@@ -95,11 +91,8 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
 
     async def close(self, session: Any, /) -> None:
         try:
-            if (
-                cast("type[AsyncSession]", type(session)).close is not _ASYNC_SESSION_CLOSE
-                or "close" in session.__dict__
-            ):
-                await session.close()  # somebody has overridden it
+            if _overrides_close(session):
+                await session.close()
             else:
                 await session.run_sync(close)
         finally:
@@ -110,6 +103,11 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
 
     def abandon(self, session: Any, /) -> None:
         invalidate(session.sync_session)
+
+
+def _overrides_close(session: AsyncSession) -> bool:
+    """Tell whether somebody has put another close() in the place of SQLAlchemy's."""
+    return type(session).close is not _ASYNC_SESSION_CLOSE or "close" in session.__dict__
 
 
 class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
@@ -145,10 +143,11 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
 
         def create(**kw: Any) -> _AS:
             # Looked up on each use: the factory may be replaced later.
-            session: Any = self.session_factory(**kw)
-            if not isinstance(session, AsyncSession):
-                check_session(session, AsyncSession, self.session_factory, _ASYNC_EXAMPLE)
-            return cast("_AS", session)
+            session = self.session_factory(**kw)
+            made: object = session  # a factory of the user's may return anything
+            if not isinstance(made, AsyncSession):
+                check_session(made, AsyncSession, self.session_factory, _ASYNC_EXAMPLE)
+            return session
 
         self._create = create
         outside: ScopedRegistry[_AS]

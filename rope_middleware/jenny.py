@@ -65,10 +65,11 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
 
         def create(**kw: Any) -> _S:
             # Looked up on each use: the factory may be replaced later.
-            session: Any = self.session_factory(**kw)
-            if not isinstance(session, Session):
-                check_session(session, Session, self.session_factory, "sessionmaker(engine)")
-            return cast("_S", session)
+            session = self.session_factory(**kw)
+            made: object = session  # a factory of the user's may return anything
+            if not isinstance(made, Session):
+                check_session(made, Session, self.session_factory, "sessionmaker(engine)")
+            return session
 
         self._create = create
         outside: ScopedRegistry[_S]

@@ -73,7 +73,7 @@ class Tie:
     is_loose: bool  # removed from its scope
     # Session.close() forgets its connections before it fails to close them, so they have to be
     # known beforehand. From SQLAlchemy 2.1.7 on the transaction tells them.
-    transaction: SessionTransaction | None
+    transaction: Any  # SessionTransaction | None; that of 2.0 is annotated without `connections`
     connections: Collection[Connection]
     flush: tuple[SessionTransaction, int] | None  # the last one, and the thread it ran in
 
@@ -330,15 +330,15 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
 
     def __init__(self, createfunc: Callable[..., _T], outside: ScopedRegistry[_T]) -> None:
         super().__init__(createfunc, outside.scopefunc)
-        self.outside = outside
+        self.outside: ScopedRegistry[_T] = outside
         self._listening: type[Session] | None = None
 
     # ScopedRegistry's interface
 
     def __call__(self) -> _T:
         scope = self.scope()
-        session = None if scope is None else scope._session_of(self)
-        return self.first_use(scope) if session is None else cast("_T", session)
+        session: Any = None if scope is None else scope._session_of(self)
+        return self.first_use(scope) if session is None else session
 
     def has(self) -> bool:
         scope = self.scope()
@@ -398,14 +398,14 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             listen(type(proper))
             self._listening = type(proper)
         tie(proper, scope, self)  # before another thread can see it
-        kept = None
+        kept: Any = None
         try:
             kept = scope._keep(self, session)
         finally:
             if kept is not session:  # another thread was first, or the scope has ended
                 self.abandon(session)
                 self.drop(session)
-        return cast("_T", kept)
+        return kept  # type: ignore[no-any-return]  # cast() is a call for every request
 
     def _let_go(self, scope: Scope) -> _T | None:
         """Take the session out of its scope; return it, or None."""
@@ -427,7 +427,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
 
     def _proper(self, session: Any) -> Session:
         """Return the Session proper of what `createfunc` made."""
-        return cast("Session", session)
+        return session  # type: ignore[no-any-return]
 
     def _facade(self, session: Session) -> Any:
         """Return what `createfunc` made, of a Session proper; None if it is gone."""
@@ -470,7 +470,7 @@ class StrictRegistry(ScopedRegistry[_T]):
 
     def __init__(self, createfunc: Callable[..., _T], cure: str = "") -> None:
         super().__init__(createfunc, current_scope)
-        self.cure = cure
+        self.cure: str = cure
 
     def __call__(self) -> _T:
         raise no_scope(self.cure)
@@ -499,7 +499,8 @@ class RemovalKeeper(Keeper):
                 "scopefunc=current_scope and give them in a list."
             )
         self.scoped = scoped
-        self.is_async = is_async_callable(scoped.remove)  # as async_scoped_session's is
+        # As async_scoped_session's is.
+        self.is_async: bool = is_async_callable(scoped.remove)
         # None where it only has a remove(): then that is all there is to call.
         registry: Any = getattr(scoped, "registry", None)
         self.registry: ScopedRegistry[Any] | None = registry

@@ -23,7 +23,14 @@ from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
 from rope_middleware.errors import NoScopeError, RopeError, ScopeClosedError
-from rope_middleware.finish import finish, in_thread, is_async_running, within
+from rope_middleware.finish import (
+    finish,
+    finish_in_thread,
+    in_anyio_thread,
+    in_thread,
+    is_async_running,
+    within,
+)
 
 __all__ = [
     "CLOSED",
@@ -56,7 +63,7 @@ SCOPE_KEY = "rope_middleware.scope"
 CLOSE_TIMEOUT = 10.0
 """Seconds that an async session may take to give back its connection."""
 
-logger = logging.getLogger("rope_middleware")
+logger: logging.Logger = logging.getLogger("rope_middleware")
 
 current: ContextVar[Scope | None] = ContextVar("rope_middleware.scope")
 """The scope that is open here. The only global state of the package."""
@@ -115,7 +122,8 @@ _first_use = threading.Lock()
 # (function, argument, kind). See `drive` and `adrive`.
 _Step = tuple[Callable[[Any], Any], Any, int]
 _Steps = Generator[_Step, Any, _T]
-_BLOCKS, _AWAITS, _RELEASES = range(3)  # _RELEASES: awaits, for a limited time
+# What a step does: blocks, awaits, awaits for a limited time, calls a function of the user's.
+_BLOCKS, _AWAITS, _RELEASES, _CALLS = range(4)
 
 
 class Scope:
@@ -400,8 +408,11 @@ class Scope:
             return
         if self._commits or self._registries or self._on_close:
             drive(self._end_steps(commit, why))
-            return
-        # What most requests need of `_end_steps`, without the price of its generators.
+        else:
+            self._end_plainly()
+
+    def _end_plainly(self, _: object = None) -> None:
+        """What most requests need of `_end_steps`, without the price of its generators."""
         raised: BaseException | None = None
         self._state = ENDED
         for keeper, session in list((self._sessions or {}).items()):
@@ -429,8 +440,35 @@ class AsyncScope(Scope):
 
     async def _aend(self, commit: bool = False, why: str = "") -> None:
         """End the scope; finishes under cancellation. See `_end_steps`."""
-        if not self._end_unused():
+        if self._end_unused():
+            return
+        if self._commits or self._registries or self._on_close:
             await self._afinish(self._end_steps(commit, why))
+        elif not self._open_sessions():
+            await self._aend_plainly()  # which does not wait for anything then
+        elif any(keeper.is_async for keeper in list(self._sessions or ())):
+            await finish(self._aend_plainly(), self._close_timeout)
+        else:
+            await finish_in_thread(self._end_plainly, None, self._close_timeout)
+
+    async def _aend_plainly(self) -> None:
+        """`_end_plainly`, for sessions of both kinds."""
+        raised: BaseException | None = None
+        self._state = ENDED
+        for keeper, session in list((self._sessions or {}).items()):
+            try:
+                if keeper.is_idle(session):
+                    keeper.drop(session)
+                elif keeper.is_async:
+                    await within(self._close_timeout, keeper.close(session))
+                else:
+                    await in_thread(keeper.close, session)
+            except BaseException as error:
+                raised = self._close_failed(keeper, session, error) or raised
+        self._sessions = None
+        self._state = CLOSED
+        if raised is not None:
+            raise raised
 
     async def _afinish(self, steps: _Steps[None]) -> None:
         """Carry `steps` out to their end, in a task of its own only if one has to wait."""
@@ -481,7 +519,7 @@ def _call_steps(fn: Callable[[], Any]) -> _Steps[None]:
     if is_async_callable(fn):
         yield (lambda _: fn()), None, _AWAITS
         return
-    result = yield (lambda _: fn()), None, _BLOCKS
+    result = yield (lambda _: fn()), None, _CALLS
     if inspect.isawaitable(result):  # a lambda around an async function
         yield (lambda _: result), None, _AWAITS
 
@@ -492,7 +530,7 @@ def drive(steps: _Steps[_T]) -> _T:
         func, argument, kind = next(steps)
         while True:
             try:
-                if kind != _BLOCKS:
+                if kind in (_AWAITS, _RELEASES):
                     raise RopeError("An async function cannot be awaited in a sync scope.")
                 result = func(argument)
             except BaseException as error:
@@ -517,6 +555,8 @@ async def adrive(steps: _Steps[_T], step: _Step, close_timeout: float) -> _T:
             try:
                 if kind == _BLOCKS:
                     result = await in_thread(func, argument)
+                elif kind == _CALLS:
+                    result = await in_anyio_thread(func, argument)
                 elif kind == _RELEASES:
                     result = await within(close_timeout, func(argument))
                 else:
