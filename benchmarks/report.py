@@ -144,7 +144,7 @@ def _absent(rows: Sequence[Row]) -> list[list[str]]:
 
 
 _FINDING = """\
-Microseconds for each use of the session in a stack of 1 and of 200 frames (besides those of the
+Microseconds for each use of the session in a stack of 1 and of 150 frames (besides those of the
 command), and for a first use together with the removal: the session is made and closed then.
 """
 

@@ -106,11 +106,12 @@ def _round(
             command, check=True, capture_output=True, text=True, timeout=seconds + 30
         )
     out = done.stdout
+    figures, _, distribution = out.partition("Latency Distribution")
     if "Non-2xx" in out or "Socket errors" in out:
         raise RuntimeError(out)
     rate = re.search(r"Requests/sec:\s+([\d.]+)", out)
-    mean = re.search(r"Latency\s+(\S+)", out)
-    tail = re.search(r"^\s+99%\s+(\S+)", out, re.MULTILINE)
+    mean = re.search(r"Latency\s+(\S+)", figures)
+    tail = re.search(r"99%\s+(\S+)", distribution)
     if not (rate and mean and tail):
         raise RuntimeError(out)
     return float(rate[1]), f"{mean[1]}, {tail[1]}"

@@ -1,0 +1,227 @@
+"""What the promises on cost rest on, counted instead of timed: calls, threads, tasks, objects.
+
+The ratios themselves are measured by ``make bench-check``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import scoped_session, sessionmaker
+
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    AsyncSessionJenny,
+    SessionJenny,
+    WSGIRopeMiddleware,
+    open_scope,
+)
+from tests.test_finish import workers
+
+HEADERS: list[tuple[str, str]] = []
+minimal: ContextVar[object] = ContextVar("minimal")
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """Return how many Python functions `work` calls, itself included."""
+    count = 0
+
+    def note(frame: FrameType, what: str, arg: object) -> None:
+        nonlocal count
+        count += what == "call"
+
+    work()
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+# -- applications ------------------------------------------------------------------------------
+
+
+class MinimalBody:
+    def __init__(self, body: Any, token: Any) -> None:
+        self.body, self.token = body, token
+
+    def __iter__(self) -> Any:
+        return iter(self.body)
+
+    def close(self) -> None:
+        minimal.reset(self.token)
+
+
+def minimal_wsgi(app: Any) -> Any:
+    def middleware(environ: Any, start_response: Any) -> Any:
+        token = minimal.set(object())
+        return MinimalBody(app(environ, start_response), token)
+
+    return middleware
+
+
+def minimal_asgi(app: Any) -> Any:
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        token = minimal.set(object())
+        try:
+            await app(scope, receive, send)
+        finally:
+            minimal.reset(token)
+
+    return middleware
+
+
+def wsgi(handler: Callable[[], object]) -> Any:
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        handler()
+        start_response("200 OK", HEADERS)
+        return [b""]
+
+    return app
+
+
+def asgi(handler: Callable[[], Awaitable[object]]) -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await handler()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    return app
+
+
+def serve_wsgi(app: Any) -> Callable[[], None]:
+    def start_response(status: Any, headers: Any, exc_info: Any = None) -> Any:
+        pass
+
+    def request() -> None:
+        body = app({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}, start_response)
+        for _ in body:
+            pass
+        if hasattr(body, "close"):
+            body.close()
+
+    return request
+
+
+async def send(message: Any) -> None:
+    pass
+
+
+def serve_asgi(app: Any) -> Callable[[], None]:
+    """Requests without an event loop: one that has to wait for anything would fail."""
+
+    def request() -> None:
+        call = app({"type": "http", "method": "GET", "path": "/"}, None, send)
+        with pytest.raises(StopIteration):
+            call.send(None)
+
+    return request
+
+
+async def nothing() -> None:
+    pass
+
+
+# -- the promises ------------------------------------------------------------------------------
+
+
+def test_P1_a_request_without_a_database_calls_next_to_nothing() -> None:
+    """In WSGI two calls more than the smallest middleware makes, in ASGI none."""
+    bare = wsgi(lambda: None)
+    least = calls_of(serve_wsgi(minimal_wsgi(bare)))
+    assert calls_of(serve_wsgi(WSGIRopeMiddleware(bare))) <= least + 2
+    assert calls_of(serve_wsgi(WSGIRopeMiddleware(bare, commit_on_success=True))) <= least + 7
+
+    bare = asgi(nothing)
+    least = calls_of(serve_asgi(minimal_asgi(bare)))
+    assert calls_of(serve_asgi(ASGIRopeMiddleware(bare))) <= least
+    assert calls_of(serve_asgi(ASGIRopeMiddleware(bare, commit_on_success=True))) <= least + 3
+
+
+def test_P2_what_has_nothing_open_ends_without_a_thread(engine: Engine) -> None:
+    """A sync session whose transaction the application ended, in an async app."""
+    jenny = SessionJenny(sessionmaker(engine))
+
+    async def handler() -> None:
+        jenny.execute(text("SELECT 1"))
+        jenny.commit()
+
+    before = workers()
+    serve_asgi(ASGIRopeMiddleware(asgi(handler)))()  # which has no event loop to wait in
+    assert workers() == before
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_P2_an_async_session_with_nothing_open_ends_without_a_task(
+    anyio_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor a greenlet: the request does not wait for anything after its handler."""
+    engine = create_async_engine("sqlite+aiosqlite://")
+    jenny = AsyncSessionJenny(async_sessionmaker(engine))
+    loop = asyncio.get_running_loop()
+    tasks: list[object] = []
+
+    async def handler() -> None:
+        await jenny.execute(text("SELECT 1"))
+        await jenny.commit()
+        make = loop.create_task
+        monkeypatch.setattr(loop, "create_task", lambda *a, **k: tasks.append(a) or make(*a, **k))
+
+    app = ASGIRopeMiddleware(asgi(handler))
+    await app({"type": "http", "method": "GET", "path": "/"}, None, send)  # type: ignore[arg-type]
+    assert tasks == []
+    monkeypatch.undo()
+    await engine.dispose()
+
+
+def test_P3_in_a_scope_the_session_is_one_call_away() -> None:
+    """No more than ``scoped_session.registry()`` makes."""
+    jenny, scoped = SessionJenny(sessionmaker()), scoped_session(sessionmaker())
+    with open_scope():
+        assert calls_of(lambda: jenny.session) <= calls_of(lambda: scoped.registry())
+    scoped.remove()
+
+
+@pytest.mark.parametrize("protocol", ["wsgi", "asgi"])
+@pytest.mark.parametrize("commit", [False, True])
+def test_P4_a_request_leaves_nothing_to_the_garbage_collector(
+    engine: Engine, protocol: str, commit: bool
+) -> None:
+    """1,000 requests with a SELECT each: no cycles, and not one object more than before."""
+    jenny = SessionJenny(sessionmaker(engine))
+
+    def read() -> None:
+        jenny.scalar(text("SELECT 1"))
+        jenny.commit()
+
+    async def aread() -> None:
+        read()
+
+    if protocol == "wsgi":
+        request = serve_wsgi(WSGIRopeMiddleware(wsgi(read), commit_on_success=commit))
+    else:
+        request = serve_asgi(ASGIRopeMiddleware(asgi(aread), commit_on_success=commit))
+    for _ in range(100):
+        request()
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        for _ in range(1_000):
+            request()
+        after = len(gc.get_objects())
+        assert gc.collect() < 100
+        assert after - before < 100
+    finally:
+        gc.enable()
