@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from rope_middleware import RopeMiddleware, SessionJenny, current_scope
+from rope_middleware import RopeMiddleware, SessionJenny, current_scope, scope
 from tests.conftest import Data, MakeEngine, no_scope_open, nothing_checked_out
 from tests.e2e.servers import (
     PATIENCE,
@@ -163,13 +163,13 @@ def test_A3_a_session_with_nothing_open_costs_no_thread(
     """An async view that has committed is ended without a worker thread."""
     jenny = jenny_of(engine)
     threads: list[object] = []
-    run_sync = anyio.to_thread.run_sync
+    finish_in_thread = scope.finish_in_thread
 
-    async def counted(func: Any, *args: Any, **options: Any) -> Any:
+    async def counted(func: Any, *args: Any) -> Any:
         threads.append(func)
-        return await run_sync(func, *args, **options)
+        return await finish_in_thread(func, *args)
 
-    monkeypatch.setattr(anyio.to_thread, "run_sync", counted)
+    monkeypatch.setattr(scope, "finish_in_thread", counted)
 
     async def ended(request: Request) -> Response:
         touch(jenny)
