@@ -5,6 +5,7 @@
 
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 SQLALCHEMY ?= SQLAlchemy
 CANDIDATES := python3.13 python3.12 python3.11 python3.14 python3 python
 bin := $(VENV)/bin
@@ -21,7 +22,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run run-flask run-fastapi test coverage format check docs bench bench-check clean
+.PHONY: help run run-flask run-fastapi test coverage format check docs bench bench-check package clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | sort | expand -t 14
@@ -40,6 +41,13 @@ timeout = --timeout=300
 test: $(VENV)/.test ## run all tests (PYTEST_ARGS)
 	$(bin)/python -m pytest $(timeout) $(PYTEST_ARGS)
 
+.PHONY: test-all soak
+NOX_ARGS ?=
+# nox in an environment of its own, which makes one more for each combination.
+test-all: ## run all tests on each Python found and each SQLAlchemy (PYTEST_ARGS, NOX_ARGS="-p 3.12")
+	@$(MAKE) --no-print-directory VENV=.venv-nox .venv-nox/.nox
+	.venv-nox/bin/nox $(NOX_ARGS) -- $(PYTEST_ARGS)
+
 coverage: $(VENV)/.test ## run all tests and report branch coverage (PYTEST_ARGS)
 	$(bin)/python -m pytest $(timeout) --cov --cov-report=term-missing $(PYTEST_ARGS)
 
@@ -49,11 +57,28 @@ format: $(VENV)/.check ## format the code and mend what the linter can mend
 
 # mypy and pyright read the package and the tests of its types.
 typed := rope_middleware $(wildcard tests/typing)
-check: $(VENV)/.check ## formatter, linter, strict mypy and strict pyright
+check: $(VENV)/.check ## formatter, linter, strict mypy and strict pyright, completeness of the types
 	$(bin)/ruff format --check .
 	$(bin)/ruff check .
 	$(bin)/mypy $(typed)
 	$(bin)/pyright --pythonpath $(bin)/python $(typed)
+	@# It looks for the package where the first python on PATH would.
+	PATH="$(abspath $(bin)):$$PATH" pyright --verifytypes rope_middleware --ignoreexternal
+
+.PHONY: mariadb get-mariadb compatibility
+# The tests start a MariaDB of their own where its server is installed; this one is for all runs.
+mariadb: $(VENV)/.test ## run a MariaDB on a loopback port until Ctrl-C, for DATABASE_URL_MARIADB
+	@exec $(bin)/python -m tests.matrix.mariadb
+
+get-mariadb: ## install MariaDB's server for the tests (Debian and Ubuntu)
+	@PATH="$$PATH:/usr/sbin" && command -v mariadbd || { \
+		as_root=; [ "$$(id -u)" -eq 0 ] || as_root=sudo; \
+		$$as_root apt-get update -qq && \
+		$$as_root env DEBIAN_FRONTEND=noninteractive \
+			apt-get install -qq --yes --no-install-recommends mariadb-server-core; }
+
+compatibility: $(VENV)/.test ## run every framework, server and database, write docs/compatibility.md
+	$(bin)/python -m pytest $(timeout) tests/matrix --compatibility docs/compatibility.md $(PYTEST_ARGS)
 
 docs: $(VENV)/.docs ## build the documentation into docs/_build/html
 	$(bin)/sphinx-build -W --keep-going -b html docs docs/_build/html
@@ -61,11 +86,22 @@ docs: $(VENV)/.docs ## build the documentation into docs/_build/html
 bench: $(VENV)/.bench ## compare with other ways to have a session per request
 	$(bin)/python -m benchmarks
 
-bench-check: $(VENV)/.bench ## check the promises on cost
-	$(bin)/python -m benchmarks.check
+REQUESTS ?= 1000000
+soak: $(VENV)/.test ## send a million requests with random faults, look for leaks (REQUESTS, SEED)
+	$(bin)/python -m benchmarks.soak --requests $(REQUESTS) $(if $(SEED),--seed $(SEED))
+
+bench-check: $(VENV)/.bench ## check the promises on cost (BENCH_ARGS=--short: with wide margins)
+	$(bin)/python -m benchmarks.check $(BENCH_ARGS)
+
+package: $(VENV)/.test $(VENV)/.package ## build wheel and sdist into dist, check them, try them elsewhere
+	rm -rf dist
+	$(bin)/python -m build --sdist --wheel --outdir dist .
+	$(bin)/python -m twine check --strict dist/*
+	$(bin)/check-wheel-contents dist/*.whl
+	DIST=dist $(bin)/python -m pytest $(timeout) tests/test_package.py
 
 clean: ## remove everything that make has made, but no database
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage dist docs/_build
+	rm -rf $(VENV) .venv-nox .mypy_cache .pytest_cache .ruff_cache .coverage dist docs/_build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of dependencies: made once, and again when pyproject.toml changes.
@@ -83,10 +119,14 @@ $(VENV)/.python:
 			"(on Debian and Ubuntu: apt-get install python3-venv)." >&2; exit 1; }
 	@touch $@
 
+$(VENV)/.nox: $(VENV)/.python
+	$(bin)/python -m pip install --quiet --disable-pip-version-check nox
+	@touch $@
+
 extra = $(patsubst .%,%,$(@F))
 
 $(VENV)/.run: extra = responder
-$(VENV)/.run $(VENV)/.test $(VENV)/.check $(VENV)/.docs $(VENV)/.bench: \
+$(VENV)/.run $(VENV)/.test $(VENV)/.check $(VENV)/.package $(VENV)/.docs $(VENV)/.bench: \
 		$(VENV)/.python pyproject.toml
 	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(extra)]" \
 		"$(SQLALCHEMY)"

@@ -8,9 +8,9 @@ request's body to the next one.
 from __future__ import annotations
 
 from asyncio import CancelledError
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from threading import get_ident
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rope_middleware.finish import finish
 from rope_middleware.middleware import REPLAY_LIMIT, SERVER_ERROR, RopeMiddleware
@@ -29,15 +29,24 @@ from rope_middleware.scope import (
     unbind,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Self
+
+    from rope_middleware.middleware import Veto
+    from rope_middleware.scope import CLOSE_TIMEOUT
+
 __all__ = ["ASGIApp", "ASGIRopeMiddleware"]
 
 # Bound once: this is the way of every request.
 _bind = current.set
 _reset = current.reset
 
-# The shapes of https://asgi.readthedocs.io/en/latest/specs/main.html
-ASGIScope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
+# The shapes of https://asgi.readthedocs.io/en/latest/specs/main.html. A scope and a message are
+# dictionaries with keys of str. Frameworks and servers have types of their own for them, some a
+# TypedDict for each kind, which do not fit one another: what stands between them takes any.
+ASGIScope: TypeAlias = Any
+Message: TypeAlias = Any
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
@@ -58,10 +67,29 @@ class _RequestScope(AsyncScope):
 class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
     """`RopeMiddleware` for ASGI applications: Responder, Starlette, FastAPI and any other.
 
-    ``http`` and ``websocket`` get a scope; everything else passes through untouched.
+    ``http`` and ``websocket`` get a scope; everything else passes through untouched. The scope
+    lives until the application's call returns: through the last chunk of the body and
+    background tasks. Arguments and errors are those of `RopeMiddleware`, whose choice this one
+    saves where an application cannot be told apart.
+
+    See https://asgi.readthedocs.io/en/latest/specs/www.html
     """
 
     app: ASGIApp
+
+    if TYPE_CHECKING:
+
+        def __new__(cls, *_: Any, **__: Any) -> Self: ...
+        def __init__(
+            self,
+            app: ASGIApp,
+            registries: Iterable[Any] = (),
+            *,
+            commit_on_success: bool = False,
+            commit_veto: Veto | None = None,
+            retries: int = 0,
+            close_timeout: float = CLOSE_TIMEOUT,
+        ) -> None: ...
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Serve one request within a scope of its own."""

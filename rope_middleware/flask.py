@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 try:
     from flask import current_app, g, has_app_context
     from werkzeug.local import LocalProxy
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "rope_middleware.flask needs Flask: pip install 'rope-middleware[flask]'"
-    ) from error
+    ) from _error
 
 from sqlalchemy.orm import Session
 
@@ -85,6 +85,8 @@ class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is d
         TypeError: `session_factory` is not callable.
     """
 
+    registry: ScopeRegistry[_S]
+
     def __init__(self, session_factory: Callable[..., _S], app: Flask | None = None) -> None:
         super().__init__(session_factory)
         self.registry = _AppContextRegistry(self.registry.createfunc, self.registry.outside)
@@ -103,7 +105,8 @@ class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is d
         Args:
             app: the Flask application.
         """
-        app.scoped_session = self  # type: ignore[attr-defined]
+        # Where Flask-SQLAlchemy-Session documents it; Flask itself has no such attribute.
+        cast("Any", app).scoped_session = self
         if _teardown not in app.teardown_appcontext_funcs:
             app.teardown_appcontext(_teardown)
 
@@ -133,7 +136,7 @@ def _current_session() -> Any:
     return cast("Any", app).scoped_session
 
 
-current_session = cast("flask_scoped_session[Session]", LocalProxy(_current_session))
+current_session: flask_scoped_session[Session] = cast("Any", LocalProxy(_current_session))
 """The session of the current application context.
 
 Raises:

@@ -50,15 +50,19 @@ class RopeMiddleware:
             block.
         retries: how often a request is run again when the database refused its transaction as
             one to try again (serialization failure, deadlock, SQLite busy). The request's body
-            is kept for that, up to 1 MiB.
-        close_timeout: seconds that each async session may take to give its connection back;
-            past it the connection is invalidated.
+            is kept for that, up to 1 MiB; a longer one is served once.
+        close_timeout: seconds that each async session may take to give its connection back, 10
+            by default; past it the connection is invalidated.
 
     Raises:
         TypeError: `app` is no application, or cannot be told apart, or an option is of a
             wrong type.
-        ValueError: `retries` or `close_timeout` is negative, or `commit_veto` is given without
-            commit_on_success.
+        ValueError: `retries` is negative, `close_timeout` is not more than 0, or `commit_veto` is
+            given without commit_on_success.
+
+    The open `Scope` stands in the ASGI scope or the WSGI environ under
+    ``"rope_middleware.scope"``. Two of these around the same request share one scope, and the
+    outer one's options rule.
     """
 
     _protocols: ClassVar[dict[str, type[RopeMiddleware]]] = {}
@@ -96,15 +100,29 @@ class RopeMiddleware:
             cls = cls._protocols[_protocol_of(app)]
         return object.__new__(cls)
 
-    def __init__(  # pyright: ignore[reportInconsistentConstructor]  # __new__ only chooses
+    if not TYPE_CHECKING:
+        # For type checkers `__new__` alone tells the class: beside an `__init__`, mypy would not
+        # look at it, and pyright would ask for both.
+        def __init__(
+            self,
+            app,
+            registries=(),
+            *,
+            commit_on_success=False,
+            commit_veto=None,
+            retries=0,
+            close_timeout=CLOSE_TIMEOUT,
+        ):
+            self._set_up(app, registries, commit_on_success, commit_veto, retries, close_timeout)
+
+    def _set_up(
         self,
         app: Any,
-        registries: Iterable[Any] = (),
-        *,
-        commit_on_success: bool = False,
-        commit_veto: Veto | None = None,
-        retries: int = 0,
-        close_timeout: float = CLOSE_TIMEOUT,
+        registries: Iterable[Any],
+        commit_on_success: bool,
+        commit_veto: Veto | None,
+        retries: int,
+        close_timeout: float,
     ) -> None:
         if not callable(app):
             raise TypeError(_NO_APP.format(type(self).__name__, app))

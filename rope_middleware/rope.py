@@ -29,7 +29,7 @@ __all__ = ["RopeRegistry", "ScopeRope", "SessionRope", "calling_frame", "owner_n
 
 _T = TypeVar("_T", bound=Any)
 
-logger = logging.getLogger("rope_middleware")
+logger: logging.Logger = logging.getLogger("rope_middleware")
 
 
 class SessionRope(Generic[_T]):

@@ -181,7 +181,10 @@ class Scope:
         return self._info
 
     def doom(self) -> None:
-        """Have the scope roll back at its end, whatever the response will be."""
+        """Have the scope roll back, whatever the response will be.
+
+        It concerns what `commit_on_success` would commit, from now on; what is committed stays.
+        """
         self._doomed = True
 
     def on_commit(self, fn: Callable[[], object]) -> None:
@@ -596,6 +599,9 @@ def is_async_callable(fn: object) -> bool:
 def current_scope() -> Scope:
     """Return the open scope. Usable as ``scoped_session(..., scopefunc=current_scope)``.
 
+    Returns:
+        The scope of the request being served, or of the innermost ``with open_scope():``.
+
     Raises:
         NoScopeError: no scope is open here.
         ScopeClosedError: this code has outlived the scope that it was started in.
@@ -715,13 +721,15 @@ class open_scope:  # noqa: N801 - used like a function
         name: what error texts and log lines call the scope; the function's name where it is
             used as a decorator.
         commit_on_success: commit when the block ends without an error.
-        close_timeout: seconds that each async session may take to give its connection back.
+        close_timeout: seconds that each async session may take to give its connection back, 10
+            by default; past it the connection is invalidated.
 
     Returns:
         A context manager; ``with`` and ``async with`` give the `Scope`.
 
     Raises:
-        TypeError: it decorates a generator function, whose body runs after the call.
+        TypeError: `name` is no str, or it decorates a generator function, whose body runs after
+            the call.
     """
 
     def __init__(
@@ -812,6 +820,7 @@ class open_scope:  # noqa: N801 - used like a function
         )
 
     def __call__(self, fn: Callable[_P, _T]) -> Callable[_P, _T]:
+        """Decorate `fn`, sync or async: each call of it has a scope of its own."""
         if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
             raise TypeError(
                 f"@open_scope() cannot decorate the generator {fn!r}: its body runs after the "

@@ -30,8 +30,12 @@ from rope_middleware.scope import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import Self
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from rope_middleware.middleware import Veto
+    from rope_middleware.scope import CLOSE_TIMEOUT
 
 __all__ = ["WSGIRopeMiddleware"]
 
@@ -61,9 +65,27 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
 
     The scope lives until the server closes the body. What a server looks at stays as it is:
     a list keeps its length, and what ``wsgi.file_wrapper`` made is the server's own object.
+    Arguments and errors are those of `RopeMiddleware`, whose choice this one saves where an
+    application cannot be told apart.
+
+    See https://peps.python.org/pep-3333/
     """
 
     app: WSGIApplication
+
+    if TYPE_CHECKING:
+
+        def __new__(cls, *_: Any, **__: Any) -> Self: ...
+        def __init__(
+            self,
+            app: WSGIApplication,
+            registries: Iterable[Any] = (),
+            *,
+            commit_on_success: bool = False,
+            commit_veto: Veto | None = None,
+            retries: int = 0,
+            close_timeout: float = CLOSE_TIMEOUT,
+        ) -> None: ...
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request within a scope of its own."""

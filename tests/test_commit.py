@@ -193,10 +193,10 @@ class Web:
         self.wsgi = kind == "wsgi"
         self.loop = asyncio.Runner()
         self.store = Store(path, is_async=kind == "asgi-async")
-        Base.metadata.create_all(create_engine(f"sqlite:///{path}"))
+        create_tables(path)
 
     def other_store(self, path: Path) -> Store:
-        Base.metadata.create_all(create_engine(f"sqlite:///{path}"))
+        create_tables(path)
         return Store(path, is_async=self.store.is_async)
 
     def close(self) -> None:
@@ -420,6 +420,12 @@ def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Web]:
     held = found.store.held()
     found.close()
     assert held == 0, "a connection is still out of its pool"
+
+
+def create_tables(path: Path) -> None:
+    engine = create_engine(f"sqlite:///{path}")
+    Base.metadata.create_all(engine)
+    engine.dispose()
 
 
 class Lock:
