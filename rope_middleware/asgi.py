@@ -31,10 +31,9 @@ from rope_middleware.scope import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from typing import Self
+    from typing import Self, Unpack
 
-    from rope_middleware.middleware import Veto
-    from rope_middleware.scope import CLOSE_TIMEOUT
+    from rope_middleware.middleware import Options
 
 __all__ = ["ASGIApp", "ASGIRopeMiddleware"]
 
@@ -78,17 +77,10 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
     app: ASGIApp
 
     if TYPE_CHECKING:
-
+        # `RopeMiddleware.__new__` chooses; here there is nothing to choose.
         def __new__(cls, *_: Any, **__: Any) -> Self: ...
         def __init__(
-            self,
-            app: ASGIApp,
-            registries: Iterable[Any] = (),
-            *,
-            commit_on_success: bool = False,
-            commit_veto: Veto | None = None,
-            retries: int = 0,
-            close_timeout: float = CLOSE_TIMEOUT,
+            self, app: ASGIApp, registries: Iterable[Any] = (), **options: Unpack[Options]
         ) -> None: ...
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:

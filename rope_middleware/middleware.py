@@ -16,6 +16,7 @@ from rope_middleware.registry import keepers_of
 from rope_middleware.scope import CLOSE_TIMEOUT, Scope, is_async_callable
 
 if TYPE_CHECKING:
+    from typing import TypedDict, Unpack
     from wsgiref.types import WSGIApplication
 
     from rope_middleware.asgi import ASGIApp, ASGIRopeMiddleware
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["REPLAY_LIMIT", "SERVER_ERROR", "RopeMiddleware", "Veto"]
 
 Veto: TypeAlias = Callable[[int, list[tuple[str, str]]], object]
+
+if TYPE_CHECKING:
+
+    class Options(TypedDict, total=False):
+        """What a `RopeMiddleware` takes by keyword."""
+
+        commit_on_success: bool
+        commit_veto: Veto | None
+        retries: int
+        close_timeout: float
+
 
 REPLAY_LIMIT = 1024 * 1024
 """Bytes of a request's body that are kept for another try."""
@@ -74,25 +86,11 @@ class RopeMiddleware:
 
     @overload
     def __new__(
-        cls,
-        app: ASGIApp,
-        registries: Iterable[Any] = (),
-        *,
-        commit_on_success: bool = False,
-        commit_veto: Veto | None = None,
-        retries: int = 0,
-        close_timeout: float = CLOSE_TIMEOUT,
+        cls, app: ASGIApp, registries: Iterable[Any] = (), **options: Unpack[Options]
     ) -> ASGIRopeMiddleware: ...
     @overload
     def __new__(
-        cls,
-        app: WSGIApplication,
-        registries: Iterable[Any] = (),
-        *,
-        commit_on_success: bool = False,
-        commit_veto: Veto | None = None,
-        retries: int = 0,
-        close_timeout: float = CLOSE_TIMEOUT,
+        cls, app: WSGIApplication, registries: Iterable[Any] = (), **options: Unpack[Options]
     ) -> WSGIRopeMiddleware: ...
     def __new__(cls, app: Any = None, *_: Any, **__: Any) -> Any:
         """Choose the class by the protocol of `app`."""

@@ -30,12 +30,11 @@ from rope_middleware.scope import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from typing import Self
+    from typing import Self, Unpack
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from rope_middleware.middleware import Veto
-    from rope_middleware.scope import CLOSE_TIMEOUT
+    from rope_middleware.middleware import Options
 
 __all__ = ["WSGIRopeMiddleware"]
 
@@ -74,17 +73,10 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
     app: WSGIApplication
 
     if TYPE_CHECKING:
-
+        # `RopeMiddleware.__new__` chooses; here there is nothing to choose.
         def __new__(cls, *_: Any, **__: Any) -> Self: ...
         def __init__(
-            self,
-            app: WSGIApplication,
-            registries: Iterable[Any] = (),
-            *,
-            commit_on_success: bool = False,
-            commit_veto: Veto | None = None,
-            retries: int = 0,
-            close_timeout: float = CLOSE_TIMEOUT,
+            self, app: WSGIApplication, registries: Iterable[Any] = (), **options: Unpack[Options]
         ) -> None: ...
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

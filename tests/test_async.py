@@ -61,9 +61,9 @@ LIMIT = 30.0
 
 pytestmark = [
     pytest.mark.anyio,
-    # Python 3.13, and aiosqlite, warn of every connection that nobody closed. Those that are cut off
-    # here on purpose (cancelled while they connect, invalidated) are left to their finaliser by the
-    # drivers; what our own code leaves is found in the pools.
+    # Python 3.13, and aiosqlite, warn of every connection that nobody closed. Those that are cut
+    # off here on purpose (cancelled while they connect, invalidated) are left to their finaliser
+    # by the drivers; what our own code leaves is found in the pools.
     pytest.mark.filterwarnings("ignore:unclosed database in <sqlite3.Connection:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:.*was deleted before:ResourceWarning"),
 ]
