@@ -51,9 +51,10 @@ def is_refusal(error: BaseException | None) -> bool:
     first = error.args[0] if error.args else None
     if isinstance(first, dict):  # pg8000
         return cast("dict[str, str]", first).get("C") in _SQLSTATES
-    if isinstance(first, str):  # pyodbc
-        return first in _SQLSTATES
-    if "sql" in type(error).__module__ or "maria" in type(error).__module__:
+    if isinstance(first, str) and first in _SQLSTATES:  # pyodbc
+        return True
+    module = type(error).__module__.lower()  # MySQLdb.…, pymysql.…, asyncmy.…, mariadb.…
+    if any(name in module for name in ("sql", "maria", "asyncmy")):
         return getattr(error, "errno", first) in _MYSQL_CODES
     return False
 

@@ -1,0 +1,298 @@
+"""The frameworks of the table: each the same routes, with RopeMiddleware as its users add it.
+
+To add one, write a function that takes the `Views` and returns the application, and name it in
+`FRAMEWORKS`. A view has ``views(route, token)``, to be awaited where ``views.is_async``: a str is
+the text of the response, anything else an iterator of its chunks. Elsewhere in ASGI it runs in a
+worker thread, as its framework has that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+
+from rope_middleware import RopeMiddleware
+
+if TYPE_CHECKING:
+    from tests.matrix.app import Views
+
+
+@dataclass(frozen=True)
+class Framework:
+    """One entry of the table.
+
+    Args:
+        protocol: ``asgi`` or ``wsgi``.
+        distribution: what it is installed as.
+        make: makes the application.
+        tells_of_leaving: does a stream whose client has gone away end? Otherwise it goes on to
+            its own end, as its framework has it.
+        note: what its users have to know.
+    """
+
+    protocol: str
+    distribution: str
+    make: Callable[[Views], Any]
+    tells_of_leaving: bool = True
+    note: str = ""
+
+
+async def in_threads(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """A sync iterator for frameworks that stream async ones only."""
+    while (chunk := await anyio.to_thread.run_sync(next, chunks, None)) is not None:
+        yield chunk
+
+
+# -- ASGI --------------------------------------------------------------------------------------
+
+
+def responder(views: Views) -> Any:
+    import responder
+
+    api = responder.API(secret_key="of the tests")
+
+    def respond(resp: Any, answer: Any) -> None:
+        if isinstance(answer, str):
+            resp.text = answer
+            return
+        resp.headers["Content-Type"] = "text/plain"
+
+        @resp.stream
+        async def body() -> AsyncIterator[bytes]:
+            async for chunk in answer if views.is_async else in_threads(answer):
+                yield chunk
+
+    if views.is_async:
+
+        @api.route("/{route}")
+        async def async_view(req: Any, resp: Any, *, route: str) -> None:
+            respond(resp, await views(route, req.params["token"]))
+
+    else:
+
+        @api.route("/{route}")
+        def view(req: Any, resp: Any, *, route: str) -> None:
+            respond(resp, views(route, req.params["token"]))
+
+    api.add_middleware(RopeMiddleware)
+    return api
+
+
+def starlette(views: Views) -> Any:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import PlainTextResponse, StreamingResponse
+    from starlette.routing import Route
+
+    def respond(answer: Any) -> Any:
+        return (PlainTextResponse if isinstance(answer, str) else StreamingResponse)(answer)
+
+    async def async_view(request: Request) -> Any:
+        return respond(await views(request.path_params["route"], request.query_params["token"]))
+
+    def view(request: Request) -> Any:
+        return respond(views(request.path_params["route"], request.query_params["token"]))
+
+    app = Starlette(routes=[Route("/{route}", async_view if views.is_async else view)])
+    app.add_middleware(RopeMiddleware)
+    return app
+
+
+def fastapi(views: Views) -> Any:
+    from fastapi import FastAPI
+    from fastapi.responses import PlainTextResponse, StreamingResponse
+
+    app = FastAPI()
+
+    def respond(answer: Any) -> Any:
+        return (PlainTextResponse if isinstance(answer, str) else StreamingResponse)(answer)
+
+    if views.is_async:
+
+        @app.get("/{route}")
+        async def async_view(route: str, token: str) -> Any:
+            return respond(await views(route, token))
+
+    else:
+
+        @app.get("/{route}")
+        def view(route: str, token: str) -> Any:
+            return respond(views(route, token))
+
+    app.add_middleware(RopeMiddleware)
+    return app
+
+
+def litestar(views: Views) -> Any:
+    import litestar
+    from litestar.response import Response, Stream
+
+    def respond(answer: Any) -> Any:
+        kind = Response if isinstance(answer, str) else Stream
+        return kind(answer, media_type="text/plain")
+
+    if views.is_async:
+
+        @litestar.get("/{route:str}")
+        async def handler(route: str, token: str) -> Any:
+            return respond(await views(route, token))
+
+    else:
+
+        @litestar.get("/{route:str}", sync_to_thread=True)
+        def handler(route: str, token: str) -> Any:
+            return respond(views(route, token))
+
+    return litestar.Litestar([handler], middleware=[RopeMiddleware], openapi_config=None)
+
+
+def quart(views: Views) -> Any:
+    from quart import Quart, Response, request
+
+    app = Quart("quart")
+
+    def respond(answer: Any) -> Response:
+        return Response(answer, content_type="text/plain")
+
+    if views.is_async:
+
+        @app.get("/<route>")
+        async def async_view(route: str) -> Response:
+            return respond(await views(route, request.args["token"]))
+
+    else:
+
+        @app.get("/<route>")
+        def view(route: str) -> Response:
+            return respond(views(route, request.args["token"]))
+
+    app.asgi_app = RopeMiddleware(app.asgi_app)  # type: ignore[method-assign]
+    return app
+
+
+def falcon_asgi(views: Views) -> Any:
+    import falcon.asgi
+
+    class Resource:
+        async def on_get(self, req: Any, resp: Any, route: str) -> None:
+            token = req.get_param("token", required=True)
+            if views.is_async:
+                answer = await views(route, token)
+            else:
+                # falcon.sync_to_async() takes no context variable along, see the note.
+                answer = await asyncio.to_thread(views, route, token)
+            resp.content_type = "text/plain"
+            if isinstance(answer, str):
+                resp.text = answer
+            else:
+                resp.stream = answer if views.is_async else in_threads(answer)
+
+    app = falcon.asgi.App()
+    app.add_route("/{route}", Resource())
+    return RopeMiddleware(app)
+
+
+# -- WSGI --------------------------------------------------------------------------------------
+
+
+def flask(views: Views) -> Any:
+    from flask import Flask, Response, request
+
+    app = Flask("flask")
+
+    @app.get("/<route>")
+    def view(route: str) -> Response:
+        return Response(views(route, request.args["token"]), content_type="text/plain")
+
+    app.wsgi_app = RopeMiddleware(app.wsgi_app)  # type: ignore[method-assign]
+    return app
+
+
+def django(views: Views) -> Any:
+    import django.conf
+    import django.core.wsgi
+    import django.urls
+    from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
+
+    def view(request: HttpRequest, route: str) -> Any:
+        answer = views(route, request.GET["token"])
+        return (HttpResponse if isinstance(answer, str) else StreamingHttpResponse)(answer)
+
+    django.conf.settings.configure(
+        ALLOWED_HOSTS=["*"],
+        ROOT_URLCONF=(django.urls.path("<route>", view),),
+        SECRET_KEY="of the tests",
+    )
+    return RopeMiddleware(django.core.wsgi.get_wsgi_application())
+
+
+def pyramid(views: Views) -> Any:
+    from pyramid.config import Configurator
+    from pyramid.response import Response
+
+    def view(request: Any) -> Any:
+        answer = views(request.matchdict["route"], request.GET["token"])
+        if isinstance(answer, str):
+            return Response(text=answer, content_type="text/plain")
+        return Response(app_iter=answer, content_type="text/plain")
+
+    with Configurator() as config:
+        config.add_route("all", "/{route}")
+        config.add_view(view, route_name="all")
+        return RopeMiddleware(config.make_wsgi_app())
+
+
+def bottle(views: Views) -> Any:
+    import bottle
+
+    app = bottle.Bottle()
+
+    @app.get("/<route>")
+    def view(route: str) -> Any:
+        return views(route, bottle.request.query["token"])
+
+    return RopeMiddleware(app)
+
+
+def falcon(views: Views) -> Any:
+    import falcon
+
+    class Resource:
+        def on_get(self, req: Any, resp: Any, route: str) -> None:
+            answer = views(route, req.get_param("token", required=True))
+            resp.content_type = "text/plain"
+            if isinstance(answer, str):
+                resp.text = answer
+            else:
+                resp.stream = answer
+
+    app = falcon.App()
+    app.add_route("/{route}", Resource())
+    return RopeMiddleware(app)
+
+
+FRAMEWORKS: dict[str, Framework] = {
+    "responder": Framework("asgi", "responder", responder),
+    "starlette": Framework("asgi", "starlette", starlette),
+    "fastapi": Framework("asgi", "fastapi", fastapi),
+    "litestar": Framework("asgi", "litestar", litestar),
+    "quart": Framework("asgi", "quart", quart),
+    # It watches for the client's leaving in its server-sent events only.
+    "falcon-asgi": Framework(
+        "asgi",
+        "falcon",
+        falcon_asgi,
+        tells_of_leaving=False,
+        note="`falcon.sync_to_async()` takes no context variables along, so the request's scope "
+        "is not found in its thread. `asyncio.to_thread()` does.",
+    ),
+    "flask": Framework("wsgi", "flask", flask),
+    "django": Framework("wsgi", "django", django),
+    "pyramid": Framework("wsgi", "pyramid", pyramid),
+    "bottle": Framework("wsgi", "bottle", bottle),
+    "falcon": Framework("wsgi", "falcon", falcon),
+}

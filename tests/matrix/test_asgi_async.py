@@ -1,0 +1,12 @@
+"""ASGI frameworks with an AsyncSession: the rows of the table, see `checks`."""
+
+from __future__ import annotations
+
+from tests.matrix import rows
+from tests.matrix.checks import Checks
+
+
+class Test(Checks):
+    """Each check for each row."""
+
+    rows = rows.ASGI_ASYNC
