@@ -165,7 +165,7 @@ class Scope:
 
     @property
     def name(self) -> str:
-        """What the scope is for: ``GET /path`` (no query string), or the name it was given."""
+        """What the scope is for, ``GET /path`` (no query string) or the name it was given."""
         return cast("str", self._name)
 
     @property
