@@ -22,7 +22,8 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run run-flask run-fastapi test coverage format check docs bench bench-check package clean
+.PHONY: help run run-flask run-fastapi test test-all coverage format check mariadb get-servers \
+	compatibility docs bench bench-check soak package clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | sort | expand -t 14
@@ -41,7 +42,6 @@ timeout = --timeout=300
 test: $(VENV)/.test ## run all tests (PYTEST_ARGS)
 	$(bin)/python -m pytest $(timeout) $(PYTEST_ARGS)
 
-.PHONY: test-all soak
 NOX_ARGS ?=
 # nox in an environment of its own, which makes one more for each combination.
 test-all: ## run all tests on each Python found and each SQLAlchemy (PYTEST_ARGS, NOX_ARGS="-p 3.12")
@@ -65,17 +65,16 @@ check: $(VENV)/.check ## formatter, linter, strict mypy and strict pyright, comp
 	@# It looks for the package where the first python on PATH would.
 	PATH="$(abspath $(bin)):$$PATH" pyright --verifytypes rope_middleware --ignoreexternal
 
-.PHONY: mariadb get-mariadb compatibility
 # The tests start a MariaDB of their own where its server is installed; this one is for all runs.
 mariadb: $(VENV)/.test ## run a MariaDB on a loopback port until Ctrl-C, for DATABASE_URL_MARIADB
 	@exec $(bin)/python -m tests.matrix.mariadb
 
-get-mariadb: ## install MariaDB's server for the tests (Debian and Ubuntu)
-	@PATH="$$PATH:/usr/sbin" && command -v mariadbd || { \
+get-servers: ## install what is no Python package, for the tests: MariaDB, PgBouncer (Debian, Ubuntu)
+	@PATH="$$PATH:/usr/sbin"; { command -v mariadbd && command -v pgbouncer; } || { \
 		as_root=; [ "$$(id -u)" -eq 0 ] || as_root=sudo; \
 		$$as_root apt-get update -qq && \
 		$$as_root env DEBIAN_FRONTEND=noninteractive \
-			apt-get install -qq --yes --no-install-recommends mariadb-server-core; }
+			apt-get install -qq --yes --no-install-recommends mariadb-server-core pgbouncer; }
 
 compatibility: $(VENV)/.test ## run every framework, server and database, write docs/compatibility.md
 	$(bin)/python -m pytest $(timeout) tests/matrix --compatibility docs/compatibility.md $(PYTEST_ARGS)

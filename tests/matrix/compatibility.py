@@ -35,7 +35,7 @@ asyncio has complained.
 
 This page is made by `make compatibility`. A row whose server or database is not there is skipped
 and says why. PostgreSQL comes with the tests' own dependencies. For MariaDB its server has to be
-installed (on Debian and Ubuntu `make get-mariadb` does that; the package `mariadb-server-core` is
+installed (on Debian and Ubuntu `make get-servers` does that; the package `mariadb-server-core` is
 enough), and the tests start one; or a running one is named in `DATABASE_URL_MARIADB`, such as that
 of `make mariadb`, which several runs can share.
 

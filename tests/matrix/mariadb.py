@@ -46,7 +46,7 @@ USER = "rope"
 LOCK_WAIT_TIMEOUT = 1205
 PREFIXES = ("mysql_", "mariadb_")
 MISSING = (
-    "no MariaDB is there: install its server (on Debian and Ubuntu: make get-mariadb), "
+    "no MariaDB is there: install its server (on Debian and Ubuntu: make get-servers), "
     "or name a running one in DATABASE_URL_MARIADB"
 )
 
