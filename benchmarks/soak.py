@@ -1,6 +1,6 @@
 """Does anything stay behind? Exits with 1 where it does, or where an answer is not the right one.
 
-    python -m benchmarks.soak                      a million requests; about half an hour
+    python -m benchmarks.soak                      a million requests; about 20 minutes
     python -m benchmarks.soak --requests 20000     as CI has it; under half a minute
     python -m benchmarks.soak --seed 7             the same plan again
 
