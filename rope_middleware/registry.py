@@ -48,6 +48,7 @@ __all__ = [
     "has_nothing_open",
     "invalidate",
     "keepers_of",
+    "leave_to_parent",
     "listen",
     "tie",
 ]
@@ -226,6 +227,22 @@ def invalidate(session: Session) -> None:
                 step()
             except Exception:
                 logger.exception("a connection could not be invalidated")
+
+
+# What was open where this process was forked. It is kept for ever: to close it would be a word to
+# the database over the parent's socket, and so may be to collect it.
+_of_the_parent: list[Any] = []
+
+
+def leave_to_parent(session: Session) -> None:
+    """Take from the pool, in a forked process, the connections that `session` has out.
+
+    See https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
+    """
+    _of_the_parent.append(session)
+    for connection in _connections_out(session):
+        with suppress(Exception):  # one that is invalidated already
+            connection.detach()  # says nothing to the database, as close() and invalidate() do
 
 
 def has_nothing_open(session: Session) -> bool:
@@ -462,6 +479,9 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
     def abandon(self, session: Any, /) -> None:
         invalidate(session)
 
+    def leave_to_parent(self, session: Any, /) -> None:
+        leave_to_parent(self._proper(session))
+
 
 class StrictRegistry(ScopedRegistry[_T]):
     """The registry outside of scopes where nothing may happen there."""
@@ -572,6 +592,14 @@ class RemovalKeeper(Keeper):
         if session is not None and self.registry is not None:
             self.registry.clear()
             invalidate(session)
+
+    def leave_to_parent(self, _: Any, /) -> None:
+        try:
+            session = self.find()
+        except Exception:  # its scopefunc's
+            session = None
+        if session is not None:
+            leave_to_parent(session)
 
 
 def _forget(session: Session | None) -> None:

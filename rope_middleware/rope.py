@@ -11,18 +11,19 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Container
 from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any, Generic, TypeVar, cast
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.registry import _TIE as TIE
-from rope_middleware.registry import ScopeRegistry, close, listen, tie
+from rope_middleware.registry import ScopeRegistry, close, leave_to_parent, listen, tie
 from rope_middleware.scope import current_scope
 
 __all__ = ["RopeRegistry", "ScopeRope", "SessionRope", "calling_frame", "owner_name"]
@@ -63,6 +64,7 @@ class SessionRope(Generic[_T]):
             return self._held.session
         if self._session is None:
             self._session = _watched(self._registry())
+            _by_hand.add(self)
         return self._session
 
     def remove(self) -> None:
@@ -98,6 +100,12 @@ class SessionRope(Generic[_T]):
                 self._registry.clear()
         finally:
             close(session)
+
+    def _leave_to_parent(self) -> None:
+        """Let go of the session in a forked process: see `registry.leave_to_parent`."""
+        session, self._session = self._session, None
+        if session is not None:
+            leave_to_parent(session)
 
     def _is_in_scope(self) -> bool:
         return isinstance(self._registry, ScopeRegistry) and self._registry.scope() is not None
@@ -188,7 +196,7 @@ class RopeRegistry(ScopedRegistry[_T]):
         listed: where each rope is listed under its name.
     """
 
-    __slots__ = ("_create_name", "_facade", "_here", "_listed", "_ropes")
+    __slots__ = ("__weakref__", "_create_name", "_facade", "_here", "_listed", "_ropes")
 
     def __init__(
         self,
@@ -205,6 +213,16 @@ class RopeRegistry(ScopedRegistry[_T]):
         self._ropes: WeakKeyDictionary[object, WeakValueDictionary[str, _OwnRope[_T]]] = (
             WeakKeyDictionary()
         )
+        _registries.add(self)
+
+    def leave_to_parent(self) -> None:
+        """Let go of every rope in a forked process; its frames tie ropes of their own."""
+        for home in list(self._ropes.values()):
+            for rope in list(home.values()):
+                rope.home = None
+                rope._leave_to_parent()
+        self._ropes = WeakKeyDictionary()
+        self._listed.clear()
 
     def _home(self) -> WeakValueDictionary[str, _OwnRope[_T]]:
         """Return where the ropes of the running task, or else of this thread, are found."""
@@ -421,3 +439,19 @@ _CYCLIC = (BaseException, TracebackType, FrameType)
 
 def _held_by(frame: FrameType, name: str) -> object:
     return _get(frame.f_locals, _hidden(frame, name))
+
+
+# What a forked process has to let go of.
+_registries: WeakSet[RopeRegistry[Any]] = WeakSet()
+_by_hand: WeakSet[SessionRope[Any]] = WeakSet()
+
+
+def _after_fork() -> None:
+    for registry in list(_registries):
+        registry.leave_to_parent()
+    for rope in list(_by_hand):
+        rope._leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
@@ -113,6 +114,10 @@ class Keeper(Protocol):
         """Invalidate the session's connections at once, without waiting for the database."""
         ...
 
+    def leave_to_parent(self, session: Any, /) -> None:
+        """Forget, in a forked process, what the session has open, without a word to anybody."""
+        ...
+
 
 OPEN, ENDED, CLOSED = range(3)
 
@@ -149,6 +154,8 @@ class Scope:
     _on_commit: list[Callable[[], Any]] | None = None
     _on_close: list[Callable[[], Any]] | None = None
     _info: dict[Any, Any] | None = None
+    _outer: Scope | None = None  # what `open_scope` found open
+    _is_parents = False  # this process was forked while it was open
     _left: tuple[Scope | None] | None = None  # what was current before, once left: see `_restore`
     _doomed = False
     _committed = False  # a session has committed something: see C6
@@ -246,6 +253,12 @@ class Scope:
             )
 
     def _raise_closed(self) -> NoReturn:
+        if self._is_parents:
+            raise ScopeClosedError(
+                f"The scope {self.name!r} belongs to the process that this one was forked from, "
+                'and so do its sessions and their connections. Use "with open_scope():" around '
+                "work of this process's own."
+            )
         raise ScopeClosedError(
             f"The scope {self.name!r} has ended, and its sessions are closed. This code has "
             'outlived it (a thread, a task or a timed-out handler?). Use "with open_scope():" '
@@ -393,6 +406,16 @@ class Scope:
             logger.exception("a connection of %r could not be invalidated", self.name)
         return None if isinstance(error, (Exception, asyncio.CancelledError)) else error
 
+    def _leave_to_parent(self) -> None:
+        """End the scope in a forked process. Its sessions and callbacks are the parent's."""
+        for keeper, session in [*(self._sessions or {}).items(), *_without(self._registries)]:
+            keeper.leave_to_parent(session)
+        self._sessions = self._on_close = self._on_commit = None
+        self._registries = ()
+        self._commits = False
+        self._is_parents = True
+        self._state = CLOSED
+
     # -- what the boundaries call ----------------------------------------------------------
 
     def _end_unused(self) -> bool:
@@ -427,6 +450,22 @@ class Scope:
         self._state = CLOSED
         if raised is not None:
             raise raised
+
+
+def _after_fork() -> None:
+    """Have a forked process leave to its parent what is open where it was forked.
+
+    What other threads and tasks have open is not reached any more: they are not there.
+    """
+    scope = current.get(None)
+    while scope is not None:
+        if not scope._state:
+            scope._leave_to_parent()
+        scope = scope._outer
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class AsyncScope(Scope):
@@ -753,13 +792,15 @@ class open_scope:  # noqa: N801 - used like a function
         scope._open(self._name or "open_scope()", self._commit)
         scope._close_timeout = self._close_timeout
         outer = current.get(None)
-        if outer is not None and outer._registries:
-            # Their sessions are found by the current scope: this one has sessions of its own.
-            scope._registries = tuple(
-                registry
-                for registry in outer._registries
-                if scope._is_async or not registry.is_async
-            )
+        if outer is not None:
+            scope._outer = outer
+            if outer._registries:
+                # Their sessions are found by the current scope: this one has its own.
+                scope._registries = tuple(
+                    registry
+                    for registry in outer._registries
+                    if scope._is_async or not registry.is_async
+                )
         self._entered.append((scope, current.set(scope)))
         return scope
 
