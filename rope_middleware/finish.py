@@ -151,7 +151,13 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
     Raises:
         TimeoutError: the time was up.
     """
-    loop = asyncio.get_running_loop()
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # trio
+        import anyio
+
+        with anyio.fail_after(seconds):
+            return await work
     task = asyncio.current_task(loop)
     assert task is not None  # noqa: S101 - no user input: `finish` has made the task
     deadlines = _deadlines.get(loop)
@@ -188,10 +194,13 @@ class _Deadlines:
     def _wake_by(self, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
         if deadline < self._wakes_at:
             self._wakes_at = deadline
-            # The handle is not kept: it refers to the loop, which would then live as long.
-            loop.call_at(deadline, self._wake, deadline)
+            # The handle is not kept: it refers to the loop, which would then live as long. An
+            # empty context: one timer follows from the other, and would keep the first request's.
+            loop.call_at(deadline, self._wake, deadline, context=Context())
 
     def _wake(self, now: float) -> None:
+        if now != self._wakes_at:
+            return  # an earlier one came in between, and has seen to the next
         self._wakes_at = math.inf
         for task, deadline in list(self.tasks.items()):
             if deadline <= now:
@@ -247,9 +256,19 @@ async def finish_in_thread(func: Callable[[Any], _T], argument: Any, grace: floa
 # serve every event loop of the process.
 _idle: deque[_Worker] = deque()
 
+
+def _end_idle() -> None:
+    with suppress(IndexError):
+        while True:
+            worker = _idle.pop()
+            worker.calls.put(None)
+            worker.join()
+
+
 if hasattr(os, "register_at_fork"):
-    # A forked process has none of its parent's threads.
-    os.register_at_fork(after_in_child=_idle.clear)
+    # A forked process has none of its parent's threads, and Python warns of a fork beside them:
+    # those without work end before it.
+    os.register_at_fork(before=_end_idle, after_in_child=_idle.clear)
 
 
 def _start_in_thread(
@@ -272,7 +291,7 @@ class _Worker(threading.Thread):
         # A daemon, so that an idle one does not keep the process. What is under way is waited for
         # by its event loop, which ends before the process does.
         super().__init__(name="rope_middleware", daemon=True)
-        self.calls: SimpleQueue[_Call] = SimpleQueue()
+        self.calls: SimpleQueue[_Call | None] = SimpleQueue()
 
     def run(self) -> None:
         while True:
@@ -283,6 +302,8 @@ class _Worker(threading.Thread):
                     _idle.remove(self)
                 except ValueError:
                     continue  # taken in this instant: a call is on its way
+                return
+            if call is None:
                 return
             self._make(*call)
             del call  # an idle thread keeps nothing alive
@@ -295,7 +316,12 @@ class _Worker(threading.Thread):
         done: asyncio.Future[Any],
     ) -> None:
         try:
-            result = context.run(func, argument)
+            try:
+                result = context.run(func, argument)
+            except StopIteration as error:
+                # In a future it means "done": the waiter would take it for a result, or, where
+                # the future refuses it, wait for ever.
+                raise RuntimeError("a call in a thread raised StopIteration") from error
         except BaseException as error:
             self._tell(done, done.set_exception, error)
             del error, done

@@ -127,7 +127,8 @@ _first_use = threading.Lock()
 # (function, argument, kind). See `drive` and `adrive`.
 _Step = tuple[Callable[[Any], Any], Any, int]
 _Steps = Generator[_Step, Any, _T]
-# What a step does: blocks, awaits, awaits for a limited time, calls a function of the user's.
+# What a step does: blocks, awaits, awaits for a limited time, blocks and may call functions of the
+# application's (its listeners hear of flushes and commits).
 _BLOCKS, _AWAITS, _RELEASES, _CALLS = range(4)
 
 
@@ -486,12 +487,30 @@ class AsyncScope(Scope):
             return
         if self._commits or self._registries or self._on_close:
             await self._afinish(self._end_steps(commit, why))
-        elif not self._open_sessions():
+            return
+        self._state = ENDED  # before the look: from here on nothing can begin
+        if not self._open_sessions():
             await self._aend_plainly()  # which does not wait for anything then
         elif any(keeper.is_async for keeper in list(self._sessions or ())):
             await finish(self._aend_plainly(), self._close_timeout)
         else:
-            await finish_in_thread(self._end_plainly, None, self._close_timeout)
+            try:
+                await finish_in_thread(self._end_plainly, None, self._close_timeout)
+            except asyncio.CancelledError as error:
+                self._give_up(error)
+                raise
+            except Exception as error:  # no thread could be started
+                self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """End the scope without the thread that should have done it, if it has not."""
+        if self._state == CLOSED:
+            return
+        self._state = ENDED
+        for keeper, session in list((self._sessions or {}).items()):
+            self._close_failed(keeper, session, error)
+        self._sessions = None
+        self._state = CLOSED
 
     async def _aend_plainly(self) -> None:
         """`_end_plainly`, for sessions of both kinds."""
@@ -552,7 +571,7 @@ def _without(registries: tuple[Keeper, ...]) -> list[tuple[Keeper, Any]]:
     return [(registry, None) for registry in registries]
 
 
-_kinds = {False: _BLOCKS, True: _AWAITS}
+_kinds = {False: _CALLS, True: _AWAITS}
 _releases = {False: _BLOCKS, True: _RELEASES}
 
 
@@ -622,8 +641,13 @@ def class_of(error: BaseException | None) -> str:
     Not its text: that may hold bound values, which are no matter for a log.
     """
     name = f"{type(error).__module__}.{type(error).__qualname__}"
-    driver_error = getattr(error, "orig", None)
-    return name if driver_error is None else f"{name} ({class_of(driver_error)})"
+    try:
+        inner = getattr(error, "orig", None)
+    except Exception:  # a property of the driver's, or of the user's
+        inner = None
+    if inner is None or inner is error:
+        return name
+    return f"{name} ({type(inner).__module__}.{type(inner).__qualname__})"
 
 
 def is_async_callable(fn: object) -> bool:

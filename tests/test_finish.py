@@ -14,10 +14,11 @@ from typing import Any
 
 import anyio.from_thread
 import pytest
+import trio
 from sqlalchemy import Engine, event, text
 from sqlalchemy.orm import sessionmaker
 
-from rope_middleware import ASGIRopeMiddleware, SessionJenny, finish, open_scope
+from rope_middleware import ASGIRopeMiddleware, Scope, SessionJenny, finish, open_scope
 from tests.conftest import MakeEngine, checked_out
 from tests.e2e.servers import PATIENCE, eventually
 
@@ -35,12 +36,13 @@ def asgi(handler: Callable[[], object]) -> Any:
     return app
 
 
-async def ask(app: Any) -> None:
+async def ask(app: Any, statuses: list[int] | None = None) -> None:
     async def receive() -> Any:
         raise AssertionError("nobody reads the body")
 
     async def send(message: Any) -> None:
-        pass
+        if statuses is not None and "status" in message:
+            statuses.append(message["status"])
 
     await app({"type": "http", "method": "GET", "path": "/"}, receive, send)
 
@@ -218,3 +220,165 @@ def test_Y2_what_cancels_the_work_itself_is_no_timeout() -> None:
             await work
 
     asyncio.run(main())
+
+
+# -- faults ------------------------------------------------------------------------------------
+
+
+class Stop(StopIteration):
+    """What a future takes for a result, where it is not looked at."""
+
+
+@pytest.mark.parametrize("error", [StopIteration, Stop])
+@pytest.mark.parametrize("commit", [False, True])
+def test_C3_a_listener_that_raises_stop_iteration_fails_as_any_other(
+    make_engine: MakeEngine, error: type[Exception], commit: bool
+) -> None:
+    """No success without its row, and no request that waits for ever."""
+    engine = make_engine()
+    jenny = SessionJenny(sessionmaker(engine))
+
+    @event.listens_for(engine, "commit" if commit else "rollback")
+    def fail(connection: Any) -> None:
+        raise error
+
+    app = ASGIRopeMiddleware(
+        asgi(lambda: jenny.execute(text("SELECT 1"))), commit_on_success=commit
+    )
+    statuses: list[int] = []
+
+    async def main() -> None:
+        await asyncio.wait_for(ask(app, statuses), PATIENCE)
+
+    if commit:
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            asyncio.run(main())
+        assert statuses == []
+    else:
+        asyncio.run(main())
+        assert statuses == [200]
+    assert checked_out(engine) == 0
+
+
+def test_S3_where_no_thread_can_be_started_the_scope_ends_all_the_same(
+    jenny: SessionJenny[Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is invalidated instead of rolled back, and the request does not fail of it."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> Scope:
+        async with open_scope() as scope:
+            jenny.execute(text("SELECT 1"))
+            monkeypatch.setattr(finish, "_idle", deque())
+            monkeypatch.setattr(finish._Worker, "start", refuse)
+        return scope
+
+    assert asyncio.run(main()).closed
+    assert checked_out(engine) == 0
+
+
+def test_S3_a_rollback_that_does_not_come_back_holds_a_cancelled_request_for_its_grace(
+    make_engine: MakeEngine,
+) -> None:
+    """Then the connection is given up, and the scope is closed."""
+    engine = make_engine()
+    jenny = SessionJenny(sessionmaker(engine))
+    reached, may_go = threading.Event(), threading.Event()
+    rollback = engine.dialect.do_rollback
+
+    def freeze(connection: Any) -> None:
+        reached.set()
+        assert may_go.wait(PATIENCE)
+        rollback(connection)
+
+    engine.dialect.do_rollback = freeze  # type: ignore[method-assign]
+    scopes: list[Scope] = []
+
+    async def request() -> None:
+        async with open_scope(close_timeout=0.2) as scope:
+            scopes.append(scope)
+            jenny.execute(text("SELECT 1"))
+
+    async def main() -> None:
+        task = asyncio.create_task(request())
+        while not reached.is_set():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(task, PATIENCE)
+        assert scopes[0].closed
+        assert checked_out(engine) == 0
+        may_go.set()
+
+    asyncio.run(main())
+    engine.dialect.do_rollback = rollback  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", ["raises", "is itself"])
+def test_S3_an_odd_error_keeps_no_session_from_being_closed(
+    make_engine: MakeEngine, kind: str
+) -> None:
+    """The log names the driver's error by `orig`, which may be anything."""
+
+    class OddError(Exception):
+        @property
+        def orig(self) -> object:
+            if kind == "raises":
+                raise ValueError("no orig")
+            return self
+
+    first, second = make_engine(), make_engine()
+
+    @event.listens_for(first, "rollback")
+    def fail(connection: Any) -> None:
+        raise OddError
+
+    with open_scope() as scope:
+        for engine in (first, second):
+            SessionJenny(sessionmaker(engine)).execute(text("SELECT 1"))
+    assert scope.closed
+    assert (checked_out(first), checked_out(second)) == (0, 0)
+
+
+def test_A1_an_async_remove_is_awaited_under_trio() -> None:
+    """Of `registries=`: any object with a remove()."""
+    removed: list[bool] = []
+
+    class Scoped:
+        async def remove(self) -> None:
+            removed.append(True)
+
+    trio.run(ask, ASGIRopeMiddleware(asgi(lambda: None), registries=[Scoped()]))
+    assert removed == [True]
+
+
+def test_P4_times_that_differ_gather_no_timers() -> None:
+    """Short ones arm a timer before the long one's, which must not then go on beside it."""
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        armed: list[object] = []
+        call_at = loop.call_at
+        end = loop.time() + 2
+
+        def counted(when: float, callback: Any, *args: Any, **kwargs: Any) -> Any:
+            armed.append(getattr(callback, "__self__", None))
+            return call_at(when, callback, *args, **kwargs)
+
+        async def long() -> None:
+            while loop.time() < end:
+                await finish.finish(finish.within(0.2, asyncio.sleep(0.01)))
+
+        async def short() -> None:
+            while loop.time() < end:
+                await asyncio.sleep(0.02)
+                await finish.finish(finish.within(0.1, asyncio.sleep(0)))
+
+        loop.call_at = counted  # type: ignore[method-assign]
+        await asyncio.gather(long(), long(), short())
+        return sum(one is finish._deadlines[loop] for one in armed)
+
+    # About 40 in the two seconds; with old ones that go on, about 400.
+    assert asyncio.run(main()) < 120
