@@ -29,6 +29,7 @@ from rope_middleware.registry import (
     check_loop,
     check_session,
     close,
+    drop,
     has_nothing_open,
     invalidate,
 )
@@ -99,7 +100,7 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
             invalidate(session.sync_session)
 
     def drop(self, session: Any, /) -> None:
-        close(session.sync_session)
+        drop(session.sync_session)
 
     def abandon(self, session: Any, /) -> None:
         invalidate(session.sync_session)

@@ -45,6 +45,7 @@ __all__ = [
     "check_loop",
     "check_session",
     "close",
+    "drop",
     "has_nothing_open",
     "invalidate",
     "keepers_of",
@@ -261,14 +262,7 @@ def close(session: Session) -> None:
     if link is not None and link.flush is not None:
         _wait_for_flush(link)
     try:
-        if type(session).close is not _SESSION_CLOSE or "close" in session.__dict__:
-            session.close()  # somebody has overridden it
-            if is_open and session.get_transaction() is not None:
-                session.reset()  # somebody's does something else
-        else:
-            # close() without "permanently closed" (Session.close_resets_only=False), after
-            # which SQLAlchemy's own error would come before ours.
-            session.reset()
+        _reset(session)
     except BaseException as error:
         if isinstance(error, IllegalStateChangeError) and link is not None:
             _close_later(session, link)
@@ -281,6 +275,25 @@ def close(session: Session) -> None:
             # An earlier close(), by the application, may have failed and forgotten them.
             invalidate(session)
         link.transaction = None  # it refers to the session: a cycle for the garbage collector
+
+
+def drop(session: Session) -> None:
+    """`close` for a session that has nothing open: none of its connections can be out."""
+    _reset(session)
+    link: Tie | None = session.__dict__.get(_TIE)
+    if link is not None:
+        link.transaction = None
+
+
+def _reset(session: Session) -> None:
+    if type(session).close is not _SESSION_CLOSE or "close" in session.__dict__:
+        session.close()  # somebody has overridden it
+        if session.get_transaction() is not None:
+            session.reset()  # somebody's does something else
+    else:
+        # close() without "permanently closed" (Session.close_resets_only=False), after which
+        # SQLAlchemy's own error would come before ours.
+        session.reset()
 
 
 def _wait_for_flush(link: Tie) -> None:
@@ -474,7 +487,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         return close(session)
 
     def drop(self, session: Any, /) -> None:
-        close(session)
+        drop(session)
 
     def abandon(self, session: Any, /) -> None:
         invalidate(session)

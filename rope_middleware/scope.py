@@ -436,15 +436,19 @@ class Scope:
         if self._commits or self._registries or self._on_close:
             drive(self._end_steps(commit, why))
         else:
-            self._end_plainly()
+            self._end_plainly("close")
 
-    def _end_plainly(self, _: object = None) -> None:
-        """What most requests need of `_end_steps`, without the price of its generators."""
+    def _end_plainly(self, how: str) -> None:
+        """What most requests need of `_end_steps`, without the price of its generators.
+
+        Args:
+            how: "close", or "drop" where every session is idle.
+        """
         raised: BaseException | None = None
         self._state = ENDED
         for keeper, session in list((self._sessions or {}).items()):
             try:
-                keeper.close(session)
+                getattr(keeper, how)(session)
             except BaseException as error:
                 raised = self._close_failed(keeper, session, error) or raised
         self._sessions = None
@@ -490,12 +494,12 @@ class AsyncScope(Scope):
             return
         self._state = ENDED  # before the look: from here on nothing can begin
         if not self._open_sessions():
-            await self._aend_plainly()  # which does not wait for anything then
+            self._end_plainly("drop")
         elif any(keeper.is_async for keeper in list(self._sessions or ())):
             await finish(self._aend_plainly(), self._close_timeout)
         else:
             try:
-                await finish_in_thread(self._end_plainly, None, self._close_timeout)
+                await finish_in_thread(self._end_plainly, "close", self._close_timeout)
             except asyncio.CancelledError as error:
                 self._give_up(error)
                 raise
