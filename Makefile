@@ -46,7 +46,7 @@ NOX_ARGS ?=
 # nox in an environment of its own, which makes one more for each combination.
 test-all: ## run all tests on each Python found and each SQLAlchemy (PYTEST_ARGS, NOX_ARGS="-p 3.12")
 	@$(MAKE) --no-print-directory VENV=.venv-nox .venv-nox/.nox
-	.venv-nox/bin/nox $(NOX_ARGS) -- $(PYTEST_ARGS)
+	.venv-nox/bin/nox --noxfile .ci/noxfile.py $(NOX_ARGS) -- $(PYTEST_ARGS)
 
 coverage: $(VENV)/.test ## run all tests and report branch coverage (PYTEST_ARGS)
 	$(bin)/python -m pytest $(timeout) --cov --cov-report=term-missing $(PYTEST_ARGS)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import nox
 
+ROOT = Path(__file__).parents[1]
+
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 SQLALCHEMYS = ("2.0", "2.1")
 
@@ -16,7 +18,7 @@ nox.needs_version = ">=2025.2"
 nox.options.sessions = ["tests"]
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = False  # the summary names it as skipped
-nox.options.envdir = ".venv-nox/sessions"
+nox.options.envdir = ROOT / ".venv-nox" / "sessions"
 
 
 def runs(program: Path, version: str) -> bool:
@@ -59,6 +61,7 @@ os.environ["PATH"] = os.pathsep.join(
 @nox.parametrize("sqlalchemy", SQLALCHEMYS)
 def tests(session: nox.Session, sqlalchemy: str) -> None:
     """Run pytest with the arguments after ``--``."""
+    session.chdir(ROOT)
     session.install(
         "--disable-pip-version-check", "--editable", ".[test]", f"SQLAlchemy=={sqlalchemy}.*"
     )
