@@ -6,9 +6,10 @@ import ast
 import asyncio
 import inspect
 import itertools
+import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,13 +43,21 @@ PAGES = [page for page in pages() if page not in (TUTORIAL, FAQ) and not page.st
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Be a reader in an empty folder, who has set none of the variables that the pages read."""
     monkeypatch.chdir(tmp_path)
     for name in "DATABASE_URL", "NOTES_URL", "BROKER_URL", "DJANGO_SETTINGS_MODULE":
         monkeypatch.delenv(name, raising=False)
     # It cannot be taken back, and this process goes on when the page is over.
     monkeypatch.setattr(os, "register_at_fork", lambda **functions: None)
+    # Litestar configures the logging of the whole process.
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if handler not in handlers and not type(handler).__module__.startswith("_pytest"):
+            root.removeHandler(handler)
 
 
 # Pyramid's own imports.
