@@ -280,9 +280,7 @@ def close(session: Session) -> None:
 def drop(session: Session) -> None:
     """`close` for a session that has nothing open: none of its connections can be out."""
     _reset(session)
-    link: Tie | None = session.__dict__.get(_TIE)
-    if link is not None:
-        link.transaction = None
+    _forget(session)
 
 
 def _reset(session: Session) -> None:
