@@ -1,23 +1,22 @@
-"""Fixtures for everybody: databases with small pools, one model, and the search for leaks."""
+"""Fixtures for everybody: databases with small pools, and the search for leaks."""
 
 from __future__ import annotations
 
 import gc
-import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.pool import QueuePool
+from sqlalchemy import Engine
+from sqlalchemy.orm import sessionmaker
 
-from rope_middleware import Scope
-from tests.e2e.servers import eventually
-
-MakeEngine = Callable[..., Engine]
+from rope_middleware import SessionJenny
+from tests.kit.engines import MakeEngine, counter_engine
+from tests.kit.leaks import LostConnections, no_scope_here, nothing_checked_out, open_scopes
+from tests.kit.sessions import Jenny
+from tests.kit.waiting import eventually
 
 
 def pytest_configure() -> None:
@@ -40,44 +39,10 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()
 
 
-class Base(DeclarativeBase):
-    """The tests' models."""
-
-
-class Data(Base):
-    """The counter of the documentation."""
-
-    __tablename__ = "data"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    count: Mapped[int] = mapped_column(default=0)
-
-
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    """Both event loops. AsyncSession knows asyncio only: its tests override this."""
-    return str(request.param)
-
-
-# -- databases ---------------------------------------------------------------------------------
-
-
-def begin_as_writer(engine: Engine) -> None:
-    """Have SQLite begin each transaction as a writer, see `examples/responder_app.py`."""
-
-    @event.listens_for(engine, "connect")
-    def _(dbapi_connection: Any, connection_record: Any) -> None:
-        dbapi_connection.isolation_level = None
-
-    @event.listens_for(engine, "begin")
-    def _(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def checked_out(engine: Engine) -> int:
-    """Return how many connections are out of the engine's pool."""
-    assert isinstance(engine.pool, QueuePool)
-    return engine.pool.checkedout()
+@pytest.fixture
+def anyio_backend() -> str:
+    """SQLAlchemy's asyncio half runs under asyncio alone; what runs under trio says so."""
+    return "asyncio"
 
 
 @pytest.fixture
@@ -90,25 +55,9 @@ def make_engine(tmp_path: Path, no_leaks: None) -> Iterator[MakeEngine]:
     engines: list[Engine] = []
 
     def make(pool_size: int = 5, *, writer: bool = False, **options: Any) -> Engine:
-        engine = create_engine(
-            f"sqlite:///{tmp_path}/{len(engines)}.sqlite",
-            pool_size=pool_size,
-            **{
-                "max_overflow": 0,
-                "pool_timeout": 20,
-                "poolclass": QueuePool,
-                "connect_args": {"timeout": 30, "check_same_thread": False},
-            }
-            | options,
-        )
-        if writer:
-            begin_as_writer(engine)
-        engines.append(engine)
-        Base.metadata.create_all(engine)
-        with Session(engine) as session:
-            session.add(Data(count=0))
-            session.commit()
-        return engine
+        file = tmp_path / f"{len(engines)}.sqlite"
+        engines.append(counter_engine(file, pool_size, writer=writer, **options))
+        return engines[-1]
 
     yield make
     try:
@@ -125,45 +74,19 @@ def engine(make_engine: MakeEngine) -> Engine:
     return make_engine()
 
 
-# -- leaks -------------------------------------------------------------------------------------
-
-
-def nothing_checked_out(engine: Engine) -> None:
-    """Wait until every connection is back in the engine's pool."""
-    eventually(lambda: checked_out(engine) == 0, lambda: f"all back in {engine.pool.status()}")
-
-
-def open_scopes() -> list[Scope]:
-    """Return every Scope of this process that has not given back everything."""
-    # Not isinstance(): it asks lazy proxies for their __class__, which wakes them up.
-    return [x for x in gc.get_objects() if issubclass(type(x), Scope) and not x.closed]
-
-
-def no_scope_open() -> None:
-    """Wait until no scope of this process is open."""
-    eventually(lambda: not open_scopes(), lambda: f"no scope open: {open_scopes()}")
-
-
-class _PoolLog(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lost: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if "garbage collector is trying to clean up" in text:
-            self.lost.append(text)
+@pytest.fixture
+def jenny(engine: Engine) -> Jenny:
+    """A jenny for the engine."""
+    return SessionJenny(sessionmaker(engine))
 
 
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
-    """Fail a test that leaves a scope open or a connection to the garbage collector."""
+    """Fail a test that leaves a scope open or current, or a connection to the garbage collector."""
     before = open_scopes()
-    handler = _PoolLog()
-    pool_log = logging.getLogger("sqlalchemy.pool")
-    pool_log.addHandler(handler)
-    try:
+    with LostConnections() as pools:
         yield
+        assert no_scope_here(), "the ContextVar still shows a scope"
         eventually(
             lambda: all(any(scope is old for old in before) for scope in open_scopes()),
             lambda: f"no scope open: {open_scopes()}",
@@ -171,6 +94,4 @@ def no_leaks() -> Iterator[None]:
         # A connection that only the garbage collector finds is found now, and not in some
         # other test.
         gc.collect()
-    finally:
-        pool_log.removeHandler(handler)
-    assert not handler.lost
+    assert not pools.lost

@@ -44,7 +44,8 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer, RawFencedCodeBlockLexer
 from sybil.parsers.myst.lexers import DirectiveLexer
 
-from tests.e2e.servers import HOST, PATIENCE, Command, free_port, run_command
+from tests.kit.waiting import PATIENCE
+from tests.servers.asgi import HOST, Command, free_port, run_command
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -30,10 +30,11 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
-from tests.conftest import MakeEngine, no_scope_open
 from tests.doc_pages import ROOT, Page, check_output, pages
-from tests.e2e.postgres import postgres_server
-from tests.e2e.servers import PATIENCE
+from tests.kit.engines import MakeEngine
+from tests.kit.leaks import no_scope_open
+from tests.kit.waiting import PATIENCE
+from tests.servers.postgres import postgres_server
 
 TUTORIAL = "docs/tutorial.md"
 FAQ = "docs/faq.md"
@@ -138,46 +139,46 @@ SEEN = {
         "e2e/test_responder.py::test_A4_resp_background_runs_in_the_scope"
     ),
     "in a worker thread of the framework, `asyncio.to_thread`, `anyio.to_thread`": (
-        "test_async.py::test_Y1_the_first_use_in_a_worker_thread_is_seen_by_the_middleware"
+        "promises/test_Y_async.py::test_Y1_the_first_use_in_a_worker_thread_is_seen_by_the_middleware"
     ),
     "in a task that the request started (`create_task`, `gather`, a task group)": (
-        "test_async.py::test_Y1_a_session_made_in_a_child_task_is_closed_by_the_middleware"
+        "promises/test_Y_async.py::test_Y1_a_session_made_in_a_child_task_is_closed_by_the_middleware"
     ),
     "in a `threading.Thread`, a `ThreadPoolExecutor`, `loop.run_in_executor`": (
         "test_docs.py::test_what_a_request_starts_by_hand_has_no_scope"
     ),
     "in a greenlet that serves a request (gevent, eventlet)": (
-        "test_wsgi.py::test_W4_greenlets_switched_in_the_middle_of_everything"
+        "promises/test_W_wsgi.py::test_W4_greenlets_switched_in_the_middle_of_everything"
     ),
     "in a greenlet that a view has started (`gevent.spawn`)": (
         "test_docs.py::test_what_a_request_starts_by_hand_has_no_scope"
     ),
     "in a thread or task that has outlived its request": (
-        "test_async.py::test_S4_a_task_that_outlived_its_request_is_told_so"
+        "promises/test_S4_too_late.py::test_S4_a_task_that_outlived_its_request_is_told_so"
     ),
     "in a background job (Celery, RQ)": (
-        "test_scope.py::test_S7_outside_of_any_scope_there_is_no_current_one"
+        "promises/test_S_scope.py::test_S7_outside_of_any_scope_there_is_no_current_one"
     ),
     "in a generator that opens a scope around its chunks": (
-        "test_races.py::test_S6_a_scope_around_several_chunks_is_current_for_each"
+        "promises/test_S6_nested.py::test_S6_a_scope_around_several_chunks_is_current_for_each"
     ),
     "in a WebSocket": (
         "e2e/test_responder.py::test_A1_a_websocket_has_one_scope_for_its_connection"
     ),
     "in the lifespan, in startup and shutdown functions": (
-        "test_async.py::test_A1_a_lifespan_uses_open_scope_by_hand"
+        "promises/test_A_asgi.py::test_A1_a_lifespan_uses_open_scope_by_hand"
     ),
     "inside `with open_scope():`": (
-        "test_scope.py::test_S6_an_inner_scope_has_sessions_of_its_own"
+        "promises/test_S6_nested.py::test_S6_an_inner_scope_has_sessions_of_its_own"
     ),
     "in an application that is mounted in another": (
         "e2e/test_responder.py::test_S6_a_mounted_asgi_app_shares_the_scope"
     ),
     "in a request that a client in the same process makes": (
-        "test_async.py::test_S6_another_request_of_a_client_in_the_same_process_has_its_own_scope"
+        "promises/test_S6_nested.py::test_S6_another_request_of_a_client_in_the_same_process_has_its_own_scope"
     ),
     "in another event loop than the request's": (
-        "test_async.py::test_Y4_another_event_loop_is_refused"
+        "promises/test_Y_async.py::test_Y4_another_event_loop_is_refused"
     ),
 }
 

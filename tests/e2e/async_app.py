@@ -26,27 +26,19 @@ import anyio
 import anyio.to_thread
 from sqlalchemy import URL, create_engine, event, make_url, select, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import (
     ASGIRopeMiddleware,
     AsyncSessionJenny,
-    Scope,
     SessionJenny,
     current_scope,
     open_scope,
 )
+from tests.kit.leaks import open_scopes
+from tests.kit.models import Base, Row
 
 POOL_SIZE = 5
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Row(Base):
-    __tablename__ = "row"
-    n: Mapped[int] = mapped_column(primary_key=True)
 
 
 def create_tables(url: URL | str) -> None:
@@ -84,12 +76,6 @@ class Complaints(logging.Handler):
     def uninstall(self) -> None:
         for name in ("asyncio", "sqlalchemy.pool"):
             logging.getLogger(name).removeHandler(self)
-
-
-def open_scopes() -> list[Scope]:
-    """Return every Scope of this process that has not given back everything."""
-    # type(x) and not isinstance(), which asks lazy proxies for their __class__.
-    return [x for x in gc.get_objects() if issubclass(type(x), Scope) and not x.closed]
 
 
 async def answer(send: Any, status: int, body: bytes, *, more: bool = False) -> None:

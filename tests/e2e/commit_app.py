@@ -19,9 +19,9 @@ import anyio
 import anyio.to_thread
 import flask
 import werkzeug.serving
-from sqlalchemy import URL, ForeignKey, create_engine, text
+from sqlalchemy import URL, create_engine, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import (
     ASGIRopeMiddleware,
@@ -29,35 +29,13 @@ from rope_middleware import (
     SessionJenny,
     WSGIRopeMiddleware,
 )
-from tests.e2e.async_app import answer, open_scopes
-from tests.e2e.servers import HOST, PATIENCE
+from tests.e2e.async_app import answer
+from tests.kit.leaks import open_scopes
+from tests.kit.models import Base, Child, Data, Row
+from tests.kit.waiting import PATIENCE
+from tests.servers.asgi import HOST
 
 POOL: dict[str, Any] = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 60}
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Row(Base):
-    __tablename__ = "row"
-    n: Mapped[int] = mapped_column(primary_key=True)
-
-
-class Child(Base):
-    """A row whose missing parent is found out by the commit alone."""
-
-    __tablename__ = "child"
-    n: Mapped[int] = mapped_column(primary_key=True)
-    parent: Mapped[int] = mapped_column(ForeignKey("row.n", deferrable=True, initially="DEFERRED"))
-
-
-class Data(Base):
-    """The counter of the documentation."""
-
-    __tablename__ = "data"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    count: Mapped[int] = mapped_column(default=0)
 
 
 def create_tables(url: URL) -> None:

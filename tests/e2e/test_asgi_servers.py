@@ -26,16 +26,11 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from rope_middleware import RopeMiddleware, SessionJenny, current_scope, scope
-from tests.conftest import Data, MakeEngine, no_scope_open, nothing_checked_out
-from tests.e2e.servers import (
-    PATIENCE,
-    SERVERS,
-    ASGIApp,
-    Server,
-    eventually,
-    serve,
-    stream_and_leave,
-)
+from tests.kit.engines import MakeEngine
+from tests.kit.leaks import no_scope_open, nothing_checked_out
+from tests.kit.models import Data
+from tests.kit.waiting import PATIENCE, eventually
+from tests.servers.asgi import SERVERS, ASGIApp, Server, serve, stream_and_leave
 
 SECONDS = 10 * PATIENCE
 SEED = int(os.environ.get("ROPE_SEED", "0")) or random.randrange(1, 2**31)

@@ -21,9 +21,11 @@ import pytest
 from sqlalchemy import URL, make_url, text
 
 from rope_middleware import open_scope
-from tests.e2e.async_app import App, Client, SyncApp, create_tables, mixed_load, open_scopes, seed
-from tests.e2e.postgres import Database, postgres_server
-from tests.e2e.servers import HOST, eventually, free_port, run_command, serve
+from tests.e2e.async_app import App, Client, SyncApp, create_tables, mixed_load, seed
+from tests.kit.leaks import open_scopes
+from tests.kit.waiting import eventually
+from tests.servers.asgi import HOST, free_port, run_command, serve
+from tests.servers.postgres import Database, postgres_server
 
 DRIVERS = ("asyncpg", "psycopg", "aiosqlite")
 SERVERS = ("uvicorn", "hypercorn", "granian")

@@ -39,7 +39,7 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
-from tests.e2e.async_app import Client, answer, open_scopes, seed
+from tests.e2e.async_app import Client, answer, seed
 from tests.e2e.commit_app import (
     POOL,
     AsyncWriter,
@@ -51,8 +51,10 @@ from tests.e2e.commit_app import (
     create_tables,
     serve_wsgi,
 )
-from tests.e2e.postgres import Database, postgres_server
-from tests.e2e.servers import HOST, eventually, free_port, run_command, serve
+from tests.kit.leaks import open_scopes
+from tests.kit.waiting import eventually
+from tests.servers.asgi import HOST, free_port, run_command, serve
+from tests.servers.postgres import Database, postgres_server
 
 LIMIT = 60.0
 WRITERS: dict[str, tuple[Any, str]] = {

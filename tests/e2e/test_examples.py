@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.servers import HOST, PATIENCE, Command, eventually, free_port, run_command
+from tests.kit.waiting import PATIENCE, eventually
+from tests.servers.asgi import HOST, Command, free_port, run_command
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "responder_app.py"
 CLIENTS, REQUESTS = 32, 2000

@@ -14,8 +14,9 @@ import httpx
 import pytest
 
 from tests.e2e.async_app import Client
-from tests.e2e.postgres import postgres_server
-from tests.e2e.servers import HOST, PATIENCE, Command, free_port, run_command
+from tests.kit.waiting import PATIENCE
+from tests.servers.asgi import HOST, Command, free_port, run_command
+from tests.servers.postgres import postgres_server
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fastapi_async_app.py"
 CLIENTS, EACH = 32, 32

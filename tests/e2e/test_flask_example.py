@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.servers import HOST, PATIENCE, Command, free_port, run_command
+from tests.kit.waiting import PATIENCE
+from tests.servers.asgi import HOST, Command, free_port, run_command
 
 pytest.importorskip("flask")
 

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import AsyncSessionJenny, SessionJenny
 from tests.e2e import async_app
-from tests.e2e.async_app import App, Client, mixed_load, open_scopes, seed
+from tests.e2e.async_app import App, Client, mixed_load, seed
 from tests.e2e.commit_app import (
     AsyncWriter,
     Data,
@@ -34,10 +34,12 @@ from tests.e2e.commit_app import (
     create_tables,
     serve_wsgi,
 )
-from tests.e2e.pgbouncer import MISSING, PgBouncer, pgbouncer
-from tests.e2e.postgres import Database, postgres_server
-from tests.e2e.servers import HOST, eventually, serve
 from tests.e2e.test_commit_postgres import Load
+from tests.kit.leaks import open_scopes
+from tests.kit.waiting import eventually
+from tests.servers.asgi import HOST, serve
+from tests.servers.pgbouncer import MISSING, PgBouncer, pgbouncer
+from tests.servers.postgres import Database, postgres_server
 
 SERVER_CONNECTIONS = 3
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -21,8 +21,11 @@ from starlette.routing import Route
 from websockets.sync.client import connect
 
 from rope_middleware import RopeMiddleware, Scope, ScopeClosedError, SessionJenny, current_scope
-from tests.conftest import Data, MakeEngine, checked_out, nothing_checked_out
-from tests.e2e.servers import ASYNCIO_SERVERS, PATIENCE, eventually, serve
+from tests.kit.engines import MakeEngine
+from tests.kit.leaks import checked_out, nothing_checked_out
+from tests.kit.models import Data
+from tests.kit.waiting import PATIENCE, eventually
+from tests.servers.asgi import ASYNCIO_SERVERS, serve
 
 
 class App(SimpleNamespace):

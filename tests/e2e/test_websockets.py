@@ -15,9 +15,12 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from rope_middleware import Scope, current_scope, open_scope
-from tests.e2e.async_app import POOL_SIZE, App, Row, create_tables, open_scopes
-from tests.e2e.postgres import postgres_server
-from tests.e2e.servers import ASYNCIO_SERVERS, eventually, serve
+from tests.e2e.async_app import POOL_SIZE, App, create_tables
+from tests.kit.leaks import open_scopes
+from tests.kit.models import Row
+from tests.kit.waiting import eventually
+from tests.servers.asgi import ASYNCIO_SERVERS, serve
+from tests.servers.postgres import postgres_server
 
 SOCKETS = 200
 LIMIT = 60.0

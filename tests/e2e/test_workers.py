@@ -21,9 +21,10 @@ import httpx
 import pytest
 
 from tests.e2e.commit_app import create_tables
-from tests.e2e.postgres import Database, postgres_server
-from tests.e2e.servers import HOST, PATIENCE, Command, eventually, free_port, run_command
-from tests.e2e.wsgi_servers import SERVERS as WSGI_SERVERS
+from tests.kit.waiting import PATIENCE, eventually
+from tests.servers.asgi import HOST, Command, free_port, run_command
+from tests.servers.postgres import Database, postgres_server
+from tests.servers.wsgi import SERVERS as WSGI_SERVERS
 
 ROOT = Path(__file__).parents[2]
 MODULE = "tests.e2e.workers_app"

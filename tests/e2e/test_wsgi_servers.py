@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.servers import eventually, stream_and_leave
-from tests.e2e.wsgi_servers import SERVERS, WSGIServer, serve_wsgi
+from tests.kit.waiting import eventually
+from tests.servers.asgi import stream_and_leave
+from tests.servers.wsgi import SERVERS, WSGIServer, serve_wsgi
 
 FRAMEWORKS = ("bare", "flask", "pyramid", "bottle", "falcon", "django")
 CHUNKS = 5

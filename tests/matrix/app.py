@@ -35,7 +35,8 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import AsyncSessionJenny, SessionJenny, current_scope
-from tests.e2e.async_app import Complaints, open_scopes
+from tests.e2e.async_app import Complaints
+from tests.kit.leaks import open_scopes
 from tests.matrix.frameworks import FRAMEWORKS
 
 POOL_SIZE = 5

@@ -17,14 +17,15 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.e2e.servers import HOST, PATIENCE, eventually
-from tests.e2e.wsgi_servers import WSGIServer
+from tests.kit.waiting import PATIENCE, eventually
 from tests.matrix.app import CHUNKS
 from tests.matrix.databases import Database, a_database
 from tests.matrix.frameworks import FRAMEWORKS
-from tests.matrix.mariadb import NoMariaDBError
 from tests.matrix.rows import Row
 from tests.matrix.servers import SERVERS, serve
+from tests.servers.asgi import HOST
+from tests.servers.mariadb import NoMariaDBError
+from tests.servers.wsgi import WSGIServer
 
 CLIENTS = 8
 REQUESTS = 40

@@ -15,8 +15,8 @@ from typing import Any
 
 from sqlalchemy import URL, make_url
 
-from tests.e2e.postgres import postgres_server
-from tests.matrix.mariadb import mariadb_server
+from tests.servers.mariadb import mariadb_server
+from tests.servers.postgres import postgres_server
 
 DRIVERS = {
     "sqlite+pysqlite": "",  # it is Python's own

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from sqlalchemy import URL
 
-from tests.e2e import wsgi_servers
-from tests.e2e.servers import HOST, free_port
-from tests.e2e.wsgi_servers import ROOT, WSGIServer
+from tests.servers import wsgi as wsgi_servers
+from tests.servers.asgi import HOST, free_port
+from tests.servers.wsgi import ROOT, WSGIServer
 
 APP = "tests.matrix.app:application"
 

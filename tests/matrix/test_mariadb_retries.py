@@ -26,8 +26,8 @@ from starlette.routing import Route
 from werkzeug.test import Client
 
 from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny
-from tests.e2e.servers import PATIENCE, eventually
-from tests.matrix.mariadb import LOCK_WAIT_TIMEOUT, MariaDatabase, NoMariaDBError, mariadb_server
+from tests.kit.waiting import PATIENCE, eventually
+from tests.servers.mariadb import LOCK_WAIT_TIMEOUT, MariaDatabase, NoMariaDBError, mariadb_server
 
 DEADLOCK = 1213
 # An open transaction of the application waits this long for a row, in seconds.

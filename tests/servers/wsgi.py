@@ -45,7 +45,7 @@ def gunicorn(*options: str) -> Callable[[int], list[str]]:
 
 
 def script(name: str) -> Callable[[int], list[str]]:
-    return lambda fd: [sys.executable, "-m", "tests.e2e.wsgi_servers", name, str(fd)]
+    return lambda fd: [sys.executable, "-m", "tests.servers.wsgi", name, str(fd)]
 
 
 def uwsgi(fd: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""RopeMiddleware chooses its protocol, as pathlib.Path chooses its flavour."""
+"""A1, W1: `RopeMiddleware` tells ASGI and WSGI applications apart."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ from rope_middleware import (
 )
 
 App = Callable[..., Any]
-
-# --------------------------------------------------------------------------------------
-# Applications of both kinds. Each is made by a function, so that a framework that is not
-# installed skips its own case only.
-# --------------------------------------------------------------------------------------
 
 
 def wsgi_function(environ: Any, start_response: Any) -> Any:
@@ -267,6 +262,7 @@ WSGI: dict[str, Callable[[], App]] = {
     "a2wsgi": a2wsgi_wsgi,
 }
 
+
 ASGI: dict[str, Callable[[], App]] = {
     "function": lambda: asgi_function,
     "plain function": lambda: asgi_plain_function,
@@ -350,17 +346,6 @@ async def serve_asgi(app: Any) -> bytes:
     return b"".join(message.get("body", b"") for message in messages[1:])
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """What some of the frameworks know."""
-    return "asyncio"
-
-
-# --------------------------------------------------------------------------------------
-# The choice
-# --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", WSGI)
 def test_W1_a_wsgi_app_gets_the_wsgi_middleware(name: str) -> None:
     """And is served by it, within a scope."""
@@ -425,11 +410,6 @@ def test_A1_frameworks_add_it_without_being_told() -> None:
     api.add_middleware(RopeMiddleware)  # type: ignore[attr-defined]
     with testclient.TestClient(api) as client:
         assert client.get("/").text == "GET /"
-
-
-# --------------------------------------------------------------------------------------
-# What cannot be told apart
-# --------------------------------------------------------------------------------------
 
 
 class OneArgument:
@@ -516,11 +496,6 @@ def test_W1_nothing_is_called_to_find_out() -> None:
     assert called == []
 
 
-# --------------------------------------------------------------------------------------
-# Servers choose, too
-# --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["function", "plain function", "plain __call__", "Starlette"])
 def test_A1_servers_recognise_the_result_as_asgi_3(name: str) -> None:
     """uvicorn, hypercorn and what inspects as granian does, without being told."""
@@ -559,15 +534,16 @@ def test_A1_granian_serves_the_result(tmp_path: Any) -> None:
     import sys
     from pathlib import Path
 
-    from tests.e2e.servers import HOST, PATIENCE, free_port, run_command
+    from tests.kit.waiting import PATIENCE
+    from tests.servers.asgi import HOST, free_port, run_command
 
     (tmp_path / "choose_app.py").write_text(
         "from rope_middleware import RopeMiddleware\n"
-        "from tests.test_choose import ASGIPlainCall\n"
+        "from tests.promises.test_A1_W1_told_apart import ASGIPlainCall\n"
         "app = RopeMiddleware(ASGIPlainCall())\n"
     )
     port = free_port()
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = [
         *(sys.executable, "-m", "granian", "--interface", "asginl", "--host", HOST),
         *("--port", str(port), "choose_app:app"),

@@ -37,6 +37,8 @@ import trio
 import uvicorn
 from hypercorn.config import Config as HypercornConfig
 
+from tests.kit.waiting import PATIENCE, eventually
+
 ASGIApp = Callable[
     [
         MutableMapping[str, Any],
@@ -49,20 +51,6 @@ ASGIApp = Callable[
 HOST = "127.0.0.1"
 SERVERS = ("uvicorn", "hypercorn", "hypercorn-trio")
 ASYNCIO_SERVERS = ("uvicorn", "hypercorn")
-PATIENCE = float(os.environ.get("ROPE_PATIENCE", "30"))
-"""Seconds that anything may take on a busy machine before a test calls it broken."""
-
-
-def eventually(
-    condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = PATIENCE
-) -> None:
-    """Poll until `condition()` is true; fail with `what` when it is not within `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            text = what() if callable(what) else what
-            raise AssertionError(f"not within {seconds} s: {text}")
-        time.sleep(0.01)
 
 
 def answers(port: int) -> bool:

@@ -1,7 +1,4 @@
-"""What the promises on cost rest on, counted instead of timed: calls, threads, tasks, objects.
-
-The ratios themselves are measured by ``make bench-check``.
-"""
+"""P: what the promises on cost rest on, counted instead of timed: threads, tasks, objects."""
 
 from __future__ import annotations
 
@@ -25,10 +22,12 @@ from rope_middleware import (
     WSGIRopeMiddleware,
     open_scope,
 )
-from tests.conftest import Data
-from tests.test_finish import workers
+from tests.kit.models import Data
+from tests.kit.sessions import workers
 
 HEADERS: list[tuple[str, str]] = []
+
+
 minimal: ContextVar[object] = ContextVar("minimal")
 
 
@@ -47,9 +46,6 @@ def calls_of(work: Callable[[], object]) -> int:
     finally:
         sys.setprofile(None)
     return count
-
-
-# -- applications ------------------------------------------------------------------------------
 
 
 class MinimalBody:
@@ -131,9 +127,6 @@ def serve_asgi(app: Any) -> Callable[[], None]:
 
 async def nothing() -> None:
     pass
-
-
-# -- the promises ------------------------------------------------------------------------------
 
 
 def test_P1_a_request_without_a_database_calls_next_to_nothing() -> None:

@@ -1,4 +1,4 @@
-"""A real PgBouncer in transaction mode in front of the PostgreSQL of `tests.e2e.postgres`.
+"""A real PgBouncer in transaction mode in front of the PostgreSQL of `tests.servers.postgres`.
 
 The program is Debian's package ``pgbouncer``. It listens on a Unix socket in a folder of its own,
 so that no port has to be chosen, and is run by the same keeper as PostgreSQL: it ends with the
@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import psycopg.rows
 
-from tests.e2e.postgres import KEEPER, START_LIMIT, _open_folder, postgres_server
+from tests.servers.postgres import KEEPER, START_LIMIT, open_folder, postgres_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy import URL
 
-    from tests.e2e.postgres import Database
+    from tests.servers.postgres import Database
 
 PORT = 6432
 """Names the socket's file; nothing listens on it."""
@@ -98,7 +98,7 @@ def pgbouncer(server_connections: int, **settings: object) -> Iterator[PgBouncer
     """
     assert PROGRAM, MISSING
     server = postgres_server().url
-    folder = Path(tempfile.mkdtemp(prefix="rope_pb_", dir=_open_folder()))
+    folder = Path(tempfile.mkdtemp(prefix="rope_pb_", dir=open_folder()))
     try:
         told = server.translate_connect_args(username="user", database="dbname")
         told |= dict(server.query)

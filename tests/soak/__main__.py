@@ -1,8 +1,8 @@
 """Does anything stay behind? Exits with 1 where it does, or where an answer is not the right one.
 
-    python -m benchmarks.soak                      a million requests; about 20 minutes
-    python -m benchmarks.soak --requests 20000     as CI has it; under half a minute
-    python -m benchmarks.soak --seed 7             the same plan again
+    python -m tests.soak                      a million requests; about 20 minutes
+    python -m tests.soak --requests 20000     as CI has it; under half a minute
+    python -m tests.soak --seed 7             the same plan again
 
 Requests go through the ASGI and the WSGI middleware in process, several at a time, onto SQLite
 files. Each is drawn at random: its protocol, its kind of session (sync in the event loop, sync in
@@ -23,7 +23,6 @@ import asyncio
 import contextlib
 import faulthandler
 import gc
-import io
 import logging
 import os
 import random
@@ -50,13 +49,15 @@ from sqlalchemy.pool import QueuePool
 from rope_middleware import (
     ASGIRopeMiddleware,
     AsyncSessionJenny,
-    Scope,
     ScopeClosedError,
     SessionJenny,
     WSGIRopeMiddleware,
     current_scope,
     open_scope,
 )
+from tests.kit.asgi import http_scope
+from tests.kit.leaks import checked_out, open_scopes
+from tests.kit.wsgi import make_environ
 
 LAPS = 10
 TASKS = 12
@@ -350,15 +351,7 @@ class Soak:
             if message["type"] == "http.response.start":
                 plan.status = message["status"]
 
-        scope = {
-            "type": "http",
-            "method": "GET",
-            "path": "/soak",
-            "query_string": b"",
-            "headers": [],
-            "plan": plan,
-        }
-        call: Any = self.asgi(scope, receive, send)  # type: ignore[arg-type]
+        call: Any = self.asgi(http_scope("/soak", plan=plan), receive, send)  # type: ignore[arg-type]
         if plan.fault == "close" and plan.protocol == "asgi-direct":
             # What a loop that is torn down does to a coroutine.
             with contextlib.suppress(StopIteration):
@@ -387,21 +380,7 @@ class Soak:
             plan.status = int(status[:3])
             return lambda _: None
 
-        environ = {
-            "REQUEST_METHOD": "GET",
-            "PATH_INFO": "/soak",
-            "QUERY_STRING": "",
-            "CONTENT_LENGTH": "0",
-            "wsgi.input": io.BytesIO(),
-            "wsgi.version": (1, 0),
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
-            "wsgi.run_once": False,
-            "wsgi.errors": sys.stderr,
-            "wsgi.url_scheme": "http",
-            "plan": plan,
-        }
-        body: Any = self.wsgi(environ, start_response)  # type: ignore[arg-type]
+        body: Any = self.wsgi(make_environ("/soak", plan=plan), start_response)  # type: ignore[arg-type]
         left = plan.turns % 3 if plan.fault in ("leave", "close", "cancel") else sys.maxsize
         try:
             for number, _ in enumerate(body):
@@ -450,11 +429,9 @@ class Soak:
 
     def at_rest(self) -> dict[str, int]:
         """Return what is open and out now."""
-        pools: Any = self.engine.pool, self.async_engine.pool
-        found = [one for one in gc.get_objects() if issubclass(type(one), Scope)]
         return {
-            "scopes": sum(1 for scope in found if not scope.closed),
-            "checked out": sum(pool.checkedout() for pool in pools),
+            "scopes": len(open_scopes()),
+            "checked out": checked_out(self.engine) + checked_out(self.async_engine),
         }
 
     def counter(self) -> int:
@@ -603,7 +580,7 @@ def verdict(soak: Soak, readings: list[Reading]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))

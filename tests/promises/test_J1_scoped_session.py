@@ -1,13 +1,11 @@
-"""J1-J4: SessionJenny is a scoped_session, proven against SQLAlchemy's own list of names."""
+"""J1: SessionJenny is a scoped_session, proven against SQLAlchemy's own list of names."""
 
 from __future__ import annotations
 
 import contextvars
 import inspect
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from typing import Any
 
 import factory
@@ -15,51 +13,104 @@ import pytest
 import transaction
 import zope.sqlalchemy
 from factory.alchemy import SQLAlchemyModelFactory
-from sqlalchemy import Engine, event, func, select, text
+from sqlalchemy import Engine, event, func, select
 from sqlalchemy.exc import InvalidRequestError, SAWarning
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Query, Session, scoped_session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
 
-from rope_middleware import (
-    NoScopeError,
-    RopeError,
-    ScopeClosedError,
-    SessionJenny,
-    current_scope,
-    open_scope,
-)
-from tests.conftest import Data, MakeEngine, checked_out
-
-Jenny = SessionJenny[Session]
+from rope_middleware import ScopeClosedError, SessionJenny, open_scope
+from tests.kit.engines import MakeEngine
+from tests.kit.leaks import checked_out
+from tests.kit.models import Data
+from tests.kit.sessions import Around, Jenny, use
 
 
-@pytest.fixture
-def jenny(engine: Engine) -> Jenny:
-    """A jenny for the engine."""
-    return SessionJenny(sessionmaker(engine))
+def test_J1_it_is_a_scoped_registry(jenny: Jenny) -> None:
+    """With every public name of SQLAlchemy's."""
+    registry = jenny.registry
+    assert isinstance(registry, ScopedRegistry)
+    names = {name for name in dir(ScopedRegistry) if not name.startswith("_")}
+    plain: Any = ScopedRegistry(Session, threading.get_ident)
+    for name in names - {"registry"}:  # the dictionary of SQLAlchemy's own implementation
+        assert callable(getattr(registry, name)) == callable(getattr(plain, name)), name
 
 
-@pytest.fixture(params=[open_scope, nullcontext], ids=["in a scope", "by rope"])
-def around(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[object]]:
-    """What is around the application's code: a scope, or nothing."""
-    return request.param  # type: ignore[no-any-return]
+def test_J1_has_tells_without_making_a_session(jenny: Jenny) -> None:
+    """It is true from the first use to the removal, in each scope for itself."""
+    registry = jenny.registry
+    with open_scope():
+        assert registry.has() is False
+        session = registry()
+        assert registry.has() is True
+        with open_scope():
+            assert registry.has() is False
+        assert registry() is session
+        jenny.remove()
+        assert registry.has() is False
 
 
-Around = Callable[[], AbstractContextManager[object]]
+def test_J1_a_session_that_is_set_is_the_scopes(jenny: Jenny, engine: Engine) -> None:
+    """It is closed with the scope, as the one that it replaces is."""
+    with open_scope():
+        first = use(jenny.session)
+        mine = Session(engine)
+        jenny.registry.set(mine)
+        jenny.registry.set(mine)
+        assert jenny.session is mine
+        use(mine)
+        use(first)
+        assert checked_out(engine) == 2
+    assert checked_out(engine) == 0
+    for session in (first, mine):
+        with pytest.raises(ScopeClosedError):
+            use(session)
 
 
-def use(session: Session) -> Session:
-    """Have the session check out a connection."""
-    session.execute(text("SELECT 1"))
-    return session
+def test_J1_a_session_with_an_open_transaction_can_be_set(jenny: Jenny, engine: Engine) -> None:
+    """The connection that it has already goes back with the scope."""
+    mine = use(Session(engine))
+    with open_scope():
+        jenny.registry.set(mine)
+        assert checked_out(engine) == 1
+    assert checked_out(engine) == 0
 
 
-# -- parity: every name that SQLAlchemy has ------------------------------------------------------
+def test_J1_a_session_that_is_cleared_is_not_closed_at_once(jenny: Jenny, engine: Engine) -> None:
+    """As in SQLAlchemy; but what is used on belongs to its scope, and ends with it."""
+    with open_scope():
+        session = use(jenny.session)
+        jenny.registry.clear()
+        jenny.registry.clear()
+        assert jenny.registry.has() is False
+        assert session.in_transaction()
+        assert jenny.session is not session
+        session.rollback()
+        use(session)
+    assert checked_out(engine) == 0
+
+
+def test_J1_a_call_with_arguments_makes_the_session_with_them(jenny: Jenny) -> None:
+    """`jenny(autoflush=False)` is as in SQLAlchemy, and the session is the scope's."""
+    with open_scope():
+        session = jenny(autoflush=False)
+        assert session.autoflush is False
+        assert jenny.session is session
+    with pytest.raises(ScopeClosedError):
+        use(session)
+
 
 SPECIAL = ("__call__", "__contains__", "__iter__")
+
+
 NAMES = [name for name in dir(scoped_session) if not name.startswith("_") or name in SPECIAL]
+
+
 OWN = {"__call__", "configure", "query_property", "remove"}
+
+
 PROXIED = [name for name in NAMES if hasattr(Session, name) and name not in OWN]
+
+
 # Instance attributes of Session are no attributes of the class.
 PROXIED += [
     name
@@ -89,6 +140,13 @@ def test_J1_the_signature_is_that_of_scoped_session(name: str) -> None:
     assert [p.default for p in parameters.values()] == [
         p.default for p in inspect.signature(theirs).parameters.values()
     ]
+
+
+INSTANCE_NAMES = [
+    name
+    for name in PROXIED
+    if not isinstance(inspect.getattr_static(scoped_session, name), classmethod)
+]
 
 
 class Recorder:
@@ -128,6 +186,18 @@ class Recorder:
         return [tuple("it" if x is session else x for x in call) for call in self.calls]
 
 
+class RealEnough:
+    """A session factory for recording sessions, whose class has no __init__ to speak of."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def __call__(self, **kw: object) -> Session:
+        session = self.recorder.factory.__new__(self.recorder.factory)
+        session.__dict__.update(_transaction=None, _nested_transaction=None)
+        return session  # type: ignore[no-any-return]
+
+
 def arguments_for(name: str) -> tuple[list[object], dict[str, object]]:
     """Return distinct values for every parameter that scoped_session's method has."""
     args: list[object] = []
@@ -143,14 +213,6 @@ def arguments_for(name: str) -> tuple[list[object], dict[str, object]]:
         else:
             args.append(value)
     return args, kw
-
-
-INSTANCE_NAMES = [
-    name
-    for name in PROXIED
-    if not isinstance(inspect.getattr_static(scoped_session, name), classmethod)
-]
-CLASS_NAMES = [name for name in PROXIED if name not in INSTANCE_NAMES]
 
 
 @pytest.mark.parametrize("name", INSTANCE_NAMES)
@@ -184,16 +246,7 @@ def test_J1_every_proxied_name_goes_to_the_current_session(
     plain.registry.clear()
 
 
-class RealEnough:
-    """A session factory for recording sessions, whose class has no __init__ to speak of."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-
-    def __call__(self, **kw: object) -> Session:
-        session = self.recorder.factory.__new__(self.recorder.factory)
-        session.__dict__.update(_transaction=None, _nested_transaction=None)
-        return session  # type: ignore[no-any-return]
+CLASS_NAMES = [name for name in PROXIED if name not in INSTANCE_NAMES]
 
 
 @pytest.mark.parametrize("name", CLASS_NAMES)
@@ -353,9 +406,6 @@ def test_J1_events_of_a_scoped_session(jenny: Jenny, around: Around) -> None:
         assert seen == [jenny.session]
 
 
-# -- what takes a scoped_session -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("persistence", [None, "flush", "commit"])
 def test_J1_factory_boy(
     jenny: Jenny, engine: Engine, around: Around, persistence: str | None
@@ -434,238 +484,6 @@ def test_J1_zope_sqlalchemy(make_engine: MakeEngine, around: Around, manager: An
         manager.abort()
     with Session(engine) as session:
         assert sorted(session.scalars(select(Data.count))) == [0, 1, 3]
-
-
-# -- J2, J3 --------------------------------------------------------------------------------------
-
-
-def test_J2_what_only_looks_at_the_jenny_makes_no_session(jenny: Jenny) -> None:
-    """Methods that need none make none."""
-    with open_scope():
-        assert jenny.session_factory is not None
-        assert jenny.registry.has() is False
-        jenny.query_property()
-        jenny.remove()
-        assert jenny.rope is not None
-        assert jenny.registry.has() is False
-
-
-def test_J3_remove_inside_a_scope(jenny: Jenny, engine: Engine) -> None:
-    """The session is closed, what it had not committed is gone, and the next one is new."""
-    with open_scope():
-        first = jenny.session
-        first.add(Data(count=3))
-        first.flush()
-        assert checked_out(engine) == 1
-        jenny.remove()
-        assert checked_out(engine) == 0
-        second = jenny.session
-        assert second is not first
-        assert second.scalars(select(Data.count)).all() == [0]
-
-
-# -- J4 ------------------------------------------------------------------------------------------
-
-
-def test_J4_with_a_scopefunc_it_is_keyed_as_sqlalchemy_does(engine: Engine) -> None:
-    """Outside of scopes the key tells whose session it is; nothing ends it but `remove()`."""
-    key = "a"
-    jenny = SessionJenny(sessionmaker(engine), scopefunc=lambda: key)
-    plain = scoped_session(sessionmaker(engine), scopefunc=lambda: key)
-    a, plain_a = use(jenny.session), use(plain())
-    key = "b"
-    assert jenny.registry.has() is plain.registry.has() is False
-    b = use(jenny.session)
-    assert b is not a
-    assert plain() is not plain_a
-    jenny.remove()
-    plain.remove()
-    assert not b.in_transaction()
-    key = "a"
-    assert jenny.session is a
-    assert plain() is plain_a
-    assert a.in_transaction()
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(contextvars.Context().run, lambda: jenny.session).result(30) is a
-    jenny.remove()
-    plain.remove()
-    assert checked_out(engine) == 0
-
-
-def test_J4_inside_a_scope_the_scopefunc_is_not_asked(engine: Engine) -> None:
-    """The scope's session is another one, and the key's comes back after it."""
-
-    def scopefunc() -> str:
-        asked.append(1)
-        return "key"
-
-    asked: list[int] = []
-    jenny = SessionJenny(sessionmaker(engine), scopefunc)
-    keyed = use(jenny.session)
-    asked.clear()
-    with open_scope():
-        assert jenny.session is not keyed
-        use(jenny.session)
-        jenny.remove()
-    assert asked == []
-    assert jenny.session is keyed
-    assert keyed.in_transaction()
-    jenny.remove()
-    assert checked_out(engine) == 0
-
-
-def test_J4_a_scopefunc_that_raises(engine: Engine) -> None:
-    """Its error comes out; inside a scope there is none."""
-
-    def scopefunc() -> object:
-        raise KeyError("no request")
-
-    jenny = SessionJenny(sessionmaker(engine), scopefunc)
-    with pytest.raises(KeyError, match="no request"):
-        _ = jenny.session
-    with open_scope():
-        use(jenny.session)
-
-
-def test_J4_current_scope_as_the_scopefunc(engine: Engine) -> None:
-    """It raises NoScopeError outside, as strict does."""
-    jenny = SessionJenny(sessionmaker(engine), scopefunc=current_scope)
-    with pytest.raises(NoScopeError):
-        _ = jenny.session
-    with open_scope():
-        use(jenny.session)
-
-
-def test_J4_strict_wins_over_the_scopefunc(engine: Engine) -> None:
-    """Outside of scopes nothing may happen, whatever the key."""
-    jenny = SessionJenny(sessionmaker(engine), threading.get_ident, strict=True)
-    with pytest.raises(NoScopeError, match=r"RopeMiddleware.*open_scope"):
-        _ = jenny.session
-    jenny.remove()
-    with open_scope():
-        use(jenny.session)
-
-
-def test_J4_strict_and_scopefunc_are_as_documented() -> None:
-    """`scopefunc` may be given by place as in SQLAlchemy, `strict` by name only."""
-    parameters = inspect.signature(SessionJenny).parameters
-    assert list(parameters) == ["session_factory", "scopefunc", "strict"]
-    assert parameters["strict"].kind is inspect.Parameter.KEYWORD_ONLY
-    with pytest.raises(TypeError):
-        SessionJenny(sessionmaker(), None, True)  # type: ignore[misc]
-
-
-# -- factories -----------------------------------------------------------------------------------
-
-
-class Flaky:
-    """A session factory that raises at first."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.calls = 0
-
-    def __call__(self, **kw: Any) -> Session:
-        self.calls += 1
-        if self.calls < 3:
-            raise OSError(f"call {self.calls}")
-        return Session(self.engine, **kw)
-
-
-def test_a_factory_that_raises_is_asked_again(engine: Engine, around: Around) -> None:
-    """Its error comes out as it is, and nothing is kept of the try."""
-    jenny = SessionJenny(Flaky(engine))
-    with around():
-        with pytest.raises(OSError, match="call 1"):
-            _ = jenny.session
-        assert jenny.registry.has() is False
-        with pytest.raises(OSError, match="call 2"):
-            jenny(autoflush=False)
-        assert jenny.registry.has() is False
-        use(jenny.session)
-        jenny.remove()
-    assert checked_out(engine) == 0
-
-
-@pytest.mark.parametrize(
-    "made",
-    [None, object(), Session, "session", sessionmaker()],
-    ids=["None", "object", "class", "str", "sessionmaker"],
-)
-@pytest.mark.parametrize("kw", [{}, {"autoflush": False}], ids=["", "with arguments"])
-@pytest.mark.parametrize("scopefunc", [None, threading.get_ident])
-def test_a_factory_that_returns_no_session_is_told_so(
-    around: Around, made: object, kw: dict[str, Any], scopefunc: Any
-) -> None:
-    """A RopeError names the factory, what it gave and what it should."""
-
-    def my_factory(**_: object) -> Any:
-        return made
-
-    jenny = SessionJenny(my_factory, scopefunc)
-    with around():
-        for _ in range(2):
-            with pytest.raises(RopeError, match=r"my_factory.*must return.*Session"):
-                jenny(**kw)
-            assert jenny.registry.has() is False
-
-
-def test_a_factory_of_async_sessions_is_told_so(around: Around) -> None:
-    """An AsyncSession in a SessionJenny could not be closed."""
-    made: list[AsyncSession] = []
-
-    def my_factory() -> Any:
-        made.append(async_sessionmaker()())
-        return made[-1]
-
-    jenny = SessionJenny(my_factory)
-    with around(), pytest.raises(RopeError, match="AsyncSession"):
-        _ = jenny.session
-
-
-@pytest.mark.parametrize("bad", [None, "factory", 3])
-def test_a_factory_must_be_callable(bad: Any) -> None:
-    """At the start, not at the first request."""
-    with pytest.raises(TypeError, match="session_factory must be callable"):
-        SessionJenny(bad)
-
-
-@pytest.mark.parametrize("bad", ["scope", 3])
-def test_a_scopefunc_must_be_callable(bad: Any) -> None:
-    """At the start, too."""
-    with pytest.raises(TypeError, match="scopefunc must be a callable"):
-        SessionJenny(sessionmaker(), bad)
-
-
-def test_any_callable_makes_sessions(engine: Engine, around: Around) -> None:
-    """A class, a function, a partial: not only a sessionmaker."""
-
-    class MySession(Session):
-        def __init__(self, **kw: Any) -> None:
-            super().__init__(engine, **kw)
-
-    for each in (MySession, lambda **kw: MySession(**kw)):
-        jenny = SessionJenny(each)
-        with around():
-            assert isinstance(use(jenny.session), MySession)
-            jenny.remove()
-    assert checked_out(engine) == 0
-
-
-def test_a_factory_that_uses_the_jenny_of_another_database(make_engine: MakeEngine) -> None:
-    """The database for a tenant may be looked up in another one."""
-    engines = [make_engine(), make_engine()]
-    directory = SessionJenny(sessionmaker(engines[0]))
-
-    def for_tenant() -> Session:
-        assert directory.session.scalar(select(Data.count)) == 0
-        return Session(engines[1])
-
-    jenny = SessionJenny(for_tenant)
-    with open_scope():
-        use(jenny.session)
-        assert [checked_out(engine) for engine in engines] == [1, 1]
-    assert [checked_out(engine) for engine in engines] == [0, 0]
 
 
 def test_S4_every_name_refuses_code_that_outlived_its_scope(jenny: Jenny) -> None:

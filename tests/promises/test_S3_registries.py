@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,33 +11,47 @@ import anyio
 import anyio.to_thread
 import httpx
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, event, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from rope_middleware import (
     ASGIRopeMiddleware,
     NoScopeError,
+    RopeMiddleware,
     ScopeClosedError,
     SessionJenny,
     WSGIRopeMiddleware,
     current_scope,
+    open_scope,
 )
-from tests.conftest import Data, MakeEngine, checked_out
+from tests.kit.engines import MakeEngine
+from tests.kit.leaks import checked_out
+from tests.kit.models import Data
+from tests.kit.sessions import SELECT, Jenny, errors_in, use
+from tests.kit.wsgi import serve_wsgi
+
+
+async def nobody_calls(scope: Any, receive: Any, send: Any) -> None:
+    raise AssertionError("never called")
+
+
+@pytest.mark.parametrize("bad", [[object()], ["Session"], [None], [Session]])
+def test_registries_that_are_no_scoped_sessions_are_refused(bad: Any) -> None:
+    """At once, and by a TypeError that says what is asked for."""
+    with pytest.raises(TypeError, match="scoped_session"):
+        RopeMiddleware(nobody_calls, registries=bad)
+
+
+def test_registries_is_a_list(jenny: Jenny) -> None:
+    """A single one that is not in a list is refused in words."""
+    with pytest.raises(TypeError, match="list"):
+        RopeMiddleware(nobody_calls, registries=jenny)
+
 
 # Asks an application that calls `view` for its answer: its status, or the error it raised.
 Ask = Callable[..., int]
-
-
-def ask_wsgi(view: Callable[[], None], registries: Iterable[Any], **options: Any) -> int:
-    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        view()
-        start_response("200 OK", [])
-        return [b""]
-
-    wrapped = WSGIRopeMiddleware(app, registries, **options)
-    with httpx.Client(transport=httpx.WSGITransport(app=wrapped)) as client:
-        return client.get("http://test/").status_code
 
 
 def ask_asgi(
@@ -64,6 +77,17 @@ def ask_asgi_on_trio(view: Callable[[], None], registries: Iterable[Any], **opti
     return ask_asgi(view, registries, backend="trio", **options)
 
 
+def ask_wsgi(view: Callable[[], None], registries: Iterable[Any], **options: Any) -> int:
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        view()
+        start_response("200 OK", [])
+        return [b""]
+
+    wrapped = WSGIRopeMiddleware(app, registries, **options)
+    with httpx.Client(transport=httpx.WSGITransport(app=wrapped)) as client:
+        return client.get("http://test/").status_code
+
+
 @pytest.fixture(params=[ask_wsgi, ask_asgi, ask_asgi_on_trio], ids=lambda f: f.__name__)
 def ask(request: pytest.FixtureRequest) -> Ask:
     """Serve one request by an application of either protocol."""
@@ -73,20 +97,6 @@ def ask(request: pytest.FixtureRequest) -> Ask:
 def scoped(engine: Engine, **options: Any) -> scoped_session[Session]:
     """Make the scoped_session that the documentation tells to make."""
     return scoped_session(sessionmaker(engine, **options), scopefunc=current_scope)
-
-
-def use(session: Any) -> None:
-    """Have the session check out a connection."""
-    session.execute(text("SELECT 1"))
-
-
-def errors_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what our logger has said of level ERROR."""
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name == "rope_middleware" and record.levelno >= logging.ERROR
-    ]
 
 
 def test_S3_a_plain_scoped_session_ends_with_the_request(ask: Ask, engine: Engine) -> None:
@@ -264,9 +274,6 @@ def test_S4_a_scoped_session_that_is_reached_too_late(ask: Ask, engine: Engine) 
     assert registry.registry == {}
 
 
-# -- async ---------------------------------------------------------------------------------------
-
-
 def test_Y1_a_plain_async_scoped_session_ends_with_the_request(
     tmp_path: Path, engine: Engine, no_leaks: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -306,3 +313,59 @@ def test_Y1_a_plain_async_scoped_session_ends_with_the_request(
             raise RuntimeError("cannot remove")
 
     anyio.run(main)
+
+
+def test_S6_an_inner_scope_ends_the_plain_sessions_that_are_used_in_it(engine: Engine) -> None:
+    """The registries of a request are those of its inner scopes, too."""
+    plain = scoped_session(sessionmaker(engine), scopefunc=current_scope)
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        with open_scope():
+            plain.execute(SELECT)
+        assert checked_out(engine) == 0
+        start_response("200 OK", [])
+        return [b""]
+
+    serve_wsgi(app, registries=[plain])
+    assert not plain.registry.registry
+
+
+def test_S4_a_plain_session_that_was_kept_is_refused(engine: Engine) -> None:
+    """A session of `registries=` knows its scope, too."""
+    plain = scoped_session(sessionmaker(engine), scopefunc=current_scope)
+    kept: list[Session] = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        kept.append(plain())
+        plain.execute(SELECT)
+        start_response("200 OK", [])
+        return [b""]
+
+    serve_wsgi(app, registries=[plain])
+    for _ in range(2):
+        with pytest.raises(ScopeClosedError):
+            kept[0].execute(SELECT)
+    assert checked_out(engine) == 0
+
+
+def test_C6_what_a_plain_session_committed_is_not_written_again(engine: Engine) -> None:
+    """A commit of a session of `registries=` ends the retries."""
+    plain = scoped_session(sessionmaker(engine), scopefunc=current_scope)
+    runs: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        runs.append(1)
+        plain.add(Data(count=7))
+        plain.commit()
+        plain.execute(text("INSERT INTO nowhere VALUES (1)"))
+        return []
+
+    @event.listens_for(engine, "handle_error")
+    def refuse(context: Any) -> None:
+        context.original_exception.sqlite_errorcode = 5
+
+    with pytest.raises(OperationalError):
+        serve_wsgi(app, registries=[plain], retries=3)
+    assert len(runs) == 1
+    with engine.connect() as connection:
+        assert connection.scalars(select(Data.count)).all() == [0, 7]

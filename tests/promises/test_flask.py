@@ -1,4 +1,4 @@
-"""rope_middleware.flask: what Flask-SQLAlchemy-Session documents, on Flask 3."""
+"""`rope_middleware.flask`: the drop-in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from rope_middleware import RopeMiddleware, Scope, SessionJenny, current_scope, open_scope
 from rope_middleware.flask import current_session, flask_scoped_session
-from tests.conftest import Data, MakeEngine, begin_as_writer, checked_out
+from tests.kit.engines import MakeEngine, begin_as_writer
+from tests.kit.leaks import checked_out
+from tests.kit.models import Data
 
 Made = flask_scoped_session[Session]
 
@@ -44,9 +46,6 @@ def use(session: Any) -> Any:
 def assert_over(session: Session, engine: Engine) -> None:
     assert not session.in_transaction()
     assert checked_out(engine) == 0
-
-
-# -- as documented -------------------------------------------------------------------------------
 
 
 def test_flask_it_is_a_scoped_session_and_a_jenny(session: Made) -> None:
@@ -125,9 +124,6 @@ def test_flask_current_session_is_a_scoped_session(app: flask.Flask, session: Ma
         assert list(current_session) == [row]
         current_session.remove()
         assert row not in current_session
-
-
-# -- contexts ------------------------------------------------------------------------------------
 
 
 def test_flask_an_application_context_by_hand(
@@ -323,9 +319,6 @@ def test_flask_a_close_that_fails(
     assert "application context of application" in messages[0]
 
 
-# -- several -------------------------------------------------------------------------------------
-
-
 def test_flask_several_sessions_in_one_app(app: flask.Flask, make_engine: MakeEngine) -> None:
     """Each has a session of its own and all of them are removed, not the last one's only."""
     engines = [make_engine(), make_engine()]
@@ -370,9 +363,6 @@ def test_flask_apps_with_a_session_each(make_engine: MakeEngine) -> None:
         with app.app_context():
             assert use(current_session) is session()
     assert [checked_out(engine) for engine in engines] == [0, 0]
-
-
-# -- threads, jenny's own names, scopes ----------------------------------------------------------
 
 
 def test_flask_threads_serve_requests_side_by_side(make_engine: MakeEngine) -> None:

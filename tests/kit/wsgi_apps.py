@@ -1,0 +1,345 @@
+"""WSGI applications, good and bad.
+
+Each takes a function that uses the session where there is a middleware, so that the same code can
+run without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tests.kit.wsgi import HEADERS
+
+Touch = Callable[[], object]
+APPS: dict[str, Callable[[Touch], Any]] = {}
+GOOD: set[str] = set()
+
+
+def an_app(good: bool = True) -> Callable[[Any], Any]:
+    def register(make: Any) -> Any:
+        name = make.__name__.replace("_", " ")
+        APPS[name] = make
+        if good:
+            GOOD.add(name)
+        return make
+
+    return register
+
+
+def _answers(body: Any, good: bool, name: str) -> None:
+    def make(touch: Touch) -> Any:
+        def app(environ: Any, start_response: Any) -> Any:
+            start_response("200 OK", HEADERS)
+            touch()
+            return body() if callable(body) else body
+
+        return app
+
+    make.__name__ = name
+    an_app(good)(make)
+
+
+class _Sequence:
+    """Iterable by the old protocol only."""
+
+    def __getitem__(self, index: int) -> bytes:
+        return [b"old", b" ", b"style"][index]
+
+
+class _Falsy:
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __iter__(self) -> Any:
+        return iter([b"a", b"b"])
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class _Sized:
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Any:
+        return iter([b"a", b"b"])
+
+
+class _BadLength:
+    def __len__(self) -> int:
+        raise NotImplementedError("no length")
+
+    def __iter__(self) -> Any:
+        return iter([b"a", b"b"])
+
+
+_answers([b"one"], True, "list_of_one")
+_answers([b"one", b"", b"three"], True, "list_of_three")
+_answers([], True, "empty_list")
+_answers((b"a", b"b"), True, "tuple")
+_answers(lambda: iter([b"a", b"b"]), True, "list_iterator")
+_answers(lambda: map(bytes, [b"a", b"b"]), True, "map")
+_answers(lambda: io.BytesIO(b"a\nb\n"), True, "file_without_wrapper")
+_answers(lambda: {b"a": 1}, True, "dict")
+_answers(_Sequence, True, "old_sequence_protocol")
+_answers(_Falsy, True, "falsy_iterable")
+_answers(_Sized, True, "sized_iterable")
+_answers(None, False, "returns_None")
+_answers(False, False, "returns_False")
+_answers(42, False, "returns_a_number")
+_answers(object, False, "returns_an_object")
+_answers(lambda: [b"a", "b", None], False, "list_with_str_and_None")
+_answers("text", False, "returns_str")
+_answers(b"bytes", False, "returns_bytes")
+
+
+@an_app()
+def generator_app(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        touch()
+        start_response("200 OK", HEADERS)
+        yield b"late"
+        touch()
+        yield b"r"
+
+    return app
+
+
+@an_app()
+def generator_with_empty_chunks_first(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", HEADERS)
+        yield b""
+        touch()
+        yield b""
+        yield b"x"
+
+    return app
+
+
+@an_app()
+def write_only(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        write = start_response("200 OK", HEADERS)
+        write(b"a")
+        touch()
+        write(b"b")
+        return []
+
+    return app
+
+
+@an_app()
+def write_and_body(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        write = start_response("200 OK", HEADERS)
+        write(b"a")
+        touch()
+        return [b"b", b"c"]
+
+    return app
+
+
+@an_app()
+def write_in_a_generator(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        write = start_response("200 OK", HEADERS)
+        write(b"a")
+        touch()
+        yield b"b"
+        write(b"c")
+        yield b"d"
+
+    return app
+
+
+def _failure() -> Any:
+    try:
+        raise ValueError("the app's own")
+    except ValueError:
+        return sys.exc_info()
+
+
+@an_app()
+def exc_info_before_headers_are_sent(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        touch()
+        try:
+            raise ValueError("the app's own")
+        except ValueError:
+            start_response("500 Oops", HEADERS, sys.exc_info())
+        return [b"sorry"]
+
+    return app
+
+
+@an_app()
+def exc_info_in_the_first_call(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        touch()
+        start_response("500 Oops", HEADERS, _failure())
+        return [b"sorry"]
+
+    return app
+
+
+@an_app()
+def exc_info_of_none(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        touch()
+        start_response("200 OK", HEADERS, None)
+        return [b"fine"]
+
+    return app
+
+
+@an_app(good=False)
+def exc_info_after_headers_are_sent(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        yield b"begun"
+        touch()
+        start_response("500 Oops", HEADERS, _failure())
+        yield b"never"
+
+    return app
+
+
+@an_app(good=False)
+def exc_info_after_write(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)(b"begun")
+        touch()
+        start_response("500 Oops", HEADERS, _failure())
+        return [b"never"]
+
+    return app
+
+
+@an_app(good=False)
+def start_response_never(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        touch()
+        return [b"a"]
+
+    return app
+
+
+@an_app(good=False)
+def start_response_never_in_a_generator(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        touch()
+        yield b"a"
+
+    return app
+
+
+@an_app(good=False)
+def start_response_after_the_first_chunk(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        touch()
+        yield b"a"
+        start_response("200 OK", HEADERS)
+        yield b"b"
+
+    return app
+
+
+@an_app(good=False)
+def start_response_twice(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        touch()
+        start_response("201 Created", HEADERS)
+        return [b"a"]
+
+    return app
+
+
+@an_app(good=False)
+def start_response_twice_and_the_error_swallowed(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        touch()
+        with contextlib.suppress(AssertionError):
+            start_response("201 Created", HEADERS)
+        return [b"a"]
+
+    return app
+
+
+@an_app(good=False)
+def raises_before_start_response(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        touch()
+        raise ValueError("before")
+
+    return app
+
+
+@an_app(good=False)
+def raises_after_start_response(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        touch()
+        raise ValueError("after")
+
+    return app
+
+
+@an_app(good=False)
+def raises_in_the_first_chunk(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        touch()
+        start_response("200 OK", HEADERS)
+        raise ValueError("first")
+        yield b"never"
+
+    return app
+
+
+@an_app(good=False)
+def raises_in_mid_body(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        touch()
+        start_response("200 OK", HEADERS)
+        yield b"a"
+        raise ValueError("middle")
+
+    return app
+
+
+class _FailingClose(_Falsy):
+    def close(self) -> None:
+        raise ValueError("close")
+
+
+class _FailingAll:
+    def __iter__(self) -> Any:
+        yield b"a"
+        raise ValueError("middle")
+
+    def close(self) -> None:
+        raise LookupError("close")
+
+
+_answers(_FailingClose, False, "raises_in_close")
+_answers(_FailingAll, False, "raises_in_mid_body_and_close")
+_answers(_BadLength, False, "length_that_raises")
+
+
+@an_app(good=False)
+def raises_StopIteration(touch: Touch) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        touch()
+        raise StopIteration("from the app")
+
+    return app

@@ -1,0 +1,298 @@
+"""C3: a commit that fails is one complete error response, and no row."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.util import await_only
+
+from rope_middleware import ASGIRopeMiddleware, SessionJenny
+from tests.kit.asgi import asgi_app, ask
+from tests.kit.engines import MakeEngine
+from tests.kit.leaks import checked_out
+from tests.kit.models import Row
+from tests.kit.waiting import PATIENCE
+from tests.kit.web import Exchange, Web
+
+
+class Stop(StopIteration):
+    """What a future takes for a result, where it is not looked at."""
+
+
+@pytest.mark.parametrize("error", [StopIteration, Stop])
+@pytest.mark.parametrize("commit", [False, True])
+def test_C3_a_listener_that_raises_stop_iteration_fails_as_any_other(
+    make_engine: MakeEngine, error: type[Exception], commit: bool
+) -> None:
+    """No success without its row, and no request that waits for ever."""
+    engine = make_engine()
+    jenny = SessionJenny(sessionmaker(engine))
+
+    @event.listens_for(engine, "commit" if commit else "rollback")
+    def fail(connection: Any) -> None:
+        raise error
+
+    app = ASGIRopeMiddleware(
+        asgi_app(lambda: jenny.execute(text("SELECT 1"))), commit_on_success=commit
+    )
+    statuses: list[int] = []
+
+    async def main() -> None:
+        await asyncio.wait_for(ask(app, statuses), PATIENCE)
+
+    if commit:
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            asyncio.run(main())
+        assert statuses == []
+    else:
+        asyncio.run(main())
+        assert statuses == [200]
+    assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_C3_a_commit_that_fails_is_one_complete_error_response(web: Web, lazily: bool) -> None:
+    """A deferred constraint shows at the commit: a 500, whole and alone, and no row."""
+    raised: list[BaseException] = []
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await web.store.add_orphan(1)
+        try:
+            await exchange.answer(200, b"done")
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    answer = web.ask(handler, commit_on_success=True, lazily=lazily)
+    assert answer.seen == 500
+    assert answer.whole
+    assert b"done" not in answer.body
+    if not web.wsgi:
+        assert len(raised) == 1, "the error is raised inside the app's send"
+        assert isinstance(raised[0], IntegrityError)
+    assert web.store.rows() == []
+    assert web.store.orphans() == 0
+
+
+@pytest.mark.parametrize("later", ["goes on", "another success", "another failure"])
+def test_C3_an_app_that_swallows_the_error_cannot_turn_it_into_a_success(
+    later: str, tmp_path: Path
+) -> None:
+    """Body that belongs to the refused start is dropped; a new 2xx becomes a 500; a 4xx passes."""
+    for kind in ("asgi-async", "asgi-sync"):
+        web = Web(kind, tmp_path / f"{kind}.db")
+
+        async def handler(exchange: Exchange, web: Web = web) -> None:
+            await web.store.add(1)
+            await web.store.add_orphan(1)
+            with pytest.raises(IntegrityError):
+                await exchange.start(200)
+            if later == "another success":
+                await exchange.start(201)
+            elif later == "another failure":
+                await exchange.start(409)
+            await exchange.chunk(b"text of the app")
+
+        answer = web.ask(handler, commit_on_success=True)
+        assert answer.whole
+        if later == "another failure":
+            assert (answer.seen, answer.body) == (409, b"text of the app")
+        else:
+            assert answer.seen == 500
+            assert b"text of the app" not in answer.body
+        assert web.store.rows() == []
+        assert web.store.orphans() == 0
+        assert web.store.held() == 0
+        web.close()
+
+
+def test_C3_a_wsgi_app_that_swallows_the_error_cannot_turn_it_into_a_success(
+    tmp_path: Path,
+) -> None:
+    """Whatever a WSGI app does around its start, nobody reads a 2xx without its row."""
+    web = Web("wsgi", tmp_path / "swallow.db")
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add_orphan(1)
+        for _ in range(2):
+            try:
+                await exchange.start(200)
+            except Exception:
+                pass
+            else:
+                break
+        try:
+            await exchange.chunk(b"text of the app")
+        except GeneratorExit:
+            raise
+        except Exception:
+            pass
+
+    answer = web.ask(handler, commit_on_success=True)
+    assert answer.seen == 500
+    assert answer.whole
+    assert web.store.orphans() == 0
+    assert web.store.held() == 0
+    web.close()
+
+
+def test_C3_a_failed_commit_of_the_second_transaction_does_not_hide(
+    web: Web, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the start a failed commit cannot change the status: it is logged, no row is there."""
+    caplog.set_level(logging.DEBUG, "rope_middleware")
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(200)
+        await web.store.add_orphan(2)
+
+    answer = web.ask(handler, commit_on_success=True)
+    assert answer.status == 200
+    assert web.store.rows() == [1]
+    assert web.store.orphans() == 0
+    assert "IntegrityError" in caplog.text
+
+
+def test_C3_the_log_names_the_request_and_the_class_and_no_value(
+    web: Web, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The line of a failed commit helps and gives nothing away: no values, no query string."""
+    caplog.set_level(logging.DEBUG, "rope_middleware")
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        web.store.jenny.session.add(Row(n=77123456))
+        await web.store.commit()
+        web.store.jenny.session.expunge_all()
+        web.store.jenny.session.add(Row(n=77123456))  # refused in the commit's own flush
+        await exchange.answer(200)
+
+    answer = web.ask(handler, commit_on_success=True)
+    assert answer.seen == 500
+    lines = [record for record in caplog.records if record.name == "rope_middleware"]
+    assert any(
+        "GET /thing" in record.getMessage() and "IntegrityError" in record.getMessage()
+        for record in lines
+    ), caplog.text
+    written = "\n".join(logging.Formatter().format(record) for record in lines)
+    assert "77123456" not in written
+    assert "secret" not in written
+
+
+def test_C3_a_rollback_is_logged_with_its_reason(
+    web: Web, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each rollback that undoes something says which request, and why."""
+    caplog.set_level(logging.DEBUG, "rope_middleware")
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(404)
+
+    web.ask(handler, commit_on_success=True)
+    messages = [r.getMessage() for r in caplog.records if r.name == "rope_middleware"]
+    assert any("GET /thing" in line and "404" in line for line in messages), messages
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_C3_a_commit_that_outlives_a_timeout_is_not_answered_by_an_error(
+    retries: int, tmp_path: Path
+) -> None:
+    """A time limit within the application ends in the middle of the commit, which stands."""
+    web = Web("asgi-async", tmp_path / "late.db")
+    event.listen(web.store.engine, "commit", lambda connection: await_only(asyncio.sleep(0.3)))
+    tries: list[int] = []
+
+    async def handler(exchange: Exchange) -> None:
+        tries.append(1)
+        await web.store.add(len(tries))
+        try:
+            async with asyncio.timeout(0.1):
+                await exchange.start(200)
+        except TimeoutError:
+            await exchange.start(504)
+        await exchange.chunk(b"late")
+
+    answer = web.ask(handler, commit_on_success=True, retries=retries)
+    held = web.store.held()
+    web.close()
+    assert held == 0
+    assert (web.store.rows(), answer.seen, len(tries)) in (([1], 200, 1), ([], 504, 1))
+
+
+@pytest.mark.parametrize("which", ["starlette", "fastapi", "responder"])
+def test_C3_the_frameworks_own_error_page_answers(which: str, tmp_path: Path) -> None:
+    """Inside a framework's error handler the failed commit gets the framework's page."""
+    web = Web("asgi-async", tmp_path / "page.db")
+
+    async def show(request: Any, error: Exception) -> Any:
+        from starlette.responses import JSONResponse
+
+        return JSONResponse({"page": type(error).__name__}, status_code=500)
+
+    app: Any
+    if which == "starlette":
+        from starlette.applications import Starlette
+        from starlette.responses import PlainTextResponse
+
+        app = Starlette(exception_handlers={IntegrityError: show})
+
+        async def endpoint(request: Any) -> PlainTextResponse:
+            await web.store.add_orphan(1)
+            return PlainTextResponse("done")
+
+        app.add_route("/thing", endpoint)
+        app.add_middleware(ASGIRopeMiddleware, commit_on_success=True)
+    elif which == "fastapi":
+        from fastapi import FastAPI
+
+        app = FastAPI(exception_handlers={500: show})
+
+        @app.get("/thing")
+        async def fastapi_endpoint() -> str:
+            await web.store.add_orphan(1)
+            return "done"
+
+        app.add_middleware(ASGIRopeMiddleware, commit_on_success=True)
+    else:
+        import responder
+
+        app = responder.API()
+
+        @app.route("/thing")
+        async def responder_endpoint(req: Any, resp: Any) -> None:
+            await web.store.add_orphan(1)
+            resp.text = "done"
+
+        app.add_middleware(ASGIRopeMiddleware, commit_on_success=True)
+
+    async def run() -> tuple[int, str, bytes, int]:
+        import httpx
+
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            found = await client.get("/thing")
+        return found.status_code, found.headers.get("content-type", ""), found.content, 0
+
+    status, kind, body, _ = web.loop.run(run())
+    assert status == 500
+    assert b"done" not in body
+    if which == "starlette":
+        # a handler for a class of errors sits inside the middleware; the error comes from it
+        assert kind.startswith(("application/json", "text/plain"))
+    elif which == "fastapi":
+        assert body == b'{"page":"IntegrityError"}'
+    else:
+        assert kind.startswith("application/problem+json")
+    assert web.store.orphans() == 0
+    assert web.store.held() == 0
+    web.close()

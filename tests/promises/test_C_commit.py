@@ -1,0 +1,615 @@
+"""C1, C2, C4, C7: which outcome commits, when, and in which order."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    SessionJenny,
+    WSGIRopeMiddleware,
+    current_scope,
+    open_scope,
+)
+from tests.kit.asgi import websocket_scope
+from tests.kit.models import Child, Row
+from tests.kit.waiting import PATIENCE
+from tests.kit.web import Exchange, Web
+from tests.kit.wsgi import HEADERS, Server
+
+
+def test_C1_the_application_commits_and_the_rest_is_rolled_back(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """What the app committed is there, what it left is not."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", HEADERS)
+        jenny.session.add(Row(name="kept"))
+        jenny.session.commit()
+        yield b"a"
+        jenny.session.add(Row(name="left"))
+        jenny.session.flush()
+        yield b"b"
+
+    assert Server()(WSGIRopeMiddleware(app)).body == b"ab"
+    with Session(engine) as session:
+        assert session.scalars(select(Row.name)).all() == ["kept"]
+
+
+def test_C1_what_is_committed_stays_and_the_rest_is_rolled_back(web: Web) -> None:
+    """Without the option the application's own commit counts, and nothing after it."""
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await web.store.commit()
+        await web.store.add(2)
+        await exchange.answer(200)
+        await web.store.add(3)
+
+    answer = web.ask(handler)
+    assert (answer.status, answer.complete, answer.error) == (200, True, None)
+    assert web.store.rows() == [1]
+
+
+@pytest.mark.parametrize("status", [200, 201, 204, 302, 304, 399])
+def test_C2_a_status_under_400_commits(web: Web, status: int) -> None:
+    """The row of a successful request is there."""
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(status, b"")
+
+    answer = web.ask(handler, commit_on_success=True)
+    assert (answer.status, answer.complete) == (status, True)
+    assert web.store.rows() == [1]
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 500, 503])
+def test_C2_a_status_of_400_and_above_rolls_back(web: Web, status: int) -> None:
+    """The answer passes as it is, and its row is not there."""
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(status, b"sorry")
+
+    answer = web.ask(handler, commit_on_success=True)
+    assert (answer.status, answer.body, answer.complete) == (status, b"sorry", True)
+    assert web.store.rows() == []
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_C2_the_commit_comes_before_the_client_can_see_a_success(web: Web, lazily: bool) -> None:
+    """When the status goes out on the wire, another connection already reads the row."""
+    seen: list[list[int]] = []
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(200)
+
+    answer = web.ask(
+        handler,
+        at_start=lambda status: seen.append(web.store.rows()),
+        lazily=lazily,
+        commit_on_success=True,
+    )
+    assert answer.status == 200
+    assert seen == [[1]]
+
+
+def test_C2_what_is_written_between_start_and_body_is_committed_too(web: Web) -> None:
+    """An application may start its response first and write afterwards."""
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.start(200)
+        await web.store.add(1)
+        await exchange.chunk(b"x")
+
+    answer = web.ask(handler, commit_on_success=True)
+    assert (answer.status, answer.complete) == (200, True)
+    assert web.store.rows() == [1]
+
+
+@pytest.mark.parametrize("vetoed", [False, True])
+def test_C2_the_veto_gets_an_int_and_pairs_of_str_and_decides(web: Web, vetoed: bool) -> None:
+    """`commit_veto(status, headers)` is asked with plain values in both protocols."""
+    asked: list[tuple[int, list[tuple[str, str]]]] = []
+
+    def veto(status: int, headers: list[tuple[str, str]]) -> bool:
+        asked.append((status, headers))
+        return vetoed
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(200, b"x", ("x-commit", "no"))
+
+    answer = web.ask(handler, commit_on_success=True, commit_veto=veto)
+    assert (answer.status, answer.body) == (200, b"x")
+    assert asked == [(200, [("content-type", "text/plain"), ("x-commit", "no")])]
+    assert type(asked[0][0]) is int
+    assert web.store.rows() == ([] if vetoed else [1])
+
+
+def test_C2_a_veto_that_raises_commits_nothing(web: Web) -> None:
+    """A broken veto is no permission: one error response, and no row."""
+
+    def veto(status: int, headers: list[tuple[str, str]]) -> bool:
+        raise LookupError("broken veto")
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(200)
+
+    answer = web.ask(handler, commit_on_success=True, commit_veto=veto)
+    assert answer.seen == 500
+    assert answer.whole
+    assert web.store.rows() == []
+
+
+def test_C2_a_doomed_scope_does_not_commit(web: Web) -> None:
+    """After `Scope.doom()` a success is sent and nothing is written."""
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        current_scope().doom()
+        await exchange.answer(200)
+
+    answer = web.ask(handler, commit_on_success=True)
+    assert (answer.status, answer.body, answer.complete) == (200, b"x", True)
+    assert web.store.rows() == []
+
+
+@pytest.mark.parametrize("why", ["status", "veto", "doom"])
+def test_C2_after_a_refusal_nothing_later_commits(web: Web, why: str) -> None:
+    """What the stream writes after a 4xx, a veto or a doom is rolled back as well."""
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        if why == "doom":
+            current_scope().doom()
+        await exchange.answer(404 if why == "status" else 200)
+        await web.store.add(2)
+        await exchange.chunk(b"y")
+        await web.store.add(3)
+
+    answer = web.ask(
+        handler, commit_on_success=True, commit_veto=lambda status, headers: why == "veto"
+    )
+    assert (answer.body, answer.complete) == (b"xy", True)
+    assert web.store.rows() == []
+
+
+def test_C2_work_after_the_start_is_a_second_transaction(web: Web) -> None:
+    """What a stream writes is committed when the scope ends."""
+    seen: list[list[int]] = []
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(200)
+        await web.store.add(2)
+        seen.append(web.store.rows())
+        await exchange.chunk(b"y")
+        await web.store.add(3)
+
+    answer = web.ask(handler, commit_on_success=True)
+    assert (answer.body, answer.complete, answer.error) == (b"xy", True, None)
+    assert seen == [[1]]
+    assert web.store.rows() == [1, 2, 3]
+
+
+def test_C2_work_after_the_start_is_rolled_back_if_it_raises(web: Web) -> None:
+    """A stream that breaks keeps the first transaction and loses the second."""
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(200)
+        await web.store.add(2)
+        await exchange.chunk(b"y")
+        raise LookupError("in the stream")
+
+    answer = web.ask(handler, commit_on_success=True)
+    assert isinstance(answer.error, LookupError)
+    assert web.store.rows() == [1]
+
+
+def test_C2_a_doom_after_the_start_rolls_the_second_transaction_back(web: Web) -> None:
+    """The first transaction stands; the doomed rest does not."""
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(200)
+        await web.store.add(2)
+        current_scope().doom()
+        await exchange.chunk(b"y")
+
+    assert web.ask(handler, commit_on_success=True).complete
+    assert web.store.rows() == [1]
+
+
+def test_C2_without_a_response_nothing_is_committed(web: Web) -> None:
+    """An application that raises before it answers has written nothing; its error passes."""
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        raise LookupError("no answer")
+
+    answer = web.ask(handler, commit_on_success=True)
+    assert answer.seen == 500
+    assert answer.whole
+    if answer.error is not None:
+        assert isinstance(answer.error, LookupError)
+    assert web.store.rows() == []
+
+
+def test_C2_a_session_first_used_after_the_start_commits_at_the_end(web: Web) -> None:
+    """A session need not exist when the response starts."""
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(200)
+        await web.store.add(1)
+
+    assert web.ask(handler, commit_on_success=True).status == 200
+    assert web.store.rows() == [1]
+
+
+def test_C2_a_removed_session_is_not_committed(web: Web) -> None:
+    """`remove()` closes, and so rolls back, what it removes; the next session is committed."""
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        removed = web.store.jenny.remove()
+        if web.store.is_async:
+            await removed
+        await web.store.add(2)
+        await exchange.answer(200)
+
+    assert web.ask(handler, commit_on_success=True).status == 200
+    assert web.store.rows() == [2]
+
+
+@pytest.mark.parametrize("kind", ["asgi-async", "asgi-sync"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_C2_a_websocket_commits_when_its_call_ends_without_an_error(
+    kind: str, fails: bool, tmp_path: Path
+) -> None:
+    """The scope of a WebSocket has one transaction: its call."""
+    web = Web(kind, tmp_path / "ws.db")
+    sent: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "websocket.accept"})
+        await web.store.add(1)
+        assert web.store.rows() == []
+        await send({"type": "websocket.send", "text": "hello"})
+        assert web.store.rows() == []
+        if fails:
+            raise LookupError("in the socket")
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    async def receive() -> Any:
+        await asyncio.sleep(3600)
+
+    async def run() -> None:
+        wrapped = ASGIRopeMiddleware(app, commit_on_success=True)
+        if fails:
+            with pytest.raises(LookupError, match="in the socket"):
+                await wrapped(websocket_scope(), receive, send)
+        else:
+            await wrapped(websocket_scope(), receive, send)
+
+    web.loop.run(run())
+    assert sent == ["websocket.accept", "websocket.send"]
+    assert web.store.rows() == ([] if fails else [1])
+    assert web.store.held() == 0
+    web.close()
+
+
+def test_C2_a_cancelled_request_commits_nothing(tmp_path: Path) -> None:
+    """A client that goes away before the answer leaves no row."""
+    web = Web("asgi-async", tmp_path / "cancel.db")
+    reached = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await web.store.add(1)
+        reached.set()
+        await asyncio.sleep(3600)
+
+    async def run() -> None:
+        wrapped = ASGIRopeMiddleware(app, commit_on_success=True)
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        task = asyncio.ensure_future(wrapped(scope, None, None))  # type: ignore[arg-type]
+        await asyncio.wait_for(reached.wait(), PATIENCE)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert web.store.held() == 0
+
+    web.loop.run(run())
+    assert web.store.rows() == []
+    web.close()
+
+
+def test_C2_a_wsgi_body_that_is_dropped_without_close_commits_no_more(tmp_path: Path) -> None:
+    """What was written after the start goes when the server forgets the body."""
+    web = Web("wsgi", tmp_path / "drop.db")
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        yield b"x"
+        web.store.jenny.session.add(Row(n=1))
+        web.store.jenny.session.flush()
+        yield b"y"
+
+    wrapped = WSGIRopeMiddleware(app, commit_on_success=True)
+    environ = {
+        "REQUEST_METHOD": "GET", "PATH_INFO": "/", "SCRIPT_NAME": "", "wsgi.input": io.BytesIO(),
+    }  # fmt: skip
+    pieces = iter(wrapped(environ, lambda status, headers, exc_info=None: lambda data: None))
+    assert [next(pieces), next(pieces)] == [b"x", b"y"]
+    del pieces
+    import gc
+
+    gc.collect()
+    assert web.store.held() == 0
+    assert web.store.rows() == []
+    web.close()
+
+
+def test_C2_a_wsgi_body_that_is_closed_early_keeps_its_first_transaction(tmp_path: Path) -> None:
+    """A client that leaves in the middle of a stream does not undo what its status told."""
+    web = Web("wsgi", tmp_path / "early.db")
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        web.store.jenny.session.add(Row(n=1))
+        start_response("200 OK", [])
+        yield b"x"
+        yield b"y"
+
+    wrapped = WSGIRopeMiddleware(app, commit_on_success=True)
+    environ = {
+        "REQUEST_METHOD": "GET", "PATH_INFO": "/", "SCRIPT_NAME": "", "wsgi.input": io.BytesIO(),
+    }  # fmt: skip
+    body: Any = wrapped(environ, lambda status, headers, exc_info=None: lambda data: None)
+    assert next(iter(body)) == b"x"
+    body.close()
+    assert web.store.rows() == [1]
+    assert web.store.held() == 0
+    web.close()
+
+
+def test_C2_the_write_callable_commits_before_it_writes(tmp_path: Path) -> None:
+    """PEP 3333's `write()` is a way to show a success, so the commit stands before it."""
+    web = Web("wsgi", tmp_path / "write.db")
+    seen: list[list[int]] = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        web.store.jenny.session.add(Row(n=1))
+        write = start_response("200 OK", [])
+        write(b"x")
+        return []
+
+    wrapped = WSGIRopeMiddleware(app, commit_on_success=True)
+    environ = {
+        "REQUEST_METHOD": "GET", "PATH_INFO": "/", "SCRIPT_NAME": "", "wsgi.input": io.BytesIO(),
+    }  # fmt: skip
+    body: Any = wrapped(
+        environ,
+        lambda status, headers, exc_info=None: lambda data: seen.append(web.store.rows()),
+    )
+    assert b"".join(body) == b""
+    if hasattr(body, "close"):
+        body.close()
+    assert seen == [[1]]
+    web.close()
+
+
+def test_C2_open_scope_commits_when_the_block_ends_without_an_error(tmp_path: Path) -> None:
+    """`with open_scope(commit_on_success=True)` is one transaction."""
+    web = Web("wsgi", tmp_path / "with.db")
+    with open_scope(commit_on_success=True):
+        web.store.jenny.session.add(Row(n=1))
+        assert web.store.rows() == []
+    assert web.store.rows() == [1]
+    with pytest.raises(LookupError), open_scope(commit_on_success=True):
+        web.store.jenny.session.add(Row(n=2))
+        web.store.jenny.session.flush()
+        raise LookupError
+    with open_scope(commit_on_success=True) as scope:
+        web.store.jenny.session.add(Row(n=3))
+        scope.doom()
+    with open_scope():
+        web.store.jenny.session.add(Row(n=4))
+        web.store.jenny.session.flush()
+    assert web.store.rows() == [1]
+    assert web.store.held() == 0
+    web.close()
+
+
+def test_C2_async_open_scope_commits_when_the_block_ends_without_an_error(tmp_path: Path) -> None:
+    """`async with open_scope(commit_on_success=True)` is one transaction."""
+    web = Web("asgi-async", tmp_path / "with.db")
+
+    async def run() -> None:
+        async with open_scope(commit_on_success=True):
+            await web.store.add(1)
+            assert web.store.rows() == []
+        assert web.store.rows() == [1]
+        with pytest.raises(LookupError):
+            async with open_scope(commit_on_success=True):
+                await web.store.add(2)
+                raise LookupError
+        async with open_scope(commit_on_success=True) as scope:
+            await web.store.add(3)
+            scope.doom()
+        async with open_scope():
+            await web.store.add(4)
+        assert web.store.rows() == [1]
+        assert web.store.held() == 0
+
+    web.loop.run(run())
+    web.close()
+
+
+def test_C2_the_decorators_commit(tmp_path: Path) -> None:
+    """`@open_scope(commit_on_success=True)` works on functions of both colours, call by call."""
+    sync, other = Web("wsgi", tmp_path / "one.db"), Web("asgi-async", tmp_path / "two.db")
+
+    @open_scope(commit_on_success=True)
+    def work(n: int) -> int:
+        sync.store.jenny.session.add(Row(n=n))
+        return n
+
+    @open_scope(commit_on_success=True)
+    async def async_work(n: int) -> int:
+        await other.store.add(n)
+        return n
+
+    assert [work(1), work(2)] == [1, 2]
+    assert other.loop.run(async_work(1)) == 1
+    assert other.loop.run(async_work(2)) == 2
+    assert sync.store.rows() == other.store.rows() == [1, 2]
+    assert sync.store.held() == other.store.held() == 0
+    sync.close()
+    other.close()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_C2_a_commit_that_fails_in_open_scope_raises_out_of_the_block(
+    is_async: bool, tmp_path: Path
+) -> None:
+    """The caller of a block whose commit failed is told so."""
+    web = Web("asgi-async" if is_async else "wsgi", tmp_path / "fails.db")
+    closed: list[bool] = []
+
+    async def run_async() -> None:
+        async with open_scope(commit_on_success=True) as scope:
+            scope.on_close(lambda: closed.append(scope.closed))
+            await web.store.add_orphan(1)
+
+    def run() -> None:
+        with open_scope(commit_on_success=True) as scope:
+            scope.on_close(lambda: closed.append(scope.closed))
+            web.store.jenny.session.add(Child(n=1, parent=99))
+
+    with pytest.raises(IntegrityError):
+        web.loop.run(run_async()) if is_async else run()
+    assert web.store.orphans() == 0
+    assert web.store.held() == 0
+    assert len(closed) == 1
+    web.close()
+
+
+def test_C2_an_inner_scope_commits_for_itself(tmp_path: Path) -> None:
+    """The inner scope's commit stands when the outer one is rolled back."""
+    web = Web("wsgi", tmp_path / "inner.db")
+    with pytest.raises(LookupError), open_scope(commit_on_success=True):
+        assert web.store.jenny.session.get(Row, 1) is None
+        with open_scope(commit_on_success=True):
+            web.store.jenny.session.add(Row(n=1))
+        assert web.store.rows() == [1]
+        web.store.jenny.session.add(Row(n=2))
+        raise LookupError
+    assert web.store.rows() == [1]
+    web.close()
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_C4_a_stream_holds_no_connection(web: Web, status: int) -> None:
+    """When the response has started, the session's connection is back in the pool."""
+    held: list[int] = []
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        held.append(web.store.held())
+        await exchange.answer(status)
+        held.append(web.store.held())
+        await exchange.chunk(b"y")
+        held.append(web.store.held())
+
+    web.ask(handler, commit_on_success=True)
+    assert held == [1, 0, 0]
+
+
+def test_C4_a_reader_holds_no_connection_either(web: Web) -> None:
+    """A request that only reads gives its connection back before it streams."""
+    held: list[int] = []
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.read()
+        await exchange.answer(200)
+        held.append(web.store.held())
+
+    web.ask(handler, commit_on_success=True)
+    assert held == [0]
+
+
+def test_C7_sessions_commit_in_the_order_they_were_made(web: Web, tmp_path: Path) -> None:
+    """The order of first use decides, not the order of the jennies' birth."""
+    second = web.other_store(tmp_path / "second.db")
+    third = web.other_store(tmp_path / "third.db")
+    order: list[str] = []
+    web.store.commits = second.commits = third.commits = order
+
+    async def handler(exchange: Exchange) -> None:
+        await third.add(1)
+        await web.store.add(1)
+        await second.add(1)
+        await exchange.answer(200)
+
+    assert web.ask(handler, commit_on_success=True).status == 200
+    assert order == ["third", "first", "second"]
+    for store in (second, third):
+        assert store.rows() == [1]
+        assert store.held() == 0
+        web.loop.run(store.async_engine.dispose()) if store.is_async else store.engine.dispose()
+
+
+def test_C7_after_a_commit_that_fails_the_later_sessions_are_rolled_back(
+    web: Web, tmp_path: Path
+) -> None:
+    """What can still be undone is undone, and the client is told of the failure."""
+    second = web.other_store(tmp_path / "second.db")
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add_orphan(1)
+        await second.add(1)
+        await exchange.answer(200)
+
+    answer = web.ask(handler, commit_on_success=True)
+    assert answer.seen == 500
+    assert answer.whole
+    assert web.store.orphans() == 0
+    assert second.rows() == []
+    assert second.held() == 0
+    web.loop.run(second.async_engine.dispose()) if second.is_async else second.engine.dispose()
+
+
+def test_C7_sync_and_async_sessions_of_one_scope_commit_together(tmp_path: Path) -> None:
+    """Two jennies of two colours side by side under ASGI."""
+    web = Web("asgi-async", tmp_path / "async.db")
+    sync = Web("asgi-sync", tmp_path / "sync.db")
+    order: list[str] = []
+    web.store.commits = sync.store.commits = order
+
+    async def handler(exchange: Exchange) -> None:
+        await sync.store.add(1)
+        await web.store.add(1)
+        await exchange.answer(200)
+
+    assert web.ask(handler, commit_on_success=True).status == 200
+    assert order == ["sync", "async"]
+    assert web.store.rows() == sync.store.rows() == [1]
+    assert web.store.held() == sync.store.held() == 0
+    web.close()
+    sync.close()

@@ -1,0 +1,516 @@
+"""J2-J4, J6: when sessions are made, removed and replaced, outside of scopes, too."""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from rope_middleware import (
+    NoScopeError,
+    RopeError,
+    ScopeClosedError,
+    SessionJenny,
+    WSGIRopeMiddleware,
+    current_scope,
+    open_scope,
+)
+from tests.kit.engines import MakeEngine
+from tests.kit.leaks import checked_out
+from tests.kit.models import Data
+from tests.kit.ropes import Seen, is_over, ropes_in, variables
+from tests.kit.sessions import Around, Jenny, touch, use
+from tests.kit.wsgi import HEADERS, Probe, Server, make_environ
+
+
+def test_J2_a_session_is_made_on_first_use(engine: Engine) -> None:
+    """A scope that does not touch the jenny makes none."""
+    made: list[Session] = []
+
+    def factory() -> Session:
+        made.append(Session(engine))
+        return made[-1]
+
+    jenny = SessionJenny(factory)
+    with open_scope():
+        jenny.remove()
+        assert jenny.registry.has() is False
+    assert made == []
+    with open_scope():
+        assert jenny.session is jenny.session
+        assert len(made) == 1
+
+
+def test_J6_threads_that_race_for_the_first_use_get_one_session(engine: Engine) -> None:
+    """Whoever comes second gets the first one's, and its own is closed before it is seen."""
+    barrier = threading.Barrier(4, timeout=30)
+    made: list[Session] = []
+    closed: list[Session] = []
+
+    class Closing(Session):
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    def factory() -> Session:
+        session = Closing(engine)
+        barrier.wait()  # all of them are in here before the first one gets out
+        made.append(session)
+        return session
+
+    jenny = SessionJenny(factory)
+
+    def work() -> Session:
+        return jenny.session
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            made.clear()
+            closed.clear()
+            with open_scope():
+                futures = [pool.submit(contextvars.copy_context().run, work) for _ in range(4)]
+                sessions = {future.result(60) for future in futures}
+                assert len(sessions) == 1
+                assert len(made) == 4
+                assert set(closed) == set(made) - sessions
+                assert {jenny.session} == sessions
+            assert set(closed) == set(made)
+
+
+def test_J6_the_race_without_a_barrier(jenny: Jenny) -> None:
+    """Many scopes, each with threads that come as they come."""
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(100):
+            with open_scope():
+                futures = [
+                    pool.submit(contextvars.copy_context().run, lambda: jenny.session)
+                    for _ in range(4)
+                ]
+                assert len({future.result(30) for future in futures}) == 1
+
+
+def test_J3_remove_closes_and_the_next_use_makes_a_new_one(jenny: Jenny, engine: Engine) -> None:
+    """Inside the same scope; the removed one may be used on and still ends with the scope."""
+    with open_scope() as scope:
+        first = use(jenny.session)
+        jenny.remove()
+        assert checked_out(engine) == 0
+        jenny.remove()
+        second = use(jenny.session)
+        assert second is not first
+        use(first)
+        assert checked_out(engine) == 2
+        assert not scope.closed
+    assert checked_out(engine) == 0
+    with pytest.raises(ScopeClosedError):
+        use(first)
+
+
+def test_J3_remove_after_the_end_of_the_scope_is_silent(jenny: Jenny) -> None:
+    """There is nothing to remove, and that is no error: clean-up code may come late."""
+    with open_scope():
+        use(jenny.session)
+        context = contextvars.copy_context()
+    context.run(jenny.remove)
+    assert context.run(jenny.registry.has) is False
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        lambda jenny: jenny.session,
+        lambda jenny: jenny(),
+        lambda jenny: jenny.registry(),
+        lambda jenny: jenny.registry.set(Session()),
+        lambda jenny: jenny.query(Data),
+        lambda jenny: jenny(autoflush=False),
+    ],
+    ids=["session", "call", "registry", "set", "query", "call with arguments"],
+)
+def test_J4_strict_refuses_outside_of_scopes(engine: Engine, do: Callable[[Jenny], object]) -> None:
+    """The error names the middleware and `open_scope`; inside a scope all is well."""
+    jenny = SessionJenny(sessionmaker(engine), strict=True)
+    for _ in range(2):
+        with pytest.raises(NoScopeError, match=r"RopeMiddleware.*open_scope"):
+            do(jenny)
+    jenny.remove()
+    jenny.registry.clear()
+    assert jenny.registry.has() is False
+    with open_scope():
+        do(jenny)
+
+
+def test_J2_what_only_looks_at_the_jenny_makes_no_session(jenny: Jenny) -> None:
+    """Methods that need none make none."""
+    with open_scope():
+        assert jenny.session_factory is not None
+        assert jenny.registry.has() is False
+        jenny.query_property()
+        jenny.remove()
+        assert jenny.rope is not None
+        assert jenny.registry.has() is False
+
+
+def test_J3_remove_inside_a_scope(jenny: Jenny, engine: Engine) -> None:
+    """The session is closed, what it had not committed is gone, and the next one is new."""
+    with open_scope():
+        first = jenny.session
+        first.add(Data(count=3))
+        first.flush()
+        assert checked_out(engine) == 1
+        jenny.remove()
+        assert checked_out(engine) == 0
+        second = jenny.session
+        assert second is not first
+        assert second.scalars(select(Data.count)).all() == [0]
+
+
+def test_J4_with_a_scopefunc_it_is_keyed_as_sqlalchemy_does(engine: Engine) -> None:
+    """Outside of scopes the key tells whose session it is; nothing ends it but `remove()`."""
+    key = "a"
+    jenny = SessionJenny(sessionmaker(engine), scopefunc=lambda: key)
+    plain = scoped_session(sessionmaker(engine), scopefunc=lambda: key)
+    a, plain_a = use(jenny.session), use(plain())
+    key = "b"
+    assert jenny.registry.has() is plain.registry.has() is False
+    b = use(jenny.session)
+    assert b is not a
+    assert plain() is not plain_a
+    jenny.remove()
+    plain.remove()
+    assert not b.in_transaction()
+    key = "a"
+    assert jenny.session is a
+    assert plain() is plain_a
+    assert a.in_transaction()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(contextvars.Context().run, lambda: jenny.session).result(30) is a
+    jenny.remove()
+    plain.remove()
+    assert checked_out(engine) == 0
+
+
+def test_J4_inside_a_scope_the_scopefunc_is_not_asked(engine: Engine) -> None:
+    """The scope's session is another one, and the key's comes back after it."""
+
+    def scopefunc() -> str:
+        asked.append(1)
+        return "key"
+
+    asked: list[int] = []
+    jenny = SessionJenny(sessionmaker(engine), scopefunc)
+    keyed = use(jenny.session)
+    asked.clear()
+    with open_scope():
+        assert jenny.session is not keyed
+        use(jenny.session)
+        jenny.remove()
+    assert asked == []
+    assert jenny.session is keyed
+    assert keyed.in_transaction()
+    jenny.remove()
+    assert checked_out(engine) == 0
+
+
+def test_J4_a_scopefunc_that_raises(engine: Engine) -> None:
+    """Its error comes out; inside a scope there is none."""
+
+    def scopefunc() -> object:
+        raise KeyError("no request")
+
+    jenny = SessionJenny(sessionmaker(engine), scopefunc)
+    with pytest.raises(KeyError, match="no request"):
+        _ = jenny.session
+    with open_scope():
+        use(jenny.session)
+
+
+def test_J4_current_scope_as_the_scopefunc(engine: Engine) -> None:
+    """It raises NoScopeError outside, as strict does."""
+    jenny = SessionJenny(sessionmaker(engine), scopefunc=current_scope)
+    with pytest.raises(NoScopeError):
+        _ = jenny.session
+    with open_scope():
+        use(jenny.session)
+
+
+def test_J4_strict_wins_over_the_scopefunc(engine: Engine) -> None:
+    """Outside of scopes nothing may happen, whatever the key."""
+    jenny = SessionJenny(sessionmaker(engine), threading.get_ident, strict=True)
+    with pytest.raises(NoScopeError, match=r"RopeMiddleware.*open_scope"):
+        _ = jenny.session
+    jenny.remove()
+    with open_scope():
+        use(jenny.session)
+
+
+def test_J4_strict_and_scopefunc_are_as_documented() -> None:
+    """`scopefunc` may be given by place as in SQLAlchemy, `strict` by name only."""
+    parameters = inspect.signature(SessionJenny).parameters
+    assert list(parameters) == ["session_factory", "scopefunc", "strict"]
+    assert parameters["strict"].kind is inspect.Parameter.KEYWORD_ONLY
+    with pytest.raises(TypeError):
+        SessionJenny(sessionmaker(), None, True)  # type: ignore[misc]
+
+
+class Flaky:
+    """A session factory that raises at first."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.calls = 0
+
+    def __call__(self, **kw: Any) -> Session:
+        self.calls += 1
+        if self.calls < 3:
+            raise OSError(f"call {self.calls}")
+        return Session(self.engine, **kw)
+
+
+def test_a_factory_that_raises_is_asked_again(engine: Engine, around: Around) -> None:
+    """Its error comes out as it is, and nothing is kept of the try."""
+    jenny = SessionJenny(Flaky(engine))
+    with around():
+        with pytest.raises(OSError, match="call 1"):
+            _ = jenny.session
+        assert jenny.registry.has() is False
+        with pytest.raises(OSError, match="call 2"):
+            jenny(autoflush=False)
+        assert jenny.registry.has() is False
+        use(jenny.session)
+        jenny.remove()
+    assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize(
+    "made",
+    [None, object(), Session, "session", sessionmaker()],
+    ids=["None", "object", "class", "str", "sessionmaker"],
+)
+@pytest.mark.parametrize("kw", [{}, {"autoflush": False}], ids=["", "with arguments"])
+@pytest.mark.parametrize("scopefunc", [None, threading.get_ident])
+def test_a_factory_that_returns_no_session_is_told_so(
+    around: Around, made: object, kw: dict[str, Any], scopefunc: Any
+) -> None:
+    """A RopeError names the factory, what it gave and what it should."""
+
+    def my_factory(**_: object) -> Any:
+        return made
+
+    jenny = SessionJenny(my_factory, scopefunc)
+    with around():
+        for _ in range(2):
+            with pytest.raises(RopeError, match=r"my_factory.*must return.*Session"):
+                jenny(**kw)
+            assert jenny.registry.has() is False
+
+
+def test_a_factory_of_async_sessions_is_told_so(around: Around) -> None:
+    """An AsyncSession in a SessionJenny could not be closed."""
+    made: list[AsyncSession] = []
+
+    def my_factory() -> Any:
+        made.append(async_sessionmaker()())
+        return made[-1]
+
+    jenny = SessionJenny(my_factory)
+    with around(), pytest.raises(RopeError, match="AsyncSession"):
+        _ = jenny.session
+
+
+@pytest.mark.parametrize("bad", [None, "factory", 3])
+def test_a_factory_must_be_callable(bad: Any) -> None:
+    """At the start, not at the first request."""
+    with pytest.raises(TypeError, match="session_factory must be callable"):
+        SessionJenny(bad)
+
+
+@pytest.mark.parametrize("bad", ["scope", 3])
+def test_a_scopefunc_must_be_callable(bad: Any) -> None:
+    """At the start, too."""
+    with pytest.raises(TypeError, match="scopefunc must be a callable"):
+        SessionJenny(sessionmaker(), bad)
+
+
+def test_any_callable_makes_sessions(engine: Engine, around: Around) -> None:
+    """A class, a function, a partial: not only a sessionmaker."""
+
+    class MySession(Session):
+        def __init__(self, **kw: Any) -> None:
+            super().__init__(engine, **kw)
+
+    for each in (MySession, lambda **kw: MySession(**kw)):
+        jenny = SessionJenny(each)
+        with around():
+            assert isinstance(use(jenny.session), MySession)
+            jenny.remove()
+    assert checked_out(engine) == 0
+
+
+def test_a_factory_that_uses_the_jenny_of_another_database(make_engine: MakeEngine) -> None:
+    """The database for a tenant may be looked up in another one."""
+    engines = [make_engine(), make_engine()]
+    directory = SessionJenny(sessionmaker(engines[0]))
+
+    def for_tenant() -> Session:
+        assert directory.session.scalar(select(Data.count)) == 0
+        return Session(engines[1])
+
+    jenny = SessionJenny(for_tenant)
+    with open_scope():
+        use(jenny.session)
+        assert [checked_out(engine) for engine in engines] == [1, 1]
+    assert [checked_out(engine) for engine in engines] == [0, 0]
+
+
+def test_J4_with_a_scopefunc_or_strict_there_are_no_ropes(engine: Engine) -> None:
+    """The session belongs to the key; strict refuses the rope's names as it refuses `session`."""
+    keyed = SessionJenny(sessionmaker(engine, class_=Seen), lambda: "key")
+
+    def view() -> Session:
+        keyed.set_rope()
+        assert keyed.rope.session is keyed.session
+        assert ropes_in({k: v for k, v in variables().items() if k != "rope"}) == []
+        return use(keyed.session)
+
+    session = view()
+    assert not is_over(session)
+    assert keyed.session is session
+    keyed.rope.remove()
+    assert is_over(session)
+
+    strict = SessionJenny(sessionmaker(engine), strict=True)
+    with pytest.raises(NoScopeError, match="open_scope"):
+        _ = strict.rope
+    with pytest.raises(NoScopeError, match="open_scope"):
+        strict.set_rope()
+
+
+def test_J2_a_request_that_does_not_touch_the_database_makes_no_session(engine: Engine) -> None:
+    """A session is made on first use, once per request."""
+    made: list[Session] = []
+
+    def factory() -> Session:
+        made.append(Session(engine))
+        return made[-1]
+
+    jenny = SessionJenny(factory)
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", HEADERS)
+        if environ["PATH_INFO"] == "/use":
+            touch(jenny)
+            touch(jenny)
+        yield b""
+
+    Server()(WSGIRopeMiddleware(app))
+    assert made == []
+    Server()(WSGIRopeMiddleware(app), make_environ("/use"))
+    assert len(made) == 1
+
+
+def test_J3_remove_closes_the_session_and_the_next_use_makes_another(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """All in the same scope; nothing is left of either."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", HEADERS)
+        first = touch(jenny)
+        jenny.remove()
+        assert checked_out(engine) == 0
+        yield b"a"
+        second = touch(jenny)
+        assert second is not first
+        jenny.session.close()  # the user's own close() breaks nothing later
+        assert touch(jenny) is second
+        yield b"b"
+
+    seen = Server()(WSGIRopeMiddleware(app))
+    assert (seen.error, seen.body) == (None, b"ab")
+    assert checked_out(engine) == 0
+
+
+def test_J4_a_strict_jenny_works_in_a_request_and_not_between_chunks(engine: Engine) -> None:
+    """The server's thread is outside of the scope between chunks, as W2 says."""
+    jenny = SessionJenny(sessionmaker(engine), strict=True)
+    probe = Probe(jenny)
+    result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+    with pytest.raises(NoScopeError, match="RopeMiddleware"):
+        _ = jenny.session
+    assert b"".join(result) == b"123"
+    with pytest.raises(NoScopeError, match="open_scope"):
+        _ = jenny.session
+    result.close()
+    assert probe.scope.closed
+
+
+def test_J6_threads_of_one_request_race_for_the_first_use(engine: Engine) -> None:
+    """They get the same session, whoever comes first."""
+    made: list[Session] = []
+
+    def factory() -> Session:
+        time.sleep(0.002)  # widens the race, decides nothing
+        made.append(Session(engine))
+        return made[-1]
+
+    jenny = SessionJenny(factory)
+
+    def app(environ: Any, start_response: Any) -> Any:
+        got: list[Session] = []
+        barrier = threading.Barrier(6)
+
+        def first_use() -> None:
+            barrier.wait(15)
+            got.append(jenny.session)
+
+        threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(first_use,))
+            for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(15)
+        assert len(got) == 6
+        assert len({id(session) for session in got}) == 1
+        touch(jenny)
+        start_response("200 OK", HEADERS)
+        return [b"same"]
+
+    for _ in range(10):
+        seen = Server()(WSGIRopeMiddleware(app))
+        assert (seen.error, seen.body) == (None, b"same")
+    assert checked_out(engine) == 0
+
+
+def test_J6_a_factory_that_raises_leaves_the_scope_as_it_was(engine: Engine) -> None:
+    """The next use in the same request tries again."""
+    attempts: list[None] = []
+
+    def factory() -> Session:
+        attempts.append(None)
+        if len(attempts) == 1:
+            raise ConnectionError("not now")
+        return Session(engine)
+
+    jenny = SessionJenny(factory)
+
+    def app(environ: Any, start_response: Any) -> Any:
+        with pytest.raises(ConnectionError, match="not now"):
+            touch(jenny)
+        touch(jenny)
+        start_response("200 OK", HEADERS)
+        return [b"fine"]
+
+    assert Server()(WSGIRopeMiddleware(app)).body == b"fine"
+    assert checked_out(engine) == 0

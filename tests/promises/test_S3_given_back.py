@@ -1,0 +1,734 @@
+"""S3: whatever happens, everything is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, event, select, text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    AsyncSessionJenny,
+    NoScopeError,
+    Scope,
+    SessionJenny,
+    WSGIRopeMiddleware,
+    current_scope,
+    open_scope,
+)
+from tests.kit.asgi import asgi_app, ask, serve
+from tests.kit.engines import MakeEngine, rows, small_async_engine, small_engine
+from tests.kit.leaks import checked_out, no_scope_here
+from tests.kit.models import Data, Row
+from tests.kit.sessions import SELECT, Jenny, errors_in, touch, use
+from tests.kit.stores import Store
+from tests.kit.waiting import PATIENCE, eventually, poll
+from tests.kit.ways import Way, by_decorator, by_with
+from tests.kit.wsgi import BODIES, HEADERS, Probe, Server
+
+pytestmark = pytest.mark.anyio
+
+
+def test_S3_a_return_gives_everything_back(jenny: Jenny, engine: Engine, way: Way) -> None:
+    """The connection is back, the scope closed, and what was not committed is rolled back."""
+
+    def body() -> Scope:
+        session = use(jenny.session)
+        session.add(Data(count=7))
+        session.flush()
+        assert checked_out(engine) == 1
+        assert not current_scope().closed
+        return current_scope()
+
+    scope = way(body)
+    assert scope.closed
+    assert checked_out(engine) == 0
+    with Session(engine) as session:
+        assert session.scalars(select(Data.count)).all() == [0]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("way", [by_with, by_decorator])
+def test_S3_an_exception_passes_and_everything_is_given_back(
+    jenny: Jenny, engine: Engine, way: Way, error: type[BaseException]
+) -> None:
+    """The very exception of the block comes out."""
+    raised = error("mine")
+
+    def body() -> None:
+        use(jenny.session)
+        raise raised
+
+    with pytest.raises(error) as caught:
+        way(body)
+    assert caught.value is raised
+    assert checked_out(engine) == 0
+    assert no_scope_here()
+
+
+@pytest.mark.parametrize("how", ["close", "del", "throw"])
+def test_S3_a_generator_that_is_left_ends_its_scope(jenny: Jenny, engine: Engine, how: str) -> None:
+    """GeneratorExit, by close() or by collection, is an end like any other."""
+    scopes: list[Scope] = []
+
+    def rows() -> Iterator[int]:
+        with open_scope() as scope:
+            scopes.append(scope)
+            use(jenny.session)
+            yield 1
+            yield 2
+
+    generator = rows()
+    next(generator)
+    assert checked_out(engine) == 1
+    if how == "close":
+        generator.close()
+    elif how == "throw":
+        with pytest.raises(ValueError):
+            generator.throw(ValueError())
+    del generator
+    gc.collect()
+    assert scopes[0].closed
+    assert checked_out(engine) == 0
+    assert no_scope_here()
+
+
+def test_S3_a_generator_that_is_collected_in_another_thread_ends_its_scope(
+    jenny: Jenny, engine: Engine
+) -> None:
+    """The scope of that thread stays current there, and its session is not touched."""
+    kept: list[Any] = []
+
+    def rows() -> Iterator[Session]:
+        with open_scope():
+            yield use(jenny.session)
+
+    def collect() -> None:
+        with open_scope() as scope:
+            mine = use(jenny.session)
+            kept.clear()
+            assert current_scope() is scope
+            assert jenny.session is mine
+            assert checked_out(engine) == 1
+
+    def begin() -> None:
+        kept.append(rows())
+        next(kept[0])
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(contextvars.Context().run, begin).result(30)
+        assert checked_out(engine) == 1
+        pool.submit(contextvars.Context().run, collect).result(30)
+    assert checked_out(engine) == 0
+
+
+class CannotClose(Session):
+    """Raises when it is closed; its connection stays out."""
+
+    error: BaseException = RuntimeError("cannot close")
+
+    def close(self) -> None:
+        raise self.error
+
+
+def test_S3_a_close_that_fails_is_logged_and_the_next_session_is_closed(
+    make_engine: MakeEngine, way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The connection of the failing one is invalidated, and nothing is raised."""
+    engines = [make_engine(pool_size=1) for _ in range(3)]
+    jennies = [
+        SessionJenny(sessionmaker(engines[0])),
+        SessionJenny(sessionmaker(engines[1], class_=CannotClose)),
+        SessionJenny(sessionmaker(engines[2])),
+    ]
+
+    def body() -> Scope:
+        for jenny in jennies:
+            use(jenny.session)
+        assert [checked_out(engine) for engine in engines] == [1, 1, 1]
+        return current_scope()
+
+    scope = way(body)
+    assert scope.closed
+    assert [checked_out(engine) for engine in engines] == [0, 0, 0]
+    assert len(errors_in(caplog)) == 1
+    assert "RuntimeError" in errors_in(caplog)[0]
+    for engine in engines:
+        with engine.connect() as connection:
+            assert connection.scalar(text("SELECT 1")) == 1
+
+
+def test_S3_a_close_that_fails_never_replaces_the_error_of_the_application(
+    engine: Engine, way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the block raised comes out; what closing raised is in the log."""
+    jenny = SessionJenny(sessionmaker(engine, class_=CannotClose))
+
+    def body() -> None:
+        use(jenny.session)
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        way(body)
+    assert len(errors_in(caplog)) == 1
+    assert checked_out(engine) == 0
+
+
+def test_S3_a_rollback_that_fails_in_the_driver_invalidates_the_connection(
+    jenny: Jenny, engine: Engine, way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`Session.close()` has forgotten its connection by then; the scope has not."""
+    broken: list[Any] = []
+
+    def fail(connection: Connection) -> None:
+        if not broken:
+            broken.append(connection)
+            raise RuntimeError("the database is gone")
+
+    def body() -> None:
+        use(jenny.session)
+        event.listen(engine, "rollback", fail)
+
+    try:
+        way(body)
+    finally:
+        event.remove(engine, "rollback", fail)
+    assert broken
+    assert len(errors_in(caplog)) == 1
+    assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize("way", [by_with, by_decorator])
+def test_S3_an_interrupt_while_closing_is_raised_when_everything_is_closed(
+    make_engine: MakeEngine, way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
+    """KeyboardInterrupt is nobody's to swallow; it comes out at the end."""
+    engines = [make_engine(), make_engine()]
+    interrupted = type("Interrupted", (CannotClose,), {"error": KeyboardInterrupt()})
+    first = SessionJenny(sessionmaker(engines[0], class_=interrupted))
+    second = SessionJenny(sessionmaker(engines[1]))
+
+    def body() -> None:
+        use(first.session)
+        use(second.session)
+
+    with pytest.raises(KeyboardInterrupt):
+        way(body)
+    assert [checked_out(engine) for engine in engines] == [0, 0]
+    assert no_scope_here()
+
+
+def test_S3_a_connection_that_the_application_lent_is_not_taken(engine: Engine, way: Way) -> None:
+    """A session bound to the application's own connection leaves it open."""
+    with engine.connect() as connection:
+        jenny = SessionJenny(sessionmaker(connection))
+        way(lambda: use(jenny.session))
+        assert not connection.closed
+        assert connection.scalar(text("SELECT 1")) == 1
+
+
+def test_S3_a_removed_session_that_is_used_on_is_closed_with_its_scope(
+    jenny: Jenny, engine: Engine, way: Way
+) -> None:
+    """After `remove()` a captured session still belongs to its scope."""
+
+    def body() -> None:
+        session = use(jenny.session)
+        jenny.remove()
+        assert checked_out(engine) == 0
+        use(session)
+        use(jenny.session)
+        assert checked_out(engine) == 2
+
+    way(body)
+    assert checked_out(engine) == 0
+
+
+def test_S3_a_session_that_the_factory_has_begun_is_given_back(engine: Engine) -> None:
+    """A transaction that was open before the scope knew the session ends with the scope."""
+    jenny = SessionJenny(lambda: use(Session(engine)))
+    with open_scope():
+        assert jenny.session.in_transaction()
+        assert checked_out(engine) == 1
+    assert checked_out(engine) == 0
+
+
+def test_S3_a_begun_session_whose_close_fails_is_given_back(engine: Engine) -> None:
+    """Also its connection is known to the scope."""
+
+    class CannotClose(Session):
+        def close(self) -> None:
+            raise RuntimeError("cannot close")
+
+    jenny = SessionJenny(lambda: use(CannotClose(engine)))
+    with open_scope():
+        session = jenny.session
+        assert session.in_transaction()
+    out = checked_out(engine)
+    Session.close(session)
+    assert out == 0
+
+
+def test_S3_nested_transactions_are_given_back(make_engine: MakeEngine) -> None:
+    """Savepoints that are open at the end go with the rest."""
+    engine = make_engine(writer=True)
+    jenny = SessionJenny(sessionmaker(engine))
+    with open_scope():
+        session = jenny.session
+        with session.begin_nested():
+            session.add(Data(count=1))
+        session.begin_nested()
+        session.add(Data(count=2))
+        session.flush()
+    assert checked_out(engine) == 0
+    with Session(engine) as session:
+        assert session.scalars(select(Data.count)).all() == [0]
+
+
+def test_S3_a_session_on_several_databases_gives_all_back(make_engine: MakeEngine) -> None:
+    """Every connection of one session goes back to its own pool."""
+    engines = [make_engine(), make_engine()]
+    jenny = SessionJenny(sessionmaker())
+    with open_scope():
+        for engine in engines:
+            jenny.session.execute(text("SELECT 1"), bind_arguments={"bind": engine})
+        assert [checked_out(engine) for engine in engines] == [1, 1]
+    assert [checked_out(engine) for engine in engines] == [0, 0]
+
+
+def test_S3_a_connection_that_was_invalidated_is_no_trouble(jenny: Jenny, engine: Engine) -> None:
+    """The application may have given up its connection itself."""
+    with open_scope():
+        jenny.session.connection().invalidate()
+    with open_scope():
+        use(jenny.session)
+        jenny.session.invalidate()
+    assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize("phase", ["close", "rollback", "commit"])
+def test_S3_a_session_event_that_raises_leaves_nothing_out(
+    make_engine: MakeEngine, phase: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Listeners of the application may fail at the end; the connection is back all the same."""
+    engine = make_engine(pool_size=1)
+    jenny = SessionJenny(sessionmaker(engine))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("mine")
+
+    names = {
+        "close": "after_transaction_end",
+        "rollback": "after_rollback",
+        "commit": "before_commit",
+    }
+    with open_scope():
+        session = use(jenny.session)
+        event.listen(session, names[phase], fail)
+        if phase == "commit":
+            with pytest.raises(RuntimeError):
+                session.commit()
+    assert checked_out(engine) == 0
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT 1")) == 1
+
+
+ROOT = Path(__file__).parents[2]
+
+
+_FORK = """
+import asyncio, os, signal
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import NullPool
+from rope_middleware import SessionJenny, open_scope
+
+jenny = SessionJenny(sessionmaker(create_engine("sqlite://", poolclass=NullPool)))
+
+async def request():
+    async with open_scope():
+        jenny.execute(text("SELECT 1"))
+
+asyncio.run(request())
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    asyncio.run(request())
+    os._exit(0)
+print("child:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_S3_a_forked_process_has_threads_of_its_own() -> None:
+    """A server that forks its workers after a request was served in it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FORK], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "child: 0\n", done.stderr
+
+
+def test_S3_the_thread_ends_the_scope_also_where_its_loop_is_gone(
+    jenny: SessionJenny[Any], engine: Engine
+) -> None:
+    """A loop that is closed in the middle of a rollback: the connection comes back."""
+    reached, may_go = threading.Event(), threading.Event()
+
+    @event.listens_for(engine, "rollback")
+    def wait(connection: Any) -> None:
+        reached.set()
+        assert may_go.wait(PATIENCE)
+
+    loop = asyncio.new_event_loop()
+    request = ask(ASGIRopeMiddleware(asgi_app(lambda: jenny.execute(text("SELECT 1")))))
+    task = loop.create_task(request)
+    while not reached.is_set():
+        loop.run_until_complete(asyncio.sleep(0))
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # that is what is tested
+    loop.close()
+    may_go.set()
+    eventually(lambda: checked_out(engine) == 0, lambda: engine.pool.status())
+    # The worker has come out of it, and takes the next.
+    asyncio.run(ask(ASGIRopeMiddleware(asgi_app(lambda: jenny.execute(text("SELECT 1"))))))
+
+
+def test_S3_a_rollback_that_does_not_come_back_holds_a_cancelled_request_for_its_grace(
+    make_engine: MakeEngine,
+) -> None:
+    """Then the connection is given up, and the scope is closed."""
+    engine = make_engine()
+    jenny = SessionJenny(sessionmaker(engine))
+    reached, may_go = threading.Event(), threading.Event()
+    rollback = engine.dialect.do_rollback
+
+    def freeze(connection: Any) -> None:
+        reached.set()
+        assert may_go.wait(PATIENCE)
+        rollback(connection)
+
+    engine.dialect.do_rollback = freeze  # type: ignore[method-assign]
+    scopes: list[Scope] = []
+
+    async def request() -> None:
+        async with open_scope(close_timeout=0.2) as scope:
+            scopes.append(scope)
+            jenny.execute(text("SELECT 1"))
+
+    async def main() -> None:
+        task = asyncio.create_task(request())
+        while not reached.is_set():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(task, PATIENCE)
+        assert scopes[0].closed
+        assert checked_out(engine) == 0
+        may_go.set()
+
+    asyncio.run(main())
+    engine.dialect.do_rollback = rollback  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", ["raises", "is itself"])
+def test_S3_an_odd_error_keeps_no_session_from_being_closed(
+    make_engine: MakeEngine, kind: str
+) -> None:
+    """The log names the driver's error by `orig`, which may be anything."""
+
+    class OddError(Exception):
+        @property
+        def orig(self) -> object:
+            if kind == "raises":
+                raise ValueError("no orig")
+            return self
+
+    first, second = make_engine(), make_engine()
+
+    @event.listens_for(first, "rollback")
+    def fail(connection: Any) -> None:
+        raise OddError
+
+    with open_scope() as scope:
+        for engine in (first, second):
+            SessionJenny(sessionmaker(engine)).execute(text("SELECT 1"))
+    assert scope.closed
+    assert (checked_out(first), checked_out(second)) == (0, 0)
+
+
+async def test_S3_async_an_exception_passes_and_everything_is_given_back(store: Store) -> None:
+    """The application's own error arrives as it was; the ContextVar has its former value."""
+    error = LookupError("mine")
+
+    async def handler() -> None:
+        store.jenny.add(Row(n=1))
+        await store.jenny.flush()
+        raise error
+
+    with pytest.raises(LookupError) as caught:
+        await serve(handler)
+    assert caught.value is error
+    assert store.held() == 0
+    with pytest.raises(NoScopeError):
+        current_scope()
+    assert store.rows() == []
+
+
+async def pieces(store: Store) -> AsyncGenerator[int]:
+    async with open_scope("pieces"):
+        await store.jenny.execute(text("SELECT 1"))
+        yield 1
+        yield 2
+
+
+async def test_S3_a_generator_that_is_closed_early_gives_everything_back(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`aclose()` can be awaited, so the connection is returned whole and nobody complains."""
+    invalidated: list[object] = []
+    event.listen(store.engine, "invalidate", lambda *told: invalidated.append(told))
+    running = pieces(store)
+    assert await anext(running) == 1
+    assert store.held() == 1
+    await running.aclose()
+    assert store.held() == 0
+    assert invalidated == []
+    assert [record for record in caplog.records if record.name == "rope_middleware"] == []
+
+
+async def test_S3_a_generator_that_is_forgotten_gives_everything_back(store: Store) -> None:
+    """The event loop closes it when it is collected: a client left a stream."""
+    running = pieces(store)
+    assert await anext(running) == 1
+    assert store.held() == 1
+    del running
+    gc.collect()
+    await poll(lambda: store.held() == 0)
+
+
+async def test_S3_a_coroutine_that_is_closed_gives_everything_back(store: Store) -> None:
+    """Nothing can be awaited there: the connection is invalidated, and the pool has its place."""
+
+    waits = False
+
+    async def handler() -> None:
+        nonlocal waits
+        await store.jenny.execute(text("SELECT 1"))
+        waits = True
+        await asyncio.Event().wait()
+
+    for work in (serve(handler), open_scope()(handler)(), serve(handler, commit_on_success=True)):
+        waits = False
+        step = work.__await__()
+        waiting = next(step)
+        while not waits:
+            while not waiting.done():  # an asyncio future
+                await asyncio.sleep(0)
+            waiting = next(step)
+        step.close()
+        assert store.held() == 0
+        with pytest.raises(NoScopeError):
+            current_scope()
+
+
+class FailingSession(AsyncSession):
+    """Its close fails before it gives its connection back."""
+
+    async def close(self) -> None:
+        raise OSError("broken close")
+
+
+async def test_S3_async_a_close_that_fails_is_logged_and_the_next_session_is_closed(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It replaces no exception of the application, and its connection is invalidated."""
+    engine = small_async_engine(tmp_path / "failing.db")
+    failing = AsyncSessionJenny(async_sessionmaker(engine, class_=FailingSession))
+    invalidated: list[object] = []
+    event.listen(engine.sync_engine, "invalidate", lambda *told: invalidated.append(told))
+
+    async def handler() -> None:
+        await store.jenny.execute(text("SELECT 1"))
+        await failing.execute(text("SELECT 1"))
+
+    async def broken() -> None:
+        await failing.execute(text("SELECT 1"))
+        await store.jenny.execute(text("SELECT 1"))
+        raise LookupError("mine")
+
+    await serve(handler)
+    assert (engine.pool.checkedout(), store.held()) == (0, 0)  # type: ignore[attr-defined]
+    assert len(invalidated) == 1
+    assert "OSError" in caplog.text
+    assert "GET /thing" in caplog.text
+    with pytest.raises(LookupError, match="mine"):
+        await serve(broken)
+    assert (engine.pool.checkedout(), store.held()) == (0, 0)  # type: ignore[attr-defined]
+    assert len(invalidated) == 2
+    await engine.dispose()
+
+
+async def test_S3_async_a_rollback_that_fails_in_the_driver_invalidates_the_connection(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`Session.close()` forgets its connections before it fails; the scope knows them."""
+    arm = True
+
+    @event.listens_for(store.engine, "rollback")
+    def fail(connection: object) -> None:
+        if arm:
+            raise OSError("broken rollback")
+
+    async def handler() -> None:
+        await store.jenny.execute(text("SELECT 1"))
+
+    await serve(handler)
+    assert store.held() == 0
+    assert "OSError" in caplog.text
+    arm = False
+    await serve(handler)
+    assert store.held() == 0
+
+
+async def test_S3_in_the_end_the_context_is_as_before(store: Store) -> None:
+    """Inside of another scope the outer one is current again, also after an error."""
+    async with open_scope() as outer:
+        with suppress(LookupError):
+            async with open_scope():
+                raise LookupError
+        assert current_scope() is outer
+        with suppress(asyncio.CancelledError):
+            async with open_scope():
+                raise asyncio.CancelledError
+        assert current_scope() is outer
+
+
+def _failing_sessions(engine: Engine, error: type[BaseException]) -> Any:
+    class Failing(Session):
+        def close(self) -> None:
+            raise error("the session's close failed")
+
+    return sessionmaker(engine, class_=Failing)
+
+
+@pytest.mark.parametrize("fail", ["", "before start", "chunk 2", "close"])
+def test_S3_a_failing_close_of_a_session_is_logged_only(
+    fail: str, tmp_path: Any, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It replaces neither answer nor error, strands no other session, and frees the connection."""
+    first = small_engine(tmp_path / "first.db")
+    last = small_engine(tmp_path / "last.db")
+    bad = SessionJenny(_failing_sessions(engine, RuntimeError))
+    invalidated: list[Any] = []
+    event.listen(engine, "invalidate", lambda *args: invalidated.append(args))
+    before, after = SessionJenny(sessionmaker(first)), SessionJenny(sessionmaker(last))
+
+    class All(Probe):
+        def use(self, where: str) -> None:
+            touch(before)
+            touch(self.jenny)
+            touch(after)
+            super().use(where)
+
+    probe = All(bad, fail=fail)
+    with caplog.at_level(logging.ERROR, logger="rope_middleware"):
+        seen = Server()(WSGIRopeMiddleware(probe))
+    if fail in ("before start", "chunk 2"):
+        assert seen.error == (ValueError, f"failed: {fail}")
+    else:
+        assert seen.error is None
+        assert seen.body == b"123"
+        assert seen.close_error == ((ValueError, "failed: close") if fail else None)
+    assert probe.scopes[0].closed
+    assert [checked_out(each) for each in (first, engine, last)] == [0, 0, 0]
+    assert len(invalidated) == 1  # closed, and not used again in an unknown state
+    assert any(record.name == "rope_middleware" for record in caplog.records)
+    first.dispose()
+    last.dispose()
+
+
+def test_S3_a_lost_connection_is_no_leak(
+    jenny: SessionJenny[Session], engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A driver that fails at rollback: the answer stands, the connection is gone from the pool."""
+    broken: list[Any] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        touch(jenny)
+        jenny.session.add(Row(name="x"))
+        jenny.session.flush()
+        driver = jenny.session.connection().connection.driver_connection
+        broken.append(driver)
+        driver.close()  # behind SQLAlchemy's back
+        start_response("200 OK", HEADERS)
+        return [b"fine"]
+
+    with caplog.at_level(logging.ERROR):
+        seen = Server()(WSGIRopeMiddleware(app))
+    assert seen.body == b"fine"
+    assert seen.error is None and seen.close_error is None
+    assert checked_out(engine) == 0
+    assert rows(engine) == 0
+
+
+def test_S3_after_any_path_the_next_request_is_served(tmp_path: Any) -> None:
+    """A pool of one connection survives every way a request can end, one after the other."""
+    engine = small_engine(tmp_path / "one.db", pool_size=1)
+    jenny = SessionJenny(sessionmaker(engine))
+    fails = ["", "before start", "after start", "chunk 1", "chunk 3", "close"]
+    for kind in BODIES:
+        for fail in fails:
+            for server in (Server(), Server(take=1), Server(close=2), Server(take=2, close=0)):
+                probe = Probe(jenny, kind, fail)
+                if fail == "close" and not server.close:
+                    continue  # an unraisable error, see W3
+                seen = server(WSGIRopeMiddleware(probe))
+                assert all(isinstance(session, Session) for session in probe.sessions)
+                assert probe.sessions, (kind, fail, seen.error)
+                del seen
+                gc.collect()
+                assert probe.scope.closed
+                assert checked_out(engine) == 0
+    engine.dispose()
+
+
+def test_S3_an_error_without_a_text_does_not_keep_the_scope_open(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """Looking for what to note on an error must not raise another one."""
+
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    with pytest.raises(MuteError), open_scope():
+        jenny.session.execute(SELECT)
+        raise MuteError
+    assert checked_out(engine) == 0
+    with pytest.raises(NoScopeError):
+        current_scope()
+
+
+def test_S3_what_clear_forgets_in_a_transaction_is_closed_all_the_same(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """`registry.clear()` forgets the session; the scope does not."""
+    with open_scope():
+        jenny.session.execute(SELECT)
+        jenny.registry.clear()
+        assert checked_out(engine) == 1
+    assert checked_out(engine) == 0

@@ -1,0 +1,484 @@
+"""W2-W4: while the body runs, dropped bodies, threads and greenlets."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from wsgiref.util import FileWrapper
+
+import greenlet
+import pytest
+from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session, sessionmaker
+
+from rope_middleware import (
+    RopeMiddleware,
+    SessionJenny,
+    WSGIRopeMiddleware,
+    current_scope,
+    open_scope,
+)
+from tests.kit.engines import rows, small_engine
+from tests.kit.leaks import checked_out, no_scope_here
+from tests.kit.models import Row
+from tests.kit.sessions import touch
+from tests.kit.wsgi import BODIES, HEADERS, KEY, Probe, Seen, Server, make_environ
+
+
+class ClassWrapper(FileWrapper):
+    """As gunicorn, waitress and wsgiref have it: a class; its close is the file's."""
+
+
+def function_wrapper(file: Any, size: int = 8192) -> Any:
+    """As mod_wsgi has it: a method that returns an object of a type nobody else sees."""
+    return ClassWrapper(file, size)
+
+
+@pytest.mark.parametrize("wrapper", [ClassWrapper, function_wrapper], ids=["class", "function"])
+def test_W2_a_body_that_can_be_read_is_no_file_of_the_servers(
+    wrapper: Any, jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """An app's own body with a read() makes its chunks within the scope, as any other does."""
+    sessions: list[Session] = []
+
+    class Export:
+        def read(self, size: int = -1) -> bytes:
+            raise AssertionError("the server iterates")
+
+        def __iter__(self) -> Iterator[bytes]:
+            for number in range(3):
+                sessions.append(touch(jenny))
+                yield b"%d" % number
+
+    def app(environ: Any, start_response: Any) -> Any:
+        sessions.append(touch(jenny))
+        start_response("200 OK", HEADERS)
+        return Export()
+
+    environ = make_environ(**{"wsgi.file_wrapper": wrapper})
+    seen = Server()(WSGIRopeMiddleware(app), environ)
+    assert (seen.error, seen.body) == (None, b"012")
+    assert len(sessions) == 4
+    assert all(session is sessions[0] for session in sessions)
+    assert environ[KEY].closed
+    assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_W2_the_scope_shows_in_the_app_its_chunks_and_its_close_only(
+    kind: str, jenny: SessionJenny[Session]
+) -> None:
+    """The server's thread sees nothing before, between and after."""
+    probe = Probe(jenny, kind)
+    assert no_scope_here()
+    result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+    assert no_scope_here()
+    chunks = iter(result)
+    for number in (1, 2):
+        assert next(chunks) == b"%d" % number
+        assert no_scope_here()
+    result.close()
+    assert no_scope_here()
+    assert len(probe.scopes) == 5  # twice in the app, twice in the body, once in close()
+    assert probe.scope.closed
+
+
+@pytest.mark.parametrize("where", ["before start", "chunk 1", "close"])
+def test_W2_nothing_shows_after_an_error(where: str, jenny: SessionJenny[Session]) -> None:
+    """An error anywhere undoes the ContextVar on its way out."""
+    probe = Probe(jenny, fail=where)
+    Server(take=1)(WSGIRopeMiddleware(probe))
+    assert no_scope_here()
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_W2_two_bodies_advanced_in_turn_on_one_thread(
+    kind: str, jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """Each sees its own session, whichever was advanced or closed last."""
+    one, two = Probe(jenny, kind), Probe(jenny, kind)
+    first = WSGIRopeMiddleware(one)(make_environ("/1"), lambda *args: print)
+    second = WSGIRopeMiddleware(two)(make_environ("/2"), lambda *args: print)
+    a, b = iter(first), iter(second)
+    assert [next(a), next(b), next(b), next(a), next(a)] == [b"1", b"1", b"2", b"2", b"3"]
+    assert one.scope is not two.scope
+    assert one.sessions[0] is not two.sessions[0]
+    assert checked_out(engine) == 2
+    first.close()
+    assert one.scope.closed and not two.scope.closed
+    assert checked_out(engine) == 1
+    assert next(b) == b"3"
+    second.close()
+    assert two.scope.closed
+    assert one.closes == two.closes == 1
+    assert checked_out(engine) == 0
+
+
+def test_W2_each_chunk_may_come_from_another_thread(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """A server may call the app, take each chunk and close the body in different threads."""
+    probe = Probe(jenny)
+    results: list[Any] = []
+
+    def in_thread(step: Callable[[], Any]) -> Any:
+        def run() -> None:
+            try:
+                results.append(step())
+            except BaseException as error:
+                results.append(error)
+            assert no_scope_here()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(15)
+        return results.pop()
+
+    middleware = WSGIRopeMiddleware(probe)
+    result = in_thread(lambda: middleware(make_environ(), lambda *args: print))
+    chunks = in_thread(lambda: iter(result))
+    assert [in_thread(lambda: next(chunks)) for _ in range(3)] == [b"1", b"2", b"3"]
+    assert isinstance(in_thread(lambda: next(chunks)), StopIteration)
+    assert in_thread(result.close) is None
+    assert probe.scope.closed
+    assert probe.closes == 1
+    assert checked_out(engine) == 0
+
+
+def test_W2_each_chunk_may_come_from_another_context(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """As a bridge does that copies the context for each step."""
+    probe = Probe(jenny)
+    run = contextvars.copy_context().run
+    result = run(WSGIRopeMiddleware(probe), make_environ(), lambda *args: print)
+    chunks = contextvars.copy_context().run(iter, result)
+    for number in (b"1", b"2", b"3"):
+        assert contextvars.copy_context().run(next, chunks) == number
+    contextvars.copy_context().run(result.close)
+    assert probe.scope.closed
+    assert probe.closes == 1
+    assert checked_out(engine) == 0
+
+
+def test_W2_the_server_has_a_scope_of_its_own(jenny: SessionJenny[Session]) -> None:
+    """What was current before is current again after each step, and is not taken for ours."""
+    probe = Probe(jenny)
+    with open_scope("the server's") as outer:
+        mine = touch(jenny)
+        result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+        assert current_scope() is outer
+        chunks = iter(result)
+        next(chunks)
+        assert current_scope() is outer
+        result.close()
+        assert current_scope() is outer
+        assert probe.scope is not outer
+        assert probe.sessions[0] is not mine
+        assert not outer.closed
+        assert touch(jenny) is mine
+
+
+def test_W2_the_apps_own_context_variables_are_left_alone(jenny: SessionJenny[Session]) -> None:
+    """What the app sets in its call is there in its chunks, as without the middleware."""
+    mark: contextvars.ContextVar[str] = contextvars.ContextVar("mark", default="nothing")
+
+    def app(environ: Any, start_response: Any) -> Any:
+        mark.set("called")
+        start_response("200 OK", HEADERS)
+        return chunks()
+
+    def chunks() -> Iterator[bytes]:
+        yield mark.get().encode()
+        mark.set("streaming")
+        yield mark.get().encode()
+
+    def serve(app: Any) -> tuple[bytes, str]:
+        return Server()(app).body, mark.get()
+
+    bare = contextvars.copy_context().run(serve, app)
+    served = contextvars.copy_context().run(serve, WSGIRopeMiddleware(app))
+    assert served == bare == (b"calledstreaming", "streaming")
+
+
+@pytest.mark.parametrize("kind", BODIES)
+@pytest.mark.parametrize("take", [1, None])
+@pytest.mark.parametrize("options", [{}, {"commit_on_success": True}], ids=["plain", "commit"])
+def test_W3_a_dropped_body_is_closed_once(
+    kind: str,
+    take: int | None,
+    options: dict[str, Any],
+    jenny: SessionJenny[Session],
+    engine: Engine,
+) -> None:
+    """A server that forgets close(): on collection it is called once, inside the scope."""
+    probe = Probe(jenny, kind)
+    seen = Server(take=take, close=0)(WSGIRopeMiddleware(probe, **options))
+    # Nobody may have closed it yet but the generator's own end.
+    assert probe.closes == (kind == "generator" and take is None)
+    del seen
+    gc.collect()
+    assert probe.closes == 1
+    assert probe.scope.closed
+    assert no_scope_here()
+    assert checked_out(engine) == 0
+
+
+def test_W3_a_dropped_list_gives_back_the_connection(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """A body without a close() of its own."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        touch(jenny)
+        start_response("200 OK", HEADERS)
+        return [b"a", b"b"]
+
+    environ = make_environ()
+    result = WSGIRopeMiddleware(app)(environ, lambda *args: print)
+    assert checked_out(engine) == 1
+    del result
+    gc.collect()
+    assert environ[KEY].closed
+    assert checked_out(engine) == 0
+
+
+def test_W3_a_body_in_a_cycle_is_closed_when_collected(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """The collector finds it, in whatever state it is."""
+    probe = Probe(jenny)
+    result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+    chunks = iter(result)
+    next(chunks)
+    cycle: list[Any] = [result, chunks]
+    cycle.append(cycle)
+    del result, chunks, cycle
+    gc.collect()
+    assert probe.closes == 1
+    assert probe.scope.closed
+    assert checked_out(engine) == 0
+
+
+def test_W3_an_exhausted_body_kept_without_close_ends_when_dropped(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """The last chunk is no close(): the scope waits for the one or for the collector."""
+    probe = Probe(jenny)
+    seen = Server(close=0)(WSGIRopeMiddleware(probe))
+    assert seen.body == b"123"
+    assert probe.closes == 0
+    assert not probe.scope.closed
+    del seen
+    gc.collect()
+    assert probe.closes == 1
+    assert probe.scope.closed
+
+
+def test_W3_nothing_is_committed_on_collection(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """With commit_on_success late work is committed by close(), and never by the collector."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", HEADERS)
+        yield b"a"
+        jenny.session.add(Row(name="late"))
+        jenny.session.flush()
+        yield b"b"
+
+    middleware = WSGIRopeMiddleware(app, commit_on_success=True)
+    seen = Server(close=0)(middleware)
+    assert seen.body == b"ab"
+    del seen
+    gc.collect()
+    assert checked_out(engine) == 0
+    assert rows(engine) == 0
+    assert Server()(middleware).body == b"ab"
+    assert rows(engine) == 1
+
+
+def test_W3_collection_in_another_thread(jenny: SessionJenny[Session], engine: Engine) -> None:
+    """The last reference may go anywhere; that thread's own scope is untouched."""
+    probe = Probe(jenny)
+    held = [WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)]
+    next(iter(held[0]))
+    found: list[bool] = []
+
+    def drop() -> None:
+        with open_scope("another") as other:
+            session = touch(jenny)
+            held.clear()
+            gc.collect()
+            found.append(current_scope() is other and not other.closed)
+            found.append(touch(jenny) is session)
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    thread.join(15)
+    assert found == [True, True]
+    assert probe.closes == 1
+    assert probe.scope.closed
+    assert checked_out(engine) == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_W3_a_close_that_fails_on_collection(jenny: SessionJenny[Session], engine: Engine) -> None:
+    """Nobody is there to hear of it; the scope has ended all the same."""
+    probe = Probe(jenny, fail="close")
+    seen = Server(take=1, close=0)(WSGIRopeMiddleware(probe))
+    del seen
+    gc.collect()
+    assert probe.closes == 1
+    assert probe.scopes[0].closed
+    assert checked_out(engine) == 0
+
+
+def test_W4_each_thread_has_a_scope_of_its_own(tmp_path: Any) -> None:
+    """Eight requests at once, each with its own session from the first call to close()."""
+    engine = small_engine(tmp_path / "threads.db", pool_size=8)
+    jenny = SessionJenny(sessionmaker(engine))
+    barrier = threading.Barrier(8)
+
+    class Meeting(Probe):
+        def use(self, where: str) -> None:
+            super().use(where)
+            barrier.wait(15)  # all eight are inside, at the same step
+
+    probes = [Meeting(jenny, kind) for kind in ("iterable", "generator") for _ in range(4)]
+    errors: list[BaseException | None] = []
+
+    def run(probe: Probe) -> None:
+        seen = Server(take=2)(WSGIRopeMiddleware(probe))
+        errors.append(seen.raised)
+        assert seen.close_error is None
+
+    threads = [threading.Thread(target=run, args=(probe,)) for probe in probes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert errors == [None] * 8
+    assert len({id(probe.scope) for probe in probes}) == 8
+    assert len({id(probe.sessions[0]) for probe in probes}) == 8
+    assert all(probe.scope.closed for probe in probes)
+    assert checked_out(engine) == 0
+    engine.dispose()
+
+
+def test_W4_greenlets_switched_in_the_middle_of_everything(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """Two greenlets of one thread that switch inside the app, inside a chunk, inside close()."""
+
+    class Switching(Probe):
+        def use(self, where: str) -> None:
+            super().use(where)
+            parent = greenlet.getcurrent().parent
+            assert parent is not None
+            parent.switch()
+            super().use(where)  # another request ran meanwhile
+
+    probes = [Switching(jenny, "iterable"), Switching(jenny, "iterable")]
+    done: list[Seen] = []
+    workers = [
+        greenlet.greenlet(lambda probe=probe: done.append(Server()(WSGIRopeMiddleware(probe))))
+        for probe in probes
+    ]
+    turns = 0
+    while not all(worker.dead for worker in workers):
+        for worker in workers:
+            if not worker.dead:
+                worker.switch()
+                turns += 1
+                assert no_scope_here()
+    assert turns >= 12
+    assert [seen.error for seen in done] == [None, None]
+    assert [seen.body for seen in done] == [b"123", b"123"]
+    assert probes[0].scope is not probes[1].scope
+    assert probes[0].sessions[0] is not probes[1].sessions[0]
+    assert [probe.closes for probe in probes] == [1, 1]
+    assert all(probe.scope.closed for probe in probes)
+    assert checked_out(engine) == 0
+
+
+def test_W4_a_killed_greenlet_leaves_nothing(jenny: SessionJenny[Session], engine: Engine) -> None:
+    """GreenletExit in mid-request ends the scope as any other error does."""
+    probe = Probe(jenny)
+
+    def app(environ: Any, start_response: Any) -> Any:
+        probe.use("app")
+        parent = greenlet.getcurrent().parent
+        assert parent is not None
+        parent.switch()
+        raise AssertionError("never reached")
+
+    worker = greenlet.greenlet(lambda: WSGIRopeMiddleware(app)(make_environ(), lambda *args: print))
+    worker.switch()
+    assert checked_out(engine) == 1
+    worker.throw()
+    assert probe.scope.closed
+    assert checked_out(engine) == 0
+
+
+def flask_app(jenny: SessionJenny[Session]) -> Any:
+    flask = pytest.importorskip("flask")
+    app = flask.Flask("counter")
+
+    @app.get("/count")
+    def count() -> str:
+        jenny.session.add(Row())
+        jenny.session.commit()
+        return str(jenny.session.scalar(select(func.count()).select_from(Row)))
+
+    @app.get("/stream")
+    def stream() -> Any:
+        session = touch(jenny)
+
+        def chunks() -> Iterator[str]:
+            for _ in range(3):
+                assert touch(jenny) is session
+                yield "x"
+
+        return app.response_class(chunks())
+
+    @app.get("/fail")
+    def fail() -> Any:
+        touch(jenny)
+        raise ValueError("the view's own")
+
+    @app.get("/scope")
+    def scope() -> str:
+        touch(jenny)
+        return current_scope().name
+
+    return app
+
+
+def test_W2_flask_streams_with_the_requests_session(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """Flask's own teardown comes too early for a stream; the scope lasts as long as the body."""
+    app = flask_app(jenny)
+    app.wsgi_app = RopeMiddleware(app.wsgi_app)
+    client = app.test_client()
+    # buffered: the client reads the body and closes it; else it waits for response.close().
+    for path, status, text_ in [
+        ("/count", 200, "1"),
+        ("/count", 200, "2"),
+        ("/stream", 200, "xxx"),
+        ("/fail", 500, None),
+        ("/scope", 200, "GET /scope"),
+    ]:
+        response = client.get(path, buffered=True)
+        assert response.status_code == status
+        assert text_ is None or response.text == text_
+        assert checked_out(engine) == 0
+    response = client.get("/stream")
+    assert next(iter(response.iter_encoded())) == b"x"
+    assert checked_out(engine) == 1
+    response.close()
+    assert checked_out(engine) == 0

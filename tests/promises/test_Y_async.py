@@ -1,0 +1,463 @@
+"""Y1, Y3-Y6: everything, for AsyncSession."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+from sqlalchemy import create_engine, select, text
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session, sessionmaker
+
+from rope_middleware import (
+    AsyncSessionJenny,
+    CrossLoopError,
+    NoScopeError,
+    RopeError,
+    Scope,
+    ScopeClosedError,
+    SessionJenny,
+    WSGIRopeMiddleware,
+    current_scope,
+    open_scope,
+)
+from tests.kit.asgi import serve
+from tests.kit.engines import small_async_engine
+from tests.kit.models import Row
+from tests.kit.sessions import SELECT
+from tests.kit.stores import Store, open_store
+from tests.kit.waiting import poll
+
+pytestmark = pytest.mark.anyio
+
+
+def test_Y1_it_is_an_async_scoped_session_with_every_name_of_it() -> None:
+    """The names of `async_scoped_session` minus ours are the empty set."""
+    jenny = AsyncSessionJenny(async_sessionmaker())
+    assert isinstance(jenny, async_scoped_session)
+    theirs = {name for name in dir(async_scoped_session) if not name.startswith("_")}
+    assert theirs - set(dir(jenny)) == set()
+
+
+async def test_Y1_a_session_is_made_on_first_use_and_closed_with_the_scope(store: Store) -> None:
+    """One session for the whole request, none before it is needed, nothing held after it."""
+
+    async def handler() -> None:
+        assert store.made == []
+        first = store.jenny.session
+        assert store.jenny.session is first
+        assert store.jenny() is first
+        await first.execute(text("SELECT 1"))
+        assert store.held() == 1
+
+    await serve(handler)
+    assert len(store.made) == 1
+    assert store.held() == 0
+    await serve(lambda: anyio.sleep(0))
+    assert len(store.made) == 1, "a request that touches no database makes no session"
+
+
+async def test_Y1_the_methods_go_to_the_sessions_of_the_scope(store: Store) -> None:
+    """`await jenny.execute()` and its like are those of the current session."""
+    jenny = store.jenny
+    async with open_scope():
+        first = Row(n=1)
+        jenny.add(first)
+        jenny.add_all([Row(n=2), Row(n=3)])
+        assert len(jenny.new) == 3
+        await jenny.flush()
+        assert first in jenny
+        assert first in jenny.identity_map.values()
+        assert (await jenny.get_one(Row, 2)).n == 2
+        assert await jenny.scalar(select(Row.n).where(Row.n == 3)) == 3
+        assert len((await jenny.scalars(select(Row))).all()) == 3
+        streamed = await jenny.stream(select(Row.n).order_by(Row.n))
+        assert [row.n async for row in streamed] == [1, 2, 3]
+        assert jenny.is_active
+        await jenny.commit()
+        jenny.add(Row(n=4))
+        await jenny.rollback()
+    assert len(store.made) == 1
+    assert store.rows() == [1, 2, 3]
+
+
+async def test_Y1_remove_is_awaited_and_the_next_use_makes_a_new_session(store: Store) -> None:
+    """Inside the same scope; what was not committed is gone."""
+    async with open_scope() as scope:
+        first = store.jenny.session
+        first.add(Row(n=1))
+        await first.flush()
+        await store.jenny.remove()
+        assert store.held() == 0
+        second = store.jenny.session
+        assert second is not first
+        assert current_scope() is scope
+        second.add(Row(n=2))
+        await second.commit()
+        await store.jenny.remove()
+        await store.jenny.remove()  # silent
+    assert store.rows() == [2]
+
+
+async def test_Y1_a_removed_session_that_is_used_on_is_closed_with_its_scope(store: Store) -> None:
+    """`remove()` does not make the scope forget who made the session."""
+    async with open_scope():
+        session = store.jenny.session
+        await store.jenny.remove()
+        await session.execute(text("SELECT 1"))
+        assert store.held() == 1
+    assert store.held() == 0
+
+
+async def test_Y1_sync_and_async_jennies_side_by_side_in_one_scope(
+    store: Store, tmp_path: Path
+) -> None:
+    """Each closes its own, under the middleware and in `async with open_scope():`."""
+    engine = create_engine(f"sqlite:///{tmp_path / 'sync.db'}", pool_size=1, max_overflow=0)
+    jenny = SessionJenny(sessionmaker(engine))
+
+    async def handler() -> None:
+        jenny.execute(text("SELECT 1"))
+        await store.jenny.execute(text("SELECT 1"))
+        assert (engine.pool.checkedout(), store.held()) == (1, 1)  # type: ignore[attr-defined]
+
+    for _ in range(2):
+        await serve(handler)
+        assert (engine.pool.checkedout(), store.held()) == (0, 0)  # type: ignore[attr-defined]
+        async with open_scope():
+            await handler()
+        assert (engine.pool.checkedout(), store.held()) == (0, 0)  # type: ignore[attr-defined]
+    engine.dispose()
+
+
+async def test_Y1_two_async_jennies_have_two_sessions(store: Store, tmp_path: Path) -> None:
+    """Several databases side by side in one scope."""
+    async with open_store(tmp_path / "second.db") as second:
+        async with open_scope():
+            await store.jenny.execute(text("SELECT 1"))
+            await second.jenny.execute(text("SELECT 1"))
+            assert store.jenny.session is not second.jenny.session
+            assert (store.held(), second.held()) == (1, 1)
+        assert (store.held(), second.held()) == (0, 0)
+
+
+async def test_Y1_open_scope_by_hand_has_a_name_and_its_own_session(store: Store) -> None:
+    """`async with open_scope("nightly"):` in a script, and the decorator, call by call."""
+    seen: list[AsyncSession] = []
+
+    @open_scope("work")
+    async def work() -> str | None:
+        seen.append(store.jenny.session)
+        await store.jenny.execute(text("SELECT 1"))
+        return current_scope().name
+
+    async with open_scope("nightly") as scope:
+        assert scope.name == "nightly"
+        assert current_scope() is scope
+        assert not scope.closed
+    assert scope.closed
+    assert await work() == await work() == "work"
+    assert seen[0] is not seen[1]
+    assert store.held() == 0
+    with pytest.raises(NoScopeError):
+        current_scope()
+
+
+async def test_Y1_the_first_use_in_a_worker_thread_is_seen_by_the_middleware(
+    store: Store, tmp_path: Path
+) -> None:
+    """A sync session made in a thread of an async request is closed with the request (S2)."""
+    engine = create_engine(f"sqlite:///{tmp_path / 'sync.db'}", pool_size=1, max_overflow=0)
+    jenny = SessionJenny(sessionmaker(engine))
+    sessions: list[Session] = []
+
+    def query() -> None:
+        sessions.append(jenny.session)
+        jenny.execute(text("SELECT 1"))
+
+    async def handler() -> None:
+        await anyio.to_thread.run_sync(query)
+        assert jenny.session is sessions[-1]
+        assert engine.pool.checkedout() == 1  # type: ignore[attr-defined]
+
+    await serve(handler)
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    engine.dispose()
+
+
+async def test_Y1_a_session_made_in_a_child_task_is_closed_by_the_middleware(
+    store: Store,
+) -> None:
+    """Sessions are kept in the scope, not in the task's context (S2)."""
+
+    async def child() -> AsyncSession:
+        await store.jenny.execute(text("SELECT 1"))
+        return store.jenny.session
+
+    async def handler() -> None:
+        made = await asyncio.create_task(child())
+        assert store.jenny.session is made
+
+    await serve(handler)
+    assert store.held() == 0
+
+
+async def test_Y3_gather_over_the_decorator_gives_each_task_its_own_session(
+    store: Store,
+) -> None:
+    """Concurrent work of one request on a pool of 2, without a shared session."""
+
+    @open_scope()
+    async def work(n: int) -> AsyncSession:
+        store.jenny.add(Row(n=n))
+        await store.jenny.flush()
+        await asyncio.sleep(0.001)
+        await store.jenny.commit()
+        return store.jenny.session
+
+    async def handler() -> None:
+        mine = store.jenny.session
+        sessions = await asyncio.gather(*(work(n) for n in range(1, 9)))
+        assert len({id(session) for session in [mine, *sessions]}) == 9
+        assert store.jenny.session is mine
+
+    await serve(handler)
+    assert store.rows() == list(range(1, 9))
+
+
+@pytest.mark.parametrize("library", ["asyncio", "anyio"])
+async def test_Y3_task_groups_over_open_scope(store: Store, library: str) -> None:
+    """`async with open_scope():` in each task of a group."""
+    seen: list[Scope] = []
+
+    async def work(n: int) -> None:
+        async with open_scope() as scope:
+            seen.append(scope)
+            store.jenny.add(Row(n=n))
+            await store.jenny.commit()
+
+    async def handler() -> None:
+        outer = current_scope()
+        if library == "asyncio":
+            async with asyncio.TaskGroup() as group:
+                for n in range(1, 9):
+                    group.create_task(work(n))
+        else:
+            async with anyio.create_task_group() as anyio_group:
+                for n in range(1, 9):
+                    anyio_group.start_soon(work, n)
+        assert current_scope() is outer
+
+    await serve(handler)
+    assert len(set(seen)) == 8
+    assert all(scope.closed for scope in seen)
+    assert store.rows() == list(range(1, 9))
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for part in error.exceptions for leaf in leaves(part)]
+    return [error]
+
+
+@pytest.mark.parametrize("how", ["gather", "TaskGroup", "open_scope"])
+async def test_Y3_a_shared_session_gets_a_note_that_names_open_scope(
+    store: Store, how: str
+) -> None:
+    """SQLAlchemy's IllegalStateChangeError says what happened; the note says what to do."""
+
+    async def query() -> None:
+        await store.jenny.execute(text("SELECT 1"))
+
+    async def handler() -> None:
+        if how == "TaskGroup":
+            async with asyncio.TaskGroup() as group:
+                for _ in range(4):
+                    group.create_task(query())
+        else:
+            await asyncio.gather(*(query() for _ in range(4)))
+
+    await store.async_engine.dispose()  # to connect takes a while: the first one is still at it
+    with pytest.raises((InvalidRequestError, ExceptionGroup)) as caught:
+        if how == "open_scope":
+            async with open_scope():
+                await handler()
+        else:
+            await serve(handler)
+    found = leaves(caught.value)
+    assert all(getattr(leaf, "code", None) == "isce" for leaf in found), found
+    for leaf in found:
+        notes = getattr(leaf, "__notes__", [])
+        assert len([note for note in notes if "open_scope" in note]) == 1, notes
+    await poll(lambda: store.held() == 0)
+
+
+async def test_Y3_another_error_gets_no_note(store: Store) -> None:
+    """The note is for sessions that are shared."""
+
+    async def handler() -> None:
+        await store.jenny.execute(text("SELECT nonsense"))
+
+    with pytest.raises(Exception, match="nonsense") as caught:
+        await serve(handler)
+    assert getattr(caught.value, "__notes__", []) == []
+
+
+async def test_Y4_another_event_loop_is_refused(store: Store) -> None:
+    """A thread with a loop of its own, in the context of the request."""
+    errors: list[BaseException] = []
+
+    def other_loop(made: bool) -> None:
+        async def main() -> None:
+            try:
+                await store.jenny.execute(text("SELECT 1"))
+            except BaseException as error:
+                errors.append(error)
+
+        asyncio.run(main())
+
+    async def handler() -> None:
+        await anyio.to_thread.run_sync(other_loop, False)
+        await store.jenny.execute(text("SELECT 1"))
+        await anyio.to_thread.run_sync(other_loop, True)
+
+    await serve(handler)
+    assert [type(error) for error in errors] == [CrossLoopError] * 2
+    assert all("open_scope" in str(error) for error in errors), errors
+    assert store.held() == 0
+
+
+async def test_Y4_in_the_other_loop_a_scope_of_its_own_is_the_cure(tmp_path: Path) -> None:
+    """What the text proposes works."""
+    async with open_store(tmp_path / "outer.db") as outer:
+
+        def other_loop() -> None:
+            async def main() -> None:
+                async with open_store(tmp_path / "inner.db") as inner, open_scope():
+                    await inner.jenny.execute(text("SELECT 1"))
+
+            asyncio.run(main())
+
+        async with open_scope():
+            await outer.jenny.execute(text("SELECT 1"))
+            await anyio.to_thread.run_sync(other_loop)
+
+
+async def test_Y5_outside_of_any_scope_there_is_no_rope(store: Store) -> None:
+    """`NoScopeError`, with the cure, for every way to get at a session."""
+    for strict in (False, True):
+        jenny = AsyncSessionJenny(async_sessionmaker(store.async_engine), strict=strict)
+        with pytest.raises(NoScopeError, match="open_scope"):
+            _ = jenny.session
+        with pytest.raises(NoScopeError, match="open_scope"):
+            jenny()
+        with pytest.raises(NoScopeError, match="open_scope"):
+            await jenny.execute(text("SELECT 1"))
+        await jenny.remove()  # silent, as in SQLAlchemy
+    assert isinstance(NoScopeError("x"), LookupError)
+    assert store.held() == 0
+
+
+async def test_Y5_with_a_scopefunc_it_is_keyed_as_sqlalchemy_does(store: Store) -> None:
+    """Outside of scopes; inside, the scope's session it is."""
+    make = async_sessionmaker(store.async_engine)
+    jenny = AsyncSessionJenny(make, scopefunc=asyncio.current_task)
+    outside = jenny.session
+    assert jenny.session is outside
+    await outside.execute(text("SELECT 1"))
+
+    async def other() -> AsyncSession:
+        found = jenny.session
+        await jenny.remove()
+        return found
+
+    assert await asyncio.create_task(other()) is not outside
+    async with open_scope():
+        assert jenny.session is not outside
+        await jenny.execute(text("SELECT 1"))
+        assert store.held() == 2
+    assert store.held() == 1
+    await jenny.remove()
+    assert store.held() == 0
+
+
+async def test_Y5_strict_refuses_even_with_a_scopefunc(store: Store) -> None:
+    """`strict=True` raises outside of scopes."""
+    jenny = AsyncSessionJenny(
+        async_sessionmaker(store.async_engine), scopefunc=asyncio.current_task, strict=True
+    )
+    with pytest.raises(NoScopeError):
+        _ = jenny.session
+    async with open_scope():
+        await jenny.execute(text("SELECT 1"))
+
+
+async def test_Y6_in_a_sync_open_scope_it_is_refused_in_words(store: Store) -> None:
+    """At its first use, by a `RopeError` that says what to do; the scope ends as ever."""
+    with open_scope("report"):
+        for _ in range(2):
+            with pytest.raises(RopeError, match="async with open_scope") as caught:
+                _ = store.jenny.session
+            assert not isinstance(caught.value, (NoScopeError, ScopeClosedError))
+    assert store.made == []
+
+
+def test_Y6_in_a_wsgi_scope_it_is_refused_in_words(tmp_path: Path) -> None:
+    """Also where the thread runs a loop for the handler, as Flask's async views do."""
+    engine = small_async_engine(tmp_path / "wsgi.db")
+    jenny = AsyncSessionJenny(async_sessionmaker(engine))
+    texts: list[str] = []
+
+    async def view() -> None:
+        await jenny.execute(text("SELECT 1"))
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        with pytest.raises(RopeError) as caught:
+            _ = jenny.session
+        texts.append(str(caught.value))
+        with pytest.raises(RopeError) as caught:
+            asyncio.run(view())
+        texts.append(str(caught.value))
+        start_response("200 OK", [])
+        return [b"x"]
+
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/thing", "SCRIPT_NAME": ""}
+    body: Any = WSGIRopeMiddleware(app)(
+        environ, lambda status, headers, exc_info=None: lambda data: None
+    )
+    assert b"".join(body) == b"x"
+    body.close()
+    assert len(texts) == 2
+    for told in texts:
+        assert "WSGI" in told
+        assert "GET /thing" in told
+
+
+def test_Y4_a_session_is_refused_in_another_loop_each_time() -> None:
+    """The refusal leaves no transaction behind for the next use."""
+    engine = create_async_engine("sqlite+aiosqlite://")
+    jenny = AsyncSessionJenny(async_sessionmaker(engine))
+
+    async def elsewhere(session: Any) -> None:
+        for _ in range(3):
+            with pytest.raises(CrossLoopError):
+                await session.execute(SELECT)
+
+    async def main() -> None:
+        async with open_scope():
+            session = jenny.session
+            await asyncio.to_thread(asyncio.run, elsewhere(session))
+            assert not session.in_transaction()
+        await engine.dispose()
+
+    asyncio.run(main())

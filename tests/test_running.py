@@ -1,0 +1,121 @@
+"""Ending work in threads and in time: what no public name shows."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Awaitable
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from rope_middleware import ASGIRopeMiddleware, Scope, SessionJenny, finish, open_scope
+from tests.kit.asgi import asgi_app, ask
+from tests.kit.leaks import checked_out
+from tests.kit.sessions import workers
+from tests.kit.waiting import PATIENCE, eventually
+
+
+def test_A3_threads_without_work_end(
+    jenny: SessionJenny[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An application that is at rest has none, and one that wakes up has them again."""
+    monkeypatch.setattr(finish, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(finish, "_idle", deque())  # other tests' threads take their time
+    before = workers()
+    app = ASGIRopeMiddleware(asgi_app(lambda: jenny.execute(text("SELECT 1"))))
+    for _ in range(2):
+        asyncio.run(ask(app))
+        assert set(workers()) > set(before)
+        eventually(lambda: set(workers()) <= set(before), lambda: f"gone: {workers()}")
+
+
+def test_Y2_each_has_its_own_time() -> None:
+    """One timer serves them all: a short time after a long one, and one that is up first."""
+
+    async def ends_after(seconds: float, work: Awaitable[object]) -> str:
+        try:
+            await finish.finish(finish.within(seconds, work))
+        except TimeoutError as error:
+            return str(error)
+        return "done"
+
+    async def main() -> list[str]:
+        gone = asyncio.Event()
+        long = asyncio.create_task(ends_after(2 * PATIENCE, gone.wait()))
+        await asyncio.sleep(0)
+        short = [asyncio.create_task(ends_after(s, asyncio.Event().wait())) for s in (0.1, 0.05)]
+        done = [await asyncio.wait_for(task, PATIENCE) for task in short]
+        assert not long.done()
+        gone.set()
+        return [*done, await asyncio.wait_for(long, PATIENCE)]
+
+    assert asyncio.run(main()) == [
+        "gave up after 0.1 seconds",
+        "gave up after 0.05 seconds",
+        "done",
+    ]
+
+
+def test_Y2_what_cancels_the_work_itself_is_no_timeout() -> None:
+    """A cancellation from elsewhere passes through as it is."""
+
+    async def main() -> None:
+        work = asyncio.create_task(finish.within(PATIENCE, asyncio.Event().wait()))
+        await asyncio.sleep(0)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    asyncio.run(main())
+
+
+def test_S3_where_no_thread_can_be_started_the_scope_ends_all_the_same(
+    jenny: SessionJenny[Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is invalidated instead of rolled back, and the request does not fail of it."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> Scope:
+        async with open_scope() as scope:
+            jenny.execute(text("SELECT 1"))
+            monkeypatch.setattr(finish, "_idle", deque())
+            monkeypatch.setattr(finish._Worker, "start", refuse)
+        return scope
+
+    assert asyncio.run(main()).closed
+    assert checked_out(engine) == 0
+
+
+def test_P4_times_that_differ_gather_no_timers() -> None:
+    """Short ones arm a timer before the long one's, which must not then go on beside it."""
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        armed: list[object] = []
+        call_at = loop.call_at
+        end = loop.time() + 2
+
+        def counted(when: float, callback: Any, *args: Any, **kwargs: Any) -> Any:
+            armed.append(getattr(callback, "__self__", None))
+            return call_at(when, callback, *args, **kwargs)
+
+        async def long() -> None:
+            while loop.time() < end:
+                await finish.finish(finish.within(0.2, asyncio.sleep(0.01)))
+
+        async def short() -> None:
+            while loop.time() < end:
+                await asyncio.sleep(0.02)
+                await finish.finish(finish.within(0.1, asyncio.sleep(0)))
+
+        loop.call_at = counted  # type: ignore[method-assign]
+        await asyncio.gather(long(), long(), short())
+        return sum(one is finish._deadlines[loop] for one in armed)
+
+    # About 40 in the two seconds; with old ones that go on, about 400.
+    assert asyncio.run(main()) < 120
