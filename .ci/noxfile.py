@@ -11,7 +11,7 @@ import nox
 
 ROOT = Path(__file__).parents[1]
 
-PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14", "3.15")
 SQLALCHEMYS = ("2.0", "2.1")
 
 nox.needs_version = ">=2025.2"
@@ -62,7 +62,14 @@ os.environ["PATH"] = os.pathsep.join(
 def tests(session: nox.Session, sqlalchemy: str) -> None:
     """Run pytest with the arguments after ``--``."""
     session.chdir(ROOT)
+    # Pinned as for `make test`, but for SQLAlchemy itself.
+    pins = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+    constraints = Path(session.create_tmp(), "constraints.txt")
+    constraints.write_text("\n".join(p for p in pins if not p.startswith("sqlalchemy==")))
+    install = ("--disable-pip-version-check", "--constraint", str(constraints))
+    session.install(*install, "pip")  # an older one does not know groups
     session.install(
-        "--disable-pip-version-check", "--editable", ".[test]", f"SQLAlchemy=={sqlalchemy}.*"
+        *(*install, "--build-constraint", str(constraints)),
+        *("--editable", ".", "--group", "test", f"SQLAlchemy=={sqlalchemy}.*"),
     )
     session.run("python", "-m", "pytest", "--timeout=300", *session.posargs)

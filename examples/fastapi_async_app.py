@@ -9,6 +9,7 @@ driver must be an async one (``sqlite+aiosqlite``, ``postgresql+asyncpg``, ...).
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -75,15 +76,20 @@ else:
 jenny = AsyncSessionJenny(async_sessionmaker(engine, expire_on_commit=False))
 
 
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    # Outside of a request an AsyncSession needs a scope by hand. This one makes the first row.
+async def prepare() -> None:
+    """Make the table and its first row. Once, before any server starts: workers would race."""
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
+    # Outside of a request an AsyncSession needs a scope by hand.
     async with open_scope("first row"):
         if (await jenny.scalars(select(Data))).first() is None:
             jenny.add(Data(count=0))
             await jenny.commit()
+    await engine.dispose()  # its connections belong to this event loop, which ends here
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     await engine.dispose()
 
@@ -101,5 +107,6 @@ async def count() -> str:
 
 
 if __name__ == "__main__":
+    asyncio.run(prepare())
     print(f"Open http://{HOST}:{PORT}/ - each visit counts one more. Ctrl-C ends it.", flush=True)
     uvicorn.run(app, host=HOST, port=PORT, log_level="warning")

