@@ -1,690 +1,315 @@
 """Are the promises on cost kept? Exits with 1 where one is broken.
 
-    python -m benchmarks.check            as promised; about three minutes
-    python -m benchmarks.check --short    wider margins, under 90 seconds, for a noisy machine
-    python -m benchmarks.check --only P1 P3
+    python -m benchmarks.check                    as promised; a few minutes
+    python -m benchmarks.check --short            fewer rounds, wider margins; for CI
+    python -m benchmarks.check --only P2 Flask    rows whose line contains one of these words
+    python -m benchmarks.check --against HEAD~3   beside another state of the package, or a folder
 
-Every figure is a ratio of two things measured side by side, see `benchmarks.measure`. A ratio
-is compared with its bound after it is rounded to the two decimals that the bounds have.
+Every row runs in processes of its own, and several times with new ones, see `benchmarks.measure`.
+A row is *kept* where the median of its runs is at most the bound, rounded as the bound is. It is
+*broken* where the median is above by more than the error of the measurement, and *unclear* in
+between: then more runs are made, and what is still unclear in the end is said, and fails nothing.
+With ``--short`` it is broken only where every single run is above the bound.
 
-What runs in one thread and waits for nothing (P1, P3, P4, a SELECT from SQLite under WSGI) is
-measured in CPU time of that thread, so that other people's work on the machine counts less; what
-waits for threads or for a server, by the clock on the wall.
+What runs in one thread and waits for nothing (P1, P3, P4, H1, a SELECT from SQLite under WSGI) is
+measured in CPU time of that thread; what waits for threads or a server, by the clock on the wall.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import gc
-import json
+import inspect
+import io
+import statistics
+import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import repeat
+from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter, thread_time
-from typing import Any, Protocol
-
-import anyio.to_thread
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import async_sessionmaker
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from typing import Any
 
 from benchmarks import database
-from benchmarks.database import Database, Item
-from benchmarks.drivers import (
-    Clock,
-    asgi_answer,
-    asgi_batch,
-    asgi_scope,
-    receive,
-    send,
-    wsgi_answer,
-    wsgi_batch,
-    wsgi_call,
-    wsgi_environ,
-)
-from benchmarks.measure import (
-    AsyncBatch,
-    Batch,
-    Spread,
-    Times,
-    cyclic_garbage,
-    interleave,
-    interleave_async,
-    per_request,
-    ratio,
-    ratio_of_added,
-    resident_bytes,
-    surroundings,
-)
-from rope_middleware import (
-    ASGIRopeMiddleware,
-    AsyncSessionJenny,
-    SessionJenny,
-    WSGIRopeMiddleware,
-    open_scope,
-)
+from benchmarks.database import Database
+from benchmarks.lanes import ROOT, Effort, Side, counts, race
+from benchmarks.measure import Spread, Times, added, ratio, surroundings
 
-PROMISES = ("P1", "P2", "P3", "P4")
+BEFORE = ", before"
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How much is measured, and how much noise is forgiven.
-
-    Batches are short, a few milliseconds: somebody else's work on the machine then disturbs some
-    of the many rounds, which the median does not heed, and not each of them a little.
-    """
+class Plan:
+    """How much is measured."""
 
     name: str
-    rounds: int
-    requests: int
-    """Per batch where no database is touched."""
-    reads: int
-    """Requests per batch with a SELECT in each."""
-    lookups: int
-    """Of ``jenny.session`` per batch."""
+    runs: int
+    most_runs: int
+    """Where the verdict is unclear."""
+    effort: Effort
     memory_requests: int
-    margin: float
-    """What every bound is multiplied with."""
-    growth: float
-    """What "does not grow" forgives, as a factor."""
+    objects: int
+    lenient: bool = False
+    """Whether a promise is broken only where every run says so."""
 
 
-FULL = Effort("full", 301, 1_000, 10, 20_000, 1_000_000, margin=1.0, growth=1.10)
-SHORT = Effort("short", 61, 1_000, 10, 20_000, 100_000, margin=1.25, growth=1.35)
+FULL = Plan("full", 5, 15, Effort(100, 0.005), 1_000_000, 1_000_000)
+SHORT = Plan("short", 3, 3, Effort(25, 0.004), 100_000, 1_000_000, lenient=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One promise: which lanes run side by side, and what is asked of them."""
+
+    promise: str
+    what: str
+    sides: tuple[Side, ...]
+    lane: str
+    base: str
+    bound: float
+    bare: str = ""
+    """If given, what `lane` and `base` add to this lane is compared."""
+    unit: str = ""
+    """If given, no ratio: microseconds more than `base`, or what a lane has counted."""
+    where: str = ""
+    once: bool = False
+    needs: Callable[[], bool] = lambda: True
+    """Whether the package can do this already."""
+
+    @property
+    def title(self) -> str:
+        """The line's beginning."""
+        return f"{self.promise}  {self.what}" + (f", {self.where}" if self.where else "")
+
+    def measure(self, times: Times, suffix: str = "") -> float:
+        """Return the figure of one run."""
+        lane = self.lane + suffix
+        base, bare = (
+            name + suffix if name + suffix in times else name for name in (self.base, self.bare)
+        )
+        if self.once:
+            return times[lane][0]
+        if self.unit:
+            return added(times, lane, base) * 1e6
+        if self.bare:
+            return added(times, lane, bare) / added(times, base, bare)
+        return ratio(times, lane, base)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the answer."""
+    """A row, measured."""
 
-    promise: str
-    what: str
-    measured: float
-    bound: float
-    promised: float
-    """The bound without the margin."""
-    spread: str = ""
-    note: str = ""
-
-    @property
-    def kept(self) -> bool:
-        """Tell whether the promise is kept."""
-        return round(self.measured, 2) <= self.bound
+    row: Row
+    spread: Spread
+    note: str
+    verdict: str
+    runs: int
 
     def __str__(self) -> str:
-        text = (
-            f"{'pass' if self.kept else 'FAIL'}  {self.promise}  {self.what:<64}"
-            f"{self.measured:7.2f} of at most {self.bound:.2f}"
-        )
-        return (
-            text
-            + (f"  {self.spread}" if self.spread else "")
-            + (f"  ({self.note})" if self.note else "")
-        )
+        one, row = self.spread, self.row
+        measured = f"{one.median:6.2f} of at most {row.bound:.2f}{row.unit}"
+        spread = f"[{one.low:.2f} .. {one.high:.2f}]"
+        return f"{self.verdict:<8}{row.title:<72}{measured}  {spread}  {self.note}"
 
 
-Results = Iterator[Result]
+# -- the promises ------------------------------------------------------------------------------
 
 
-class Serve(Protocol):
-    """Serves requests that each have a session, some of which read with it."""
+def rows(plan: Plan) -> Iterator[Row]:
+    """Yield every promise."""
+    yield from _p1()
+    for where in ("PostgreSQL", "SQLite"):
+        yield from _p2(where)
+    lookup = Side("benchmarks.promised:lookup", ours=True)
+    yield Row("P3", "jenny.session to scoped_session.registry()", (lookup,), "ours", "theirs", 1.0)
+    yield from _p4(plan)
+    for kind, driver, bound in (("wsgi", "psycopg", 0.62), ("async", "asyncpg", 0.70)):
+        sides = _sides(f"select_{kind}", kind == "async", "open", "read_only")
+        yield Row("P5", f"a read-only scope, {driver}", sides, "ours", "by hand", bound,
+                  where="PostgreSQL", needs=_reads)  # fmt: skip
+    yield Row("H1", "a transaction without a statement, more than by hand",
+              _sides("transaction", False), "ours", "by hand", 3.0, unit=" us",
+              needs=_knows_holders)  # fmt: skip
 
-    def __call__(self, requests: int, reads_every: int = 100) -> None: ...
+
+def _p1() -> Iterator[Row]:
+    def added_by(what: str, side: Side, *bounds: tuple[str, str, float]) -> Iterator[Row]:
+        for lane, base, bound in bounds:
+            title = f"{what}{', commit_on_success' if lane == 'commit' else ''}, to {base}"
+            yield Row("P1", title, (side,), lane, base, bound, bare="bare")
+
+    asgi = Side("benchmarks.promised:untouched_asgi", event_loop=True, ours=True)
+    yield from added_by("ASGI", asgi, ("ours", "minimal", 2.0), ("commit", "minimal", 3.5))
+    for body, bound, commit in (("list", 2.0, 3.5), ("generator", 4.0, 7.0)):
+        wsgi = Side("benchmarks.promised:untouched_wsgi", {"body": body}, ours=True)
+        yield from added_by(f"WSGI, {body} body", wsgi, ("ours", "minimal", bound),
+                            ("commit", "minimal", commit))  # fmt: skip
+    flask = Side("benchmarks.promised:untouched_flask", ours=True)
+    yield from added_by("Flask", flask, ("ours", "Flask-SQLAlchemy", 1.0))
+
+
+def _sides(builder: str, event_loop: bool, *ends: str) -> tuple[Side, Side]:
+    """Return the sides by hand and ours: processes of their own."""
+    by_hand, ours = ({"end": ends[0]}, {"end": ends[-1]}) if ends else ({}, {})
+    builder = f"benchmarks.promised:{builder}"
+    return (
+        Side(builder, {"by": "by hand"} | by_hand, event_loop),
+        Side(builder, {"by": "ours"} | ours, event_loop, ours=True),
+    )
+
+
+ENDS = {
+    "closed": "nothing left open",
+    "open": "a transaction left open",
+    "commit": "commit_on_success, to Session.begin()",
+}
+
+
+def _p2(where: str) -> Iterator[Row]:
+    lite = where == "SQLite"
+    for kind, what, bounds in (
+        ("wsgi", "WSGI", {"open": 1.06 if lite else 1.03, "commit": 1.06}),
+        ("threads", "sync handler in an async app",
+         {"closed": 1.06 if lite else 1.05, "open": 1.20, "commit": 1.15}),
+        ("async", "AsyncSession", {"closed": 1.00, "open": 1.03, "commit": 1.00}),
+    ):  # fmt: skip
+        for end, bound in bounds.items():
+            sides = _sides(f"select_{kind}", kind != "wsgi", end)
+            title = f"{what}, {ENDS[end]}"
+            yield Row("P2", title, sides, "ours", "by hand", bound, where=where)
+
+
+def _p4(plan: Plan) -> Iterator[Row]:
+    for protocol in ("WSGI", "ASGI"):
+        is_async = protocol == "ASGI"
+        side = Side(f"benchmarks.memory:memory_{protocol.lower()}", {}, is_async, ours=True)
+        for lane, bound in (
+            ("objects for the garbage collector", 500),
+            ("memory blocks", 5),
+            ("bytes of memory", 5 * 1024),
+        ):
+            yield Row("P4", f"{protocol}: {lane}, for 1,000 requests", (side,), lane, lane, bound,
+                      where="SQLite", once=True)  # fmt: skip
+        builder = f"benchmarks.memory:open_{protocol.lower()}"
+        few, many = (Side(builder, {"count": count}, is_async, ours=True) for count in (1, 10_000))
+        yield Row("P4", f"{protocol}: 10,000 open scopes to 1", (few, many), "10,000", "1", 1.05)
+    few, many = (
+        Side("benchmarks.memory:crowded", {"objects": count}, ours=True)
+        for count in (1, plan.objects)
+    )
+    title = f"a request with a SELECT, {plan.objects:,} objects in the process to 1"
+    yield Row("P4", title, (few, many), f"{plan.objects:,}", "1", 1.05, where="SQLite")
+
+
+def _reads() -> bool:
+    import rope_middleware as package
+
+    return all(
+        "read_only" in inspect.signature(made).parameters
+        for made in (package.open_scope, package.WSGIRopeMiddleware)
+    )
+
+
+def _knows_holders() -> bool:
+    import rope_middleware
+
+    return hasattr(rope_middleware, "holders")
+
+
+# -- measuring ---------------------------------------------------------------------------------
 
 
 class Check:
-    """Measures one promise after the other."""
+    """Measures rows; those that have the same sides, in the same race."""
 
-    def __init__(self, effort: Effort) -> None:
-        self.effort = effort
+    def __init__(self, plan: Plan, tree: str = "") -> None:
+        self.plan = plan
+        self.tree = tree
 
-    def result(
-        self, promise: str, what: str, measured: Spread, bound: float, note: str = ""
-    ) -> Result:
-        """Judge a ratio."""
-        return Result(
-            promise,
-            what,
-            measured.median,
-            round(bound * self.effort.margin, 2),
-            bound,
-            f"[{measured.low:.2f} .. {measured.high:.2f}]",
-            note,
-        )
-
-    def all(self, promises: Sequence[str] = PROMISES) -> Results:
-        """Measure these promises."""
-        for promise in promises:
-            yield from getattr(self, promise.lower())()
-
-    # -- P1: no database touched ---------------------------------------------------------------
-
-    def p1(self) -> Results:
-        """What the middleware adds, in units of what a minimal one adds."""
-        yield from asyncio.run(self._p1_asgi())
-        yield from self._p1_wsgi("list body", bare_wsgi, 2.0, 3.5)
-        yield from self._p1_wsgi("generator body", bare_wsgi_generator, 4.0, None)
-
-    async def _p1_asgi(self) -> list[Result]:
-        apps = {
-            "bare": bare_asgi,
-            "minimal": MinimalASGI(bare_asgi),
-            "ours": ASGIRopeMiddleware(bare_asgi),
-            "commit": ASGIRopeMiddleware(bare_asgi, commit_on_success=True),
-        }
-        for app in apps.values():
-            assert await asgi_answer(app, asgi_scope()) == (200, b"ok")
-        requests = self.effort.requests
-        batches = {name: _asgi_batch(app, requests, thread_time) for name, app in apps.items()}
-        times = await interleave_async(batches, self.effort.rounds)
-        return self._p1_results("ASGI", times, 2.0, 3.5)
-
-    def _p1_wsgi(
-        self, body: str, bare: Any, bound: float, commit_bound: float | None
-    ) -> list[Result]:
-        apps = {
-            "bare": bare,
-            "minimal": MinimalWSGI(bare),
-            "ours": WSGIRopeMiddleware(bare),
-            "commit": WSGIRopeMiddleware(bare, commit_on_success=True),
-        }
-        for app in apps.values():
-            assert wsgi_answer(app, wsgi_environ()) == (200, b"ok")
-        requests = self.effort.requests
-        batches = {name: _wsgi_batch(app, requests, thread_time) for name, app in apps.items()}
-        times = interleave(batches, self.effort.rounds)
-        return self._p1_results(f"WSGI, {body}", times, bound, commit_bound)
-
-    def _p1_results(
-        self, what: str, times: Times, bound: float, commit_bound: float | None
-    ) -> list[Result]:
-        requests = self.effort.requests
-        bare = per_request(times["bare"], requests).median
-        results = []
-        for name, label, promised in (
-            ("ours", f"{what}: added", bound),
-            ("commit", f"{what}, commit_on_success: added", commit_bound),
-        ):
-            measured = ratio_of_added(times, name, "minimal", "bare")
-            added, least = (
-                f"{per_request(times[one], requests).median - bare:.2f} us"
-                for one in (name, "minimal")
-            )
-            if promised is None:
-                print(f"      P1  {label} {measured.median:.2f}, not promised ({added} to {least})")
-            else:
-                note = f"{added} to {least}"
-                results.append(self.result("P1", label, measured, promised, note))
-        return results
-
-    # -- P2: one SELECT ------------------------------------------------------------------------
-
-    def p2(self) -> Results:
-        """What a request with one SELECT takes, in units of the same handler by hand."""
+    def all(self, chosen: Sequence[Row]) -> Iterator[Result | str]:
+        """Measure these rows, and say which were skipped."""
         with ExitStack() as stack:
-            sqlite = stack.enter_context(database.sqlite())
-            yield from self._p2_wsgi(sqlite)
-            yield from asyncio.run(self._p2_threads(sqlite))
-            yield from asyncio.run(self._p2_async(sqlite))
+            places: dict[str, Database | str | None] = {"": None}
+            groups: dict[tuple[str, str], list[Row]] = {}
+            for row in chosen:
+                groups.setdefault((repr(row.sides), row.where), []).append(row)
+            for group in groups.values():
+                try:
+                    yield from self._group(group, self._place(places, group[0].where, stack))
+                except (ImportError, RuntimeError) as error:
+                    yield from (f"{row.title}: {error}" for row in group)
+
+    @staticmethod
+    def _place(places: dict[str, Any], where: str, stack: ExitStack) -> Database | None:
+        """Start the database, where it is used for the first time."""
+        if where not in places:
             try:
-                postgresql = stack.enter_context(database.postgresql())
+                places[where] = stack.enter_context(database.PLACES[where]())
             except (ImportError, RuntimeError) as error:
-                print(f"      P2  PostgreSQL is not measured: {error}")
-                return
-            yield from self._p2_wsgi(postgresql)
-            yield from asyncio.run(self._p2_threads(postgresql))
-            yield from asyncio.run(self._p2_async(postgresql))
-
-    def _p2_result(self, what: str, times: Times, bound: float) -> Result:
-        requests = self.effort.reads
-        note = " to ".join(
-            f"{per_request(times[name], requests).median:.0f} us" for name in ("ours", "by hand")
-        )
-        return self.result("P2", what, ratio(times, "ours", "by hand"), bound, note)
-
-    def _p2_wsgi(self, where: Database) -> Results:
-        engine = where.engine()
-        factory = sessionmaker(engine)
-        jenny = SessionJenny(factory)
-
-        def by_hand(environ: Any, start_response: Any) -> list[bytes]:
-            with factory() as session:
-                name = read(session)
-            start_response("200 OK", HEADERS)
-            return [name]
-
-        def handler(environ: Any, start_response: Any) -> list[bytes]:
-            name = read(jenny.session)
-            start_response("200 OK", HEADERS)
-            return [name]
-
-        apps = {"by hand": by_hand, "ours": WSGIRopeMiddleware(handler)}
-        for app in apps.values():
-            assert wsgi_answer(app, wsgi_environ()) == (200, b"rope")
-        # SQLite works in this thread and waits for nothing; PostgreSQL works elsewhere.
-        clock = thread_time if where.name == "SQLite" else perf_counter
-        batches = {name: _wsgi_batch(app, self.effort.reads, clock) for name, app in apps.items()}
-        times = interleave(batches, self.effort.rounds)
-        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
-        engine.dispose()
-        yield self._p2_result(f"{where.name}, WSGI", times, 1.03)
-
-    async def _p2_threads(self, where: Database) -> list[Result]:
-        engine = where.engine()
-        factory = sessionmaker(engine)
-        jenny = SessionJenny(factory)
-
-        def by_hand() -> bytes:
-            with factory() as session:
-                return read(session)
-
-        def by_hand_and_commit() -> bytes:
-            with factory() as session:
-                name = read(session)
-                session.commit()
-                return name
-
-        def handler() -> bytes:
-            return read(jenny.session)
-
-        def handler_and_commit() -> bytes:
-            name = read(jenny.session)
-            jenny.session.commit()
-            return name
-
-        results = []
-        for what, base, ours, bound in (
-            ("nothing left open", by_hand_and_commit, handler_and_commit, 1.05),
-            ("a transaction left open", by_hand, handler, 1.20),
-        ):
-            apps = {
-                "by hand": asgi_app(in_thread(base)),
-                "ours": ASGIRopeMiddleware(asgi_app(in_thread(ours))),
-            }
-            times = await self._p2_asgi(apps)
-            what = f"{where.name}, sync handler in an async app, {what}"
-            results.append(self._p2_result(what, times, bound))
-        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
-        engine.dispose()
-        return results
-
-    async def _p2_async(self, where: Database) -> list[Result]:
-        engine = where.async_engine()
-        factory = async_sessionmaker(engine)
-        jenny = AsyncSessionJenny(factory)
-
-        async def by_hand() -> bytes:
-            async with factory() as session:
-                return await aread(session)
-
-        async def by_hand_and_commit() -> bytes:
-            async with factory() as session:
-                name = await aread(session)
-                await session.commit()
-                return name
-
-        async def handler() -> bytes:
-            return await aread(jenny.session)
-
-        async def handler_and_commit() -> bytes:
-            name = await aread(jenny.session)
-            await jenny.session.commit()
-            return name
-
-        results = []
-        for what, base, ours in (
-            ("nothing left open", by_hand_and_commit, handler_and_commit),
-            ("a transaction left open", by_hand, handler),
-        ):
-            apps = {"by hand": asgi_app(base), "ours": ASGIRopeMiddleware(asgi_app(ours))}
-            times = await self._p2_asgi(apps)
-            results.append(self._p2_result(f"{where.name}, AsyncSession, {what}", times, 1.00))
-        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
-        await engine.dispose()
-        return results
-
-    async def _p2_asgi(self, apps: dict[str, Any]) -> Times:
-        for app in apps.values():
-            assert await asgi_answer(app, asgi_scope()) == (200, b"rope")
-        batches = {name: _asgi_batch(app, self.effort.reads) for name, app in apps.items()}
-        return await interleave_async(batches, self.effort.rounds)
-
-    # -- P3: jenny.session ---------------------------------------------------------------------
-
-    def p3(self) -> Results:
-        """What ``jenny.session`` takes in a scope, in units of ``scoped_session.registry()``."""
-        factory = sessionmaker()
-        jenny, scoped = SessionJenny(factory), scoped_session(factory)
-        lookups = self.effort.lookups
-
-        def ours() -> float:
-            started = thread_time()
-            for _ in repeat(None, lookups):
-                jenny.session  # noqa: B018
-            return thread_time() - started
-
-        def theirs() -> float:
-            started = thread_time()
-            for _ in repeat(None, lookups):
-                scoped.registry()
-            return thread_time() - started
-
-        with open_scope("P3"):
-            assert jenny.session is jenny.session
-            assert scoped.registry() is scoped.registry()
-            times = interleave({"ours": ours, "theirs": theirs}, self.effort.rounds)
-        scoped.remove()
-        note = " to ".join(
-            f"{per_request(times[name], lookups).median * 1000:.0f} ns"
-            for name in ("ours", "theirs")
-        )
-        yield self.result(
-            "P3", "jenny.session to scoped_session.registry()", ratio(times, "ours", "theirs"),
-            1.00, note,
-        )  # fmt: skip
-
-    # -- P4: many requests, many scopes --------------------------------------------------------
-
-    def p4(self) -> Results:
-        """Memory is flat, and the cost does not grow with the number of open scopes."""
-        with database.sqlite() as sqlite:
-            for what, serve in (
-                ("WSGI", self._wsgi_requests(sqlite)),
-                ("ASGI", self._asgi_requests(sqlite)),
-            ):
-                # The collector is off while P1 to P3 are measured: nothing may be left to it.
-                left = cyclic_garbage(partial(serve, 2_000, reads_every=1), 2_000)
-                yield self._flat(f"{what}: objects per SELECT for the garbage collector", left, 0.5)
-            yield from self._p4_memory("WSGI", self._wsgi_requests(sqlite))
-            yield from self._p4_memory("ASGI", self._asgi_requests(sqlite))
-        yield from self._p4_open_wsgi()
-        yield from asyncio.run(self._p4_open_asgi())
-
-    def _p4_memory(self, what: str, serve: Serve) -> Results:
-        """Count memory blocks, which is exact, and resident memory, which is what people see."""
-        half = self.effort.memory_requests // 2  # one half by each protocol
-        serve(max(2_000, half // 20))  # caches and free lists fill up
-        gc.collect()
-        blocks, resident = sys.getallocatedblocks(), resident_bytes()
-        serve(half)
-        gc.collect()
-        grown = sys.getallocatedblocks() - blocks
-        note = f"{grown:+d} memory blocks"
-        if resident is not None:
-            grown_kib = ((resident_bytes() or 0) - resident) / 1024
-            note += f", resident memory {grown_kib:+.0f} KiB"
-            yield self._flat(f"{what}: KiB of memory per 1,000 of {half:,} requests",
-                             grown_kib / half * 1000, 5.0, note)  # fmt: skip
-        yield self._flat(
-            f"{what}: memory blocks per 1,000 of {half:,} requests", grown / half * 1000, 5.0, note
-        )
-
-    def _flat(self, what: str, measured: float, bound: float, note: str = "") -> Result:
-        return Result("P4", what, measured, bound, bound, note=note)
-
-    def _wsgi_requests(self, where: Database) -> Serve:
-        jenny = SessionJenny(sessionmaker(where.engine()))
-
-        def handler(environ: Any, start_response: Any) -> list[bytes]:
-            session = jenny.session
-            start_response("200 OK", HEADERS)
-            return [read(session) if environ["PATH_INFO"] == "/read" else b"ok"]
-
-        app = WSGIRopeMiddleware(handler)
-        touch, reading = wsgi_environ("/touch"), wsgi_environ("/read")
-
-        def serve(requests: int, reads_every: int = 100) -> None:
-            for _ in repeat(None, requests // reads_every):
-                wsgi_call(app, reading.copy())
-                wsgi_batch(app, touch, reads_every - 1)
-
-        return serve
-
-    def _asgi_requests(self, where: Database) -> Serve:
-        async def main(requests: int, reads_every: int) -> None:
-            engine = where.async_engine()
-            jenny = AsyncSessionJenny(async_sessionmaker(engine))
-
-            async def handler(scope: Any, receive: Any, send: Any) -> None:
-                session = jenny.session
-                body = await aread(session) if scope["path"] == "/read" else b"ok"
-                await send(START)
-                await send({"type": "http.response.body", "body": body})
-
-            app = ASGIRopeMiddleware(handler)
-            touch, reading = asgi_scope("/touch"), asgi_scope("/read")
-            for _ in repeat(None, requests // reads_every):
-                await app(reading.copy(), receive, send)
-                await asgi_batch(app, touch, reads_every - 1)
-            await engine.dispose()
-
-        return lambda requests, reads_every=100: asyncio.run(main(requests, reads_every))
-
-    def _p4_open_wsgi(self) -> Results:
-        """Open scopes: requests whose body nobody has closed yet."""
-        jenny = SessionJenny(sessionmaker())
-
-        def handler(environ: Any, start_response: Any) -> list[bytes]:
-            jenny.session  # noqa: B018
-            start_response("200 OK", HEADERS)
-            return [b"ok"]
-
-        app = WSGIRopeMiddleware(handler)
-        environ = wsgi_environ()
-        requests = self.effort.requests // 5
-        held: list[Any] = []
-
-        def hold(count: int) -> None:
-            while len(held) < count:
-                held.append(app(environ.copy(), lambda *args: None))
-            while len(held) > count:
-                held.pop().close()
-
-        def at(count: int) -> Batch:
-            def batch() -> float:
-                hold(count)
-                gc.collect()
-                return wsgi_batch(app, environ, requests, thread_time)
-
-            return batch
-
-        times = interleave({str(n): at(n) for n in (1, 100, 10_000)}, self._p4_rounds)
-        hold(0)
-        yield from self._p4_open("WSGI", times, requests)
-
-    async def _p4_open_asgi(self) -> list[Result]:
-        """Open scopes: requests whose app waits for something."""
-        jenny = SessionJenny(sessionmaker())
-        go_on = asyncio.Event()
-
-        async def handler(scope: Any, receive: Any, send: Any) -> None:
-            jenny.session  # noqa: B018
-            if scope["path"] == "/wait":
-                await go_on.wait()
-            await send(START)
-            await send({"type": "http.response.body", "body": b"ok"})
-
-        app = ASGIRopeMiddleware(handler)
-        waiting, scope = asgi_scope("/wait"), asgi_scope()
-        requests = self.effort.requests // 5
-        held: list[asyncio.Task[None]] = []
-
-        async def one() -> None:
-            await app(waiting.copy(), receive, send)
-
-        async def hold(count: int) -> None:
-            if len(held) > count:
-                go_on.set()
-                await asyncio.gather(*held)
-                held.clear()
-                go_on.clear()
-            while len(held) < count:
-                held.append(asyncio.create_task(one()))
-            await asyncio.sleep(0)
-
-        def at(count: int) -> AsyncBatch:
-            async def batch() -> float:
-                await hold(count)
-                gc.collect()
-                return await asgi_batch(app, scope, requests, thread_time)
-
-            return batch
-
-        times = await interleave_async({str(n): at(n) for n in (1, 100, 10_000)}, self._p4_rounds)
-        await hold(0)
-        return list(self._p4_open("ASGI", times, requests))
-
-    @property
-    def _p4_rounds(self) -> int:
-        # To open 10,000 scopes takes longer than to measure.
-        return max(5, self.effort.rounds // 20)
-
-    def _p4_open(self, what: str, times: Times, requests: int) -> Results:
-        for count in ("100", "10000"):
-            measured = ratio(times, count, "1")
-            note = " to ".join(
-                f"{per_request(times[n], requests).median:.1f} us" for n in (count, "1")
-            )
-            yield Result(
-                "P4",
-                f"{what}: a request with {int(count):,} open scopes, to one with 1",
-                measured.median,
-                self.effort.growth,
-                1.0,
-                f"[{measured.low:.2f} .. {measured.high:.2f}]",
-                note,
-            )
-
-
-# -- the apps ----------------------------------------------------------------------------------
-
-HEADERS: list[tuple[str, str]] = [("content-type", "text/plain")]
-START = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [(b"content-type", b"text/plain")],
-}
-BODY = {"type": "http.response.body", "body": b"ok"}
-
-
-async def bare_asgi(scope: Any, receive: Any, send: Any) -> None:
-    """The least that answers."""
-    await send(START)
-    await send(BODY)
-
-
-def bare_wsgi(environ: Any, start_response: Any) -> list[bytes]:
-    """The least that answers."""
-    start_response("200 OK", HEADERS)
-    return [b"ok"]
-
-
-def bare_wsgi_generator(environ: Any, start_response: Any) -> Iterator[bytes]:
-    """The least that answers with a generator: one chunk."""
-    start_response("200 OK", HEADERS)
-    yield b"ok"
-
-
-minimal: ContextVar[object] = ContextVar("minimal")
-
-
-class MinimalASGI:
-    """By hand: sets and resets a ContextVar, no more."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
+                places[where] = error
+        if isinstance(places[where], Exception):
+            raise places[where]
+        return places[where]
+
+    def _group(self, group: Sequence[Row], where: Database | None) -> Iterator[Result | str]:
+        first = group[0]
+        if not first.needs():
+            yield from (f"{row.title}: not in this version" for row in group)
             return
-        token = minimal.set(object())
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            minimal.reset(token)
+        sides = list(first.sides)
+        if self.tree:
+            sides += [replace(side, tree=self.tree, suffix=BEFORE) for side in sides if side.ours]
+        runs: list[Times] = []
+        if first.once:
+            runs.append(counts(sides[0], where, self.plan.memory_requests))
+        while not first.once and (
+            len(runs) < self.plan.runs
+            or (len(runs) < self.plan.most_runs and any(
+                self._result(row, runs).verdict == "unclear" for row in group))
+        ):  # fmt: skip
+            runs.append(race(sides, where, self.plan.effort))
+        yield from (self._result(row, runs) for row in group)
+
+    def _result(self, row: Row, runs: Sequence[Times]) -> Result:
+        spread = Spread.of([row.measure(times) for times in runs])
+        over = round(spread.median, 2) > row.bound
+        beyond = spread.low if self.plan.lenient else spread.median - spread.error
+        verdict = "kept" if not over else "BROKEN" if beyond > row.bound else "unclear"
+        return Result(row, spread, self._note(row, runs), verdict, len(runs))
+
+    def _note(self, row: Row, runs: Sequence[Times]) -> str:
+        if row.once:
+            return ""
+
+        def microseconds(lane: str) -> float:
+            return statistics.median(statistics.median(times[lane]) for times in runs) * 1e6
+
+        less = microseconds(row.bare) if row.bare else 0
+        note = " to ".join(f"{microseconds(name) - less:.4g} us" for name in (row.lane, row.base))
+        if self.tree:
+            before = Spread.of([row.measure(times, BEFORE) for times in runs])
+            to_before = Spread.of([ratio(times, row.lane, row.lane + BEFORE) for times in runs])
+            note += (
+                f"; before {before.median:.2f} [{before.low:.2f} .. {before.high:.2f}]; the request"
+                f" takes {to_before.median:.3f} [{to_before.low:.3f} .. {to_before.high:.3f}] of it"
+            )
+        return note + f", {len(runs)} runs"
 
 
-class MinimalWSGI:
-    """By hand: sets a ContextVar, and wraps the body to reset it in its ``close()``."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    def __call__(self, environ: Any, start_response: Any) -> Any:
-        token = minimal.set(object())
-        try:
-            return MinimalBody(self.app(environ, start_response), token)
-        except BaseException:
-            minimal.reset(token)
-            raise
-
-
-class MinimalBody:
-    """A body with a ``close()``."""
-
-    def __init__(self, body: Any, token: Any) -> None:
-        self.body = body
-        self.token = token
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self.body)
-
-    def close(self) -> None:
-        try:
-            close = getattr(self.body, "close", None)
-            if close is not None:
-                close()
-        finally:
-            minimal.reset(self.token)
-
-
-def read(session: Session) -> bytes:
-    """Read one row by its ORM class."""
-    return session.scalars(select(Item).where(Item.id == 1)).one().name.encode()
-
-
-async def aread(session: Any) -> bytes:
-    """`read`, async."""
-    return (await session.scalars(select(Item).where(Item.id == 1))).one().name.encode()
-
-
-def in_thread(work: Callable[[], bytes]) -> Callable[[], Awaitable[bytes]]:
-    """Return an async handler that calls a sync one in a thread, as frameworks do."""
-
-    async def call() -> bytes:
-        return await anyio.to_thread.run_sync(work)
-
-    return call
-
-
-def asgi_app(handler: Callable[[], Awaitable[bytes]]) -> Any:
-    """Return the app that answers with what `handler` returns."""
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        body = await handler()
-        await send(START)
-        await send({"type": "http.response.body", "body": body})
-
-    return app
-
-
-def _asgi_batch(app: Any, requests: int, clock: Clock = perf_counter) -> AsyncBatch:
-    scope = asgi_scope()
-    return lambda: asgi_batch(app, scope, requests, clock)
-
-
-def _wsgi_batch(app: Any, requests: int, clock: Clock = perf_counter) -> Batch:
-    environ = wsgi_environ()
-    return lambda: wsgi_batch(app, environ, requests, clock)
+def other_tree(what: str, folder: Path) -> str:
+    """Put another rope_middleware, of a folder or of a state in git, alone into `folder`."""
+    if (Path(what) / "rope_middleware").is_dir():
+        (folder / "rope_middleware").symlink_to((Path(what) / "rope_middleware").resolve())
+    else:
+        archive = subprocess.run(
+            ["git", "archive", what, "rope_middleware"], cwd=ROOT, check=True, capture_output=True
+        )
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+            tar.extractall(folder, filter="data")
+    return str(folder)
 
 
 # -- the command -------------------------------------------------------------------------------
@@ -693,35 +318,36 @@ def _wsgi_batch(app: Any, requests: int, clock: Clock = perf_counter) -> Batch:
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--short", action="store_true", help="wider margins, under 90 seconds")
-    parser.add_argument("--only", nargs="+", choices=PROMISES, metavar="PROMISE")
-    parser.add_argument("--memory-requests", type=int, help="requests for the memory of P4")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--short", action="store_true", help="fewer rounds, wider margins")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows that contain one of these")
+    parser.add_argument("--against", metavar="REF", help="a state in git, or a folder")
+    parser.add_argument("--runs", type=int, help="of each row, and no more where it is unclear")
     options = parser.parse_args()
-    effort = SHORT if options.short else FULL
-    if options.memory_requests:
-        effort = Effort(**asdict(effort) | {"memory_requests": options.memory_requests})
-    where = surroundings(("asyncpg", "psycopg"))
-    print(f"{where['python']}, {where['machine']}")
-    print(", ".join(f"{name} {version}" for name, version in where["versions"].items()))
-    print(
-        f"{effort.name}: {effort.rounds} rounds, bounds times {effort.margin:g}, growth up to "
-        f"{effort.growth:g}, {effort.memory_requests:,} requests for the memory"
-    )
-    print(f"gc: {where['gc']}")
+    plan = SHORT if options.short else FULL
+    if options.runs:
+        plan = replace(plan, runs=options.runs, most_runs=options.runs)
+    for name, value in surroundings().items():
+        print(f"{name}: {value}")
     started = time.monotonic()
-    check = Check(effort)
-    results: list[Result] = []
-    for result in check.all(options.only or PROMISES):
-        results.append(result)
-        print(result, flush=True)
-    broken = [result for result in results if not result.kept]
-    print(f"{len(results) - len(broken)} kept, {len(broken)} broken, "
-          f"{time.monotonic() - started:.0f} s")  # fmt: skip
-    if options.json:
-        rows = [asdict(result) | {"kept": result.kept} for result in results]
-        options.json.write_text(json.dumps({"where": where, "results": rows}, indent=1) + "\n")
-    return 1 if broken else 0
+    chosen = [
+        row for row in rows(plan)
+        if not options.only or any(word in row.title for word in options.only)
+    ]  # fmt: skip
+    done: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="rope_bench_") as folder:
+        tree = other_tree(options.against, Path(folder)) if options.against else ""
+        for result in Check(plan, tree).all(chosen):
+            if isinstance(result, Result):
+                done.append(result)
+                print(result, flush=True)
+            else:
+                print(f"skipped {result}", flush=True)
+    verdicts = [result.verdict for result in done]
+    print(
+        f"{verdicts.count('kept')} kept, {verdicts.count('unclear')} unclear, "
+        f"{verdicts.count('BROKEN')} broken, {time.monotonic() - started:.0f} s"
+    )
+    return 1 if "BROKEN" in verdicts else 0
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Engine, create_engine, event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -39,6 +39,16 @@ class Note(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     text: Mapped[str]
+
+
+def read(session: Session) -> bytes:
+    """Read one row by its ORM class."""
+    return session.scalars(select(Item).where(Item.id == 1)).one().name.encode()
+
+
+async def aread(session: Any) -> bytes:
+    """`read`, async."""
+    return (await session.scalars(select(Item).where(Item.id == 1))).one().name.encode()
 
 
 @dataclass(frozen=True)
@@ -106,9 +116,12 @@ def postgresql() -> Iterator[Database]:
     """
     import asyncpg as asyncpg
 
-    from tests.e2e.postgres import postgres_server
+    from tests.servers.postgres import postgres_server
 
     with postgres_server().new_database() as server:
         database = Database("PostgreSQL", server.text_url("psycopg"), server.text_url("asyncpg"))
         fill(database)
         yield database
+
+
+PLACES = {"SQLite": sqlite, "PostgreSQL": postgresql}

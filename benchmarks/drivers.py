@@ -7,19 +7,12 @@ uvicorn does it.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from itertools import repeat
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 Clock = Callable[[], float]
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from rope_middleware.asgi import ASGIApp, Message
-
-    WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 def asgi_scope(path: str = "/", state: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -71,7 +64,7 @@ async def receive() -> dict[str, Any]:
     return _REQUEST
 
 
-async def send(message: Message) -> None:
+async def send(message: dict[str, Any]) -> None:
     """Take a message from the app and drop it."""
 
 
@@ -84,7 +77,7 @@ def _write(data: bytes) -> None:
     """Take a chunk and drop it."""
 
 
-def wsgi_call(app: WSGIApp, environ: dict[str, Any]) -> None:
+def wsgi_call(app: Any, environ: dict[str, Any]) -> None:
     """Serve one request as PEP 3333 asks a server to."""
     body = app(environ, start_response)
     try:
@@ -97,7 +90,7 @@ def wsgi_call(app: WSGIApp, environ: dict[str, Any]) -> None:
 
 
 def wsgi_batch(
-    app: WSGIApp, environ: dict[str, Any], requests: int, clock: Clock = perf_counter
+    app: Any, environ: dict[str, Any], requests: int, clock: Clock = perf_counter
 ) -> float:
     """Serve so many requests and return the seconds that took."""
     started = clock()
@@ -107,7 +100,7 @@ def wsgi_batch(
 
 
 async def asgi_batch(
-    app: ASGIApp, scope: dict[str, Any], requests: int, clock: Clock = perf_counter
+    app: Any, scope: dict[str, Any], requests: int, clock: Clock = perf_counter
 ) -> float:
     """Serve so many requests, one after the other, and return the seconds that took."""
     started = clock()
@@ -118,10 +111,24 @@ async def asgi_batch(
     return clock() - started
 
 
+def wsgi_lane(app: Any, path: str = "/", clock: Clock = perf_counter) -> Callable[[int], float]:
+    """Return the lane of a WSGI app."""
+    environ = wsgi_environ(path)
+    return lambda requests: wsgi_batch(app, environ, requests, clock)
+
+
+def asgi_lane(
+    app: Any, path: str = "/", clock: Clock = perf_counter, state: dict[str, Any] | None = None
+) -> Callable[[int], Awaitable[float]]:
+    """Return the lane of an ASGI app."""
+    scope = asgi_scope(path, state)
+    return lambda requests: asgi_batch(app, scope, requests, clock)
+
+
 # -- one request, looked at --------------------------------------------------------------------
 
 
-def wsgi_answer(app: WSGIApp, environ: dict[str, Any]) -> tuple[int, bytes]:
+def wsgi_answer(app: Any, environ: dict[str, Any]) -> tuple[int, bytes]:
     """Serve one request; return its status and body."""
     seen: list[str] = []
 
@@ -139,12 +146,12 @@ def wsgi_answer(app: WSGIApp, environ: dict[str, Any]) -> tuple[int, bytes]:
     return int(seen[-1].split()[0]), text
 
 
-async def asgi_answer(app: ASGIApp, scope: dict[str, Any]) -> tuple[int, bytes]:
+async def asgi_answer(app: Any, scope: dict[str, Any]) -> tuple[int, bytes]:
     """Serve one request; return its status and body."""
     status = 0
     body = b""
 
-    async def look(message: Message) -> None:
+    async def look(message: dict[str, Any]) -> None:
         nonlocal status, body
         status = message.get("status", status)
         body += message.get("body", b"")
