@@ -218,7 +218,70 @@ def _connect(server: URL, database: str) -> psycopg.Connection[tuple[Any, ...]]:
     )
 
 
-def _start() -> PostgresServer:
+@dataclass(frozen=True)
+class Home:
+    """Where servers live: a folder, the programs, and as whom they run."""
+
+    base: Path
+    binaries: Path
+    as_user: dict[str, Any]
+
+    def run(self, program: str, *arguments: object) -> None:
+        """Run one of PostgreSQL's programs to its end."""
+        _run([str(self.binaries / program), *map(str, arguments)], self.as_user)
+
+    def folder(self, name: str) -> Path:
+        """Make a folder that the server may write to."""
+        path = self.base / name
+        path.mkdir(mode=0o755, exist_ok=True)
+        if self.as_user:
+            os.chown(path, self.as_user["user"], self.as_user["group"])
+        return path
+
+    def initdb(self, data: Path) -> None:
+        """Make the data of a new server."""
+        self.run(
+            "initdb", "--no-sync", "--auth=trust", "--username=postgres",
+            "--encoding=UTF8", "--locale=C", "-D", data,
+        )  # fmt: skip
+
+    def serve(self, data: Path, folder: Path, settings: dict[str, str]) -> PostgresServer:
+        """Start a server, and wait until it answers.
+
+        Args:
+            data: its data.
+            folder: for its socket and its log; removed when it stops.
+            settings: besides `SETTINGS`.
+        """
+        command = [str(self.binaries / "postgres"), "-D", str(data), "-k", str(folder)]
+        for name, value in (SETTINGS | settings).items():
+            command += ["-c", f"{name}={value}"]
+        told = json.dumps({"base": str(folder), "command": command, "as_user": self.as_user})
+        keeper = subprocess.Popen(
+            [sys.executable, "-I", "-c", KEEPER, told],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            cwd=self.base,
+            start_new_session=True,  # Ctrl-C is for the tests; the pipe tells the keeper
+        )
+        url = make_url("postgresql://postgres@/postgres").update_query_dict({"host": str(folder)})
+        server = PostgresServer(url, keeper)
+        limit = time.monotonic() + START_LIMIT
+        while True:
+            try:
+                _connect(url, "postgres").close()
+            except psycopg.OperationalError as error:
+                if time.monotonic() < limit and keeper.poll() is None:
+                    time.sleep(0.05)
+                    continue
+                log = (folder / "log").read_text(errors="replace")
+                server.stop()
+                raise RuntimeError(f"PostgreSQL did not start. Its log:\n{log}") from error
+            return server
+
+
+def new_home() -> Home:
+    """Make a folder for servers; who makes it removes it, or serves in it."""
     binaries = _binaries()
     base = Path(tempfile.mkdtemp(prefix="rope_pg_", dir=open_folder()))
     as_user: dict[str, Any] = {}
@@ -230,41 +293,20 @@ def _start() -> PostgresServer:
             base.chmod(0o755)
         if as_user and not _everybody_enters(binaries):
             binaries = _copy(binaries, base / "program")
-        _run(
-            [
-                str(binaries / "initdb"), "--no-sync", "--auth=trust", "--username=postgres",
-                "--encoding=UTF8", "--locale=C", "-D", str(base / "data"),
-            ],
-            as_user,
-        )  # fmt: skip
-        command = [str(binaries / "postgres"), "-D", str(base / "data"), "-k", str(base)]
-        for name, value in SETTINGS.items():
-            command += ["-c", f"{name}={value}"]
-        told = json.dumps({"base": str(base), "command": command, "as_user": as_user})
-        keeper = subprocess.Popen(
-            [sys.executable, "-I", "-c", KEEPER, told],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            cwd=base,
-            start_new_session=True,  # Ctrl-C is for the tests; the pipe tells the keeper
-        )
     except BaseException:
         shutil.rmtree(base, ignore_errors=True)
         raise
-    url = make_url("postgresql://postgres@/postgres").update_query_dict({"host": str(base)})
-    server = PostgresServer(url, keeper)
-    limit = time.monotonic() + START_LIMIT
-    while True:
-        try:
-            _connect(url, "postgres").close()
-        except psycopg.OperationalError as error:
-            if time.monotonic() < limit and keeper.poll() is None:
-                time.sleep(0.05)
-                continue
-            log = (base / "log").read_text(errors="replace")
-            server.stop()
-            raise RuntimeError(f"PostgreSQL did not start. Its log:\n{log}") from error
-        return server
+    return Home(base, binaries, as_user)
+
+
+def _start() -> PostgresServer:
+    home = new_home()
+    try:
+        home.initdb(home.base / "data")
+        return home.serve(home.base / "data", home.base, {})
+    except BaseException:
+        shutil.rmtree(home.base, ignore_errors=True)
+        raise
 
 
 def _run(command: list[str], as_user: dict[str, Any]) -> None:
