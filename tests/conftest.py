@@ -18,14 +18,29 @@ from tests.kit.leaks import LostConnections, no_scope_here, nothing_checked_out,
 from tests.kit.sessions import Jenny
 from tests.kit.waiting import eventually
 
+HERE = Path(__file__).parent
+NOT_QUICK = {"test_docs.py", "test_migration_docs.py", "test_package.py"}
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
     """Have the servers that tests start hear Ctrl-C, also where the tests run in the background.
 
     A shell's ``&`` has SIGINT ignored, and a new process inherits that; a handler it does not.
     """
+    config.addinivalue_line(
+        "markers", "quick: in process and soon over: an answer in under a minute on two cores"
+    )
+    config.addinivalue_line("markers", "slow: takes seconds, so that it is no part of `-m quick`")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick is what lies here and in promises/, but what says that it is slow."""
+    for item in items:
+        is_here = item.path.parent in (HERE, HERE / "promises")
+        if is_here and item.path.name not in NOT_QUICK and not item.get_closest_marker("slow"):
+            item.add_marker("quick")
 
 
 def pytest_collection_finish() -> None:

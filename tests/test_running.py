@@ -91,6 +91,7 @@ def test_S3_where_no_thread_can_be_started_the_scope_ends_all_the_same(
     assert checked_out(engine) == 0
 
 
+@pytest.mark.slow
 def test_P4_times_that_differ_gather_no_timers() -> None:
     """Short ones arm a timer before the long one's, which must not then go on beside it."""
 

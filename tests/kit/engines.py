@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from sqlalchemy import Engine, create_engine, event, func, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from tests.kit.models import Base, Data, Row
 from tests.kit.waiting import PATIENCE
@@ -29,8 +31,39 @@ def begin_as_writer(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
+def trust_the_disk(engine: Engine) -> None:
+    """Have SQLite not wait for the disk: the machine does not crash in a test."""
+
+    @event.listens_for(engine, "connect")
+    def _(connection: Any, record: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA synchronous = OFF")
+        cursor.close()
+
+
+@functools.cache
+def _file(count: int | None) -> bytes:
+    """What is in a file with the tables of the models, made once; with a `Data` row of `count`."""
+    with tempfile.TemporaryDirectory(prefix="rope_kit_") as folder:
+        path = Path(folder) / "made.sqlite"
+        engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
+        Base.metadata.create_all(engine)
+        if count is not None:
+            with Session(engine) as session:
+                session.add(Data(count=count))
+                session.commit()
+        return path.read_bytes()
+
+
+def create_tables(path: Path) -> None:
+    """Make a file with the tables of the models, unless it is there."""
+    if not path.exists():
+        path.write_bytes(_file(None))
+
+
 def small_engine(path: Path, pool_size: int = 3, **options: Any) -> Engine:
     """Make an engine on an SQLite file, with the tables of the models in it."""
+    create_tables(path)
     engine = create_engine(
         f"sqlite:///{path}",
         pool_size=pool_size,
@@ -42,7 +75,8 @@ def small_engine(path: Path, pool_size: int = 3, **options: Any) -> Engine:
         }
         | options,
     )
-    Base.metadata.create_all(engine)
+    trust_the_disk(engine)
+    engine.connect().close()  # what SQLAlchemy does at the first connection is no test's matter
     return engine
 
 
@@ -54,12 +88,10 @@ def small_async_engine(path: Path, **options: Any) -> AsyncEngine:
 
 def counter_engine(path: Path, pool_size: int, *, writer: bool, **options: Any) -> Engine:
     """Make an engine as `small_engine` does, with one `Data` row of count 0."""
+    path.write_bytes(_file(0))
     engine = small_engine(path, pool_size, **options)
     if writer:
         begin_as_writer(engine)
-    with Session(engine) as session:
-        session.add(Data(count=0))
-        session.commit()
     return engine
 
 

@@ -13,18 +13,11 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import AsyncSessionJenny, SessionJenny
-from tests.kit.engines import small_async_engine
+from tests.kit.engines import create_tables, small_async_engine, trust_the_disk
 from tests.kit.leaks import checked_out
-from tests.kit.models import Base, Child, Row
+from tests.kit.models import Child, Row
 from tests.kit.sessions import SELECT
 from tests.kit.waiting import PATIENCE, never
-
-
-def create_tables(path: Path) -> None:
-    """Make the tables of the models in a file."""
-    engine = create_engine(f"sqlite:///{path}")
-    Base.metadata.create_all(engine)
-    engine.dispose()
 
 
 class Store:
@@ -57,6 +50,7 @@ class Store:
             cursor.execute("PRAGMA foreign_keys=ON")
             cursor.close()
 
+        trust_the_disk(self.engine)
         self.commits: list[str] = []
         event.listen(self.engine, "commit", lambda connection: self.commits.append(path.stem))
         self.made: list[Any] = []
@@ -129,6 +123,8 @@ class Store:
 async def open_store(path: Path, **options: Any) -> AsyncIterator[Store]:
     """Use a store for AsyncSessions for the length of the block."""
     store = Store(path, is_async=True, **options)
+    async with store.async_engine.connect():
+        pass  # what SQLAlchemy does at the first connection is no test's matter
     try:
         yield store
     finally:

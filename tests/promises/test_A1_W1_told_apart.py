@@ -527,6 +527,7 @@ def test_W1_servers_recognise_the_result_as_wsgi() -> None:
     assert len(inspect.signature(middleware).parameters) == 2
 
 
+@pytest.mark.slow
 def test_A1_granian_serves_the_result(tmp_path: Any) -> None:
     """granian's ASGI interface calls it as ASGI 3."""
     pytest.importorskip("granian")

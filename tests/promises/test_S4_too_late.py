@@ -164,6 +164,7 @@ def test_S4_a_session_is_not_made_for_code_that_outlived_its_scope(engine: Engin
     assert made == []
 
 
+@pytest.mark.slow
 def test_S4_a_session_class_of_ones_own_and_many_factories(engine: Engine) -> None:
     """Every session class heeds its scope, also one at the address of a class that is gone."""
     for number in range(60):
@@ -521,6 +522,7 @@ def test_S4_a_session_kept_beyond_its_request_raises(
     assert checked_out(engine) == 0
 
 
+@pytest.mark.slow
 def test_S4_holds_for_every_session_factory_of_a_long_process(engine: Engine) -> None:
     """sessionmaker makes a class each time; the ids of those that are gone are used again."""
 
