@@ -3,11 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.asgi import ASGIRopeMiddleware
-from rope_middleware.errors import CrossLoopError, NoScopeError, RopeError, ScopeClosedError
+from rope_middleware.errors import (
+    CommitInDoubtError,
+    CrossLoopError,
+    NoScopeError,
+    PoolDeadlockError,
+    ReadOnlyError,
+    RopeError,
+    ScopeClosedError,
+)
 from rope_middleware.jenny import SessionJenny
 from rope_middleware.middleware import RopeMiddleware
-from rope_middleware.rope import SessionRope
-from rope_middleware.scope import Scope, current_scope, open_scope
+from rope_middleware.rope.rope import SessionRope
+from rope_middleware.scope.opening import current_scope, open_scope
+from rope_middleware.scope.scope import Scope
 from rope_middleware.wsgi import WSGIRopeMiddleware
 
 if TYPE_CHECKING:
@@ -16,8 +25,11 @@ if TYPE_CHECKING:
 __all__ = [
     "ASGIRopeMiddleware",
     "AsyncSessionJenny",
+    "CommitInDoubtError",
     "CrossLoopError",
     "NoScopeError",
+    "PoolDeadlockError",
+    "ReadOnlyError",
     "RopeError",
     "RopeMiddleware",
     "Scope",

@@ -1,7 +1,7 @@
-"""The async twin of `registry.ScopeRegistry` and `jenny.SessionJenny`.
+"""The async twin of `SessionJenny`.
 
-Apart from them because SQLAlchemy's asyncio extension needs greenlet, which a sync application
-does not install.
+Apart from it because SQLAlchemy's asyncio half needs greenlet, which a sync application does not
+install.
 """
 
 from __future__ import annotations
@@ -9,38 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
-try:
-    from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_session
-except ImportError as _error:
-    raise ImportError(
-        "AsyncSessionJenny needs SQLAlchemy's asyncio extension: "
-        "pip install 'rope-middleware[asyncio]'"
-    ) from _error
+from rope_middleware.errors import sync_scope
+from rope_middleware.jenny import check_callables, get_or_make
+from rope_middleware.running.finish import finish
+from rope_middleware.scope.context import current
+from rope_middleware.scope.opening import current_scope
+from rope_middleware.scope.options import DEFAULT
+from rope_middleware.scope.scope import AsyncScope, Scope, is_over, session_of
+from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
+from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, check_session
+from rope_middleware.session.tie import check_loop
 
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session  # isort: skip
 from sqlalchemy.util import ScopedRegistry
-
-from rope_middleware.errors import RopeError
-from rope_middleware.finish import finish
-from rope_middleware.jenny import check_callables
-from rope_middleware.registry import (
-    ScopeRegistry,
-    StrictRegistry,
-    check_loop,
-    check_session,
-    close,
-    drop,
-    has_nothing_open,
-    invalidate,
-)
-from rope_middleware.scope import CLOSE_TIMEOUT, AsyncScope, Scope, current, current_scope
 
 __all__ = ["AsyncSessionJenny"]
 
 _T = TypeVar("_T")
 _AS = TypeVar("_AS", bound=AsyncSession)
-
-_ASYNC_SESSION_CLOSE = AsyncSession.close
 
 _ASYNC_EXAMPLE = "async_sessionmaker(engine)"
 _NO_ASYNC_ROPE = (
@@ -54,11 +40,12 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
 
     __slots__ = ()
 
-    is_async = True
+    def __init__(self, createfunc: Callable[..., _T], outside: ScopedRegistry[_T]) -> None:
+        super().__init__(createfunc, outside, ASYNC)
 
     def __call__(self) -> _T:
         scope: Any = current.get(None)
-        session: Any = None if scope is None else scope._session_of(self)
+        session: Any = None if scope is None else session_of(scope, self)
         if session is None:
             return self.first_use(scope)
         check_loop(scope)  # pyright: ignore[reportArgumentType]  # sessions are in no other
@@ -67,48 +54,9 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
     def first_use(self, scope: Scope | None) -> _T:
         if isinstance(scope, AsyncScope):
             check_loop(scope)
-        elif scope is not None and not scope._state:
-            raise RopeError(
-                f"The scope {scope.name!r} is a sync one (WSGI, or a plain "
-                '"with open_scope():"), where nothing can await the end of an AsyncSession. '
-                'Use "async with open_scope():", or a SessionJenny here.'
-            )
+        elif scope is not None and not is_over(scope):
+            raise sync_scope(scope.name)
         return super().first_use(scope)
-
-    def _proper(self, session: Any) -> Session:
-        return session.sync_session  # type: ignore[no-any-return]
-
-    def _facade(self, session: Session) -> Any:
-        return async_session(session)
-
-    def is_idle(self, session: Any, /) -> bool:
-        return has_nothing_open(session.sync_session) and not _overrides_close(session)
-
-    def is_twophase(self, session: Any, /) -> bool:
-        return bool(session.sync_session.twophase)
-
-    async def prepare(self, session: Any, /) -> None:
-        await session.run_sync(Session.prepare)
-
-    async def close(self, session: Any, /) -> None:
-        try:
-            if _overrides_close(session):
-                await session.close()
-            else:
-                await session.run_sync(close)
-        finally:
-            invalidate(session.sync_session)
-
-    def drop(self, session: Any, /) -> None:
-        drop(session.sync_session)
-
-    def abandon(self, session: Any, /) -> None:
-        invalidate(session.sync_session)
-
-
-def _overrides_close(session: AsyncSession) -> bool:
-    """Tell whether somebody has put another close() in the place of SQLAlchemy's."""
-    return type(session).close is not _ASYNC_SESSION_CLOSE or "close" in session.__dict__
 
 
 class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
@@ -148,9 +96,9 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
             made: object = session  # a factory of the user's may return anything
             if not isinstance(made, AsyncSession):
                 check_session(made, AsyncSession, self.session_factory, _ASYNC_EXAMPLE)
+                self.registry.kind = FOREIGN_ASYNC
             return session
 
-        self._create = create
         outside: ScopedRegistry[_AS]
         if scopefunc is None or strict:
             outside = StrictRegistry(create, _NO_ASYNC_ROPE)
@@ -179,13 +127,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         Raises:
             sqlalchemy.exc.InvalidRequestError: `kw` is given and there is a session already.
         """
-        if not kw:
-            return self.session
-        if self.registry.has():
-            return super().__call__(**kw)  # SQLAlchemy's error
-        session = self._create(**kw)
-        self.registry.set(session)
-        return session
+        return get_or_make(self, super().__call__, kw)  # type: ignore[no-any-return]
 
     async def remove(self) -> None:
         """Close the current session; the next use makes a new one.
@@ -194,4 +136,4 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         """
         closing = self.registry.remove()
         if closing is not None:
-            await finish(closing, grace=CLOSE_TIMEOUT)
+            await finish(closing, grace=DEFAULT.close_timeout)

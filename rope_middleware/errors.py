@@ -1,8 +1,24 @@
-"""Every error that this package raises on its own account."""
+"""Every error that this package raises on its own account, and the texts that places share."""
 
 from __future__ import annotations
 
-__all__ = ["CrossLoopError", "NoScopeError", "RopeError", "ScopeClosedError"]
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+__all__ = [
+    "CommitInDoubtError",
+    "CrossLoopError",
+    "NoScopeError",
+    "PoolDeadlockError",
+    "ReadOnlyError",
+    "RopeError",
+    "ScopeClosedError",
+    "async_callback",
+    "belongs_to_parent",
+    "has_ended",
+    "no_scope",
+    "other_loop",
+    "sync_scope",
+]
 
 
 class RopeError(Exception):
@@ -31,3 +47,82 @@ class CrossLoopError(RopeError):
     Its connection belongs to the loop it was made in. Open a scope in the other loop, or send
     the work to the first one (`asyncio.run_coroutine_threadsafe`).
     """
+
+
+class ReadOnlyError(RopeError):
+    """Something would have written in a read-only scope; nothing is written.
+
+    Open a scope that writes around it (``with open_scope():``), or serve it by another method.
+    """
+
+
+class PoolDeadlockError(RopeError, PoolTimeout):
+    """Every connection of the pool is held by someone who waits for another one.
+
+    Raised in whoever would close the circle, at once, instead of a time-out for all.
+    """
+
+
+class CommitInDoubtError(RopeError):
+    """The line broke while a commit was under way, and nobody can tell whether it stands."""
+
+
+# -- texts ---------------------------------------------------------------------------------------
+
+
+def no_scope(more: str = "") -> NoScopeError:
+    """Make the error for code that needs a scope where none is open.
+
+    Args:
+        more: a sentence for the end of its text.
+    """
+    return NoScopeError(
+        'No request scope is open. Wrap the app in RopeMiddleware, or use "with open_scope():" '
+        f'("async with" for an AsyncSession) in scripts, threads and background jobs.{more}'
+    )
+
+
+def has_ended(name: str) -> ScopeClosedError:
+    """Make the error for code that has outlived its scope."""
+    return ScopeClosedError(
+        f"The scope {name!r} has ended, and its sessions are closed. This code has "
+        'outlived it (a thread, a task or a timed-out handler?). Use "with open_scope():" '
+        "around work of its own."
+    )
+
+
+def belongs_to_parent(name: str) -> ScopeClosedError:
+    """Make the error for a forked process that uses its parent's scope."""
+    return ScopeClosedError(
+        f"The scope {name!r} belongs to the process that this one was forked from, "
+        'and so do its sessions and their connections. Use "with open_scope():" around '
+        "work of this process's own."
+    )
+
+
+def other_loop(name: str) -> CrossLoopError:
+    """Make the error for an AsyncSession that is reached from another event loop."""
+    return CrossLoopError(
+        f"The scope {name!r} belongs to another event loop than the one that runs here, "
+        'and so do the connections of its AsyncSession. Use "async with open_scope():" in this '
+        "loop (with an engine made for it), or come back to the scope's loop with "
+        "asyncio.run_coroutine_threadsafe()."
+    )
+
+
+def sync_scope(name: str) -> RopeError:
+    """Make the error for an AsyncSession in a sync scope."""
+    return RopeError(
+        f"The scope {name!r} is a sync one (WSGI, or a plain "
+        '"with open_scope():"), where nothing can await the end of an AsyncSession. '
+        'Use "async with open_scope():", or a SessionJenny here.'
+    )
+
+
+def async_callback(method: str, fn: object, name: str) -> RopeError:
+    """Make the error for an async function that a sync scope is to call."""
+    return RopeError(
+        f"{method}() was given the async function {fn!r}, and the scope {name!r} "
+        "is a sync one (WSGI, or a plain 'with open_scope():'), where nothing can await "
+        "it. Give a plain function."
+    )

@@ -20,9 +20,12 @@ except ImportError as _error:
 from sqlalchemy.orm import Session
 
 from rope_middleware.jenny import SessionJenny
-from rope_middleware.registry import ScopeRegistry
-from rope_middleware.rope import ScopeRope
-from rope_middleware.scope import Scope
+from rope_middleware.rope.rope import ScopeRope
+from rope_middleware.scope.ending import end
+from rope_middleware.scope.options import DEFAULT
+from rope_middleware.scope.response import open_as
+from rope_middleware.scope.scope import Scope, is_over
+from rope_middleware.session.registry import ScopeRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,11 +49,11 @@ class _Context:
 
     def __init__(self, name: str) -> None:
         self.scope = Scope()
-        self.scope._open(name)
+        open_as(self.scope, name, DEFAULT)
 
     def __del__(self) -> None:
-        if not self.scope._state:
-            self.scope._end()
+        if not is_over(self.scope):
+            end(self.scope)
 
 
 class _AppContextRegistry(ScopeRegistry[_T]):
@@ -114,7 +117,7 @@ class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is d
 def _teardown(_: BaseException | None) -> None:
     context: _Context | None = g.pop(_CONTEXT, None)
     if context is not None:
-        context.scope._end()
+        end(context.scope)
 
 
 def _app() -> Flask:

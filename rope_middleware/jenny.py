@@ -14,15 +14,18 @@ from weakref import WeakValueDictionary
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util import ScopedRegistry
 
-from rope_middleware.registry import (
+from rope_middleware.rope.registry import RopeRegistry, owner_name
+from rope_middleware.rope.rope import ScopeRope, SessionRope
+from rope_middleware.scope.context import current
+from rope_middleware.session.kinds import FOREIGN
+from rope_middleware.session.registry import (
     ScopeRegistry,
     StrictRegistry,
     check_session,
+    listen_to_factory,
 )
-from rope_middleware.rope import RopeRegistry, ScopeRope, SessionRope, owner_name
-from rope_middleware.scope import current
 
-__all__ = ["SessionJenny", "check_callables"]
+__all__ = ["SessionJenny", "check_callables", "get_or_make"]
 
 _S = TypeVar("_S", bound=Session)
 
@@ -32,6 +35,7 @@ _current = current.get
 class SessionJenny(scoped_session[_S], Generic[_S]):
     """The session of the request being served, from anywhere in the application.
 
+    It hands out the session that is yours here, as the spinning jenny handed out threads.
     Every method and attribute of SQLAlchemy's `scoped_session` works and goes to the current
     scope's session. Outside of any scope it is `scopefunc` that tells whose session it is, as
     in SQLAlchemy; without one, a rope on the calling frame holds the session, as in
@@ -58,6 +62,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         strict: bool = False,
     ) -> None:
         check_callables(session_factory, scopefunc, "sessionmaker(engine)")
+        listen_to_factory(session_factory)  # now: later its sessions may be in use
         # Any callable is as good as the sessionmaker that SQLAlchemy's annotation asks for.
         super().__init__(cast("Any", session_factory), scopefunc)
         self._ropes: WeakValueDictionary[str, SessionRope[_S]] = WeakValueDictionary()
@@ -69,9 +74,9 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
             made: object = session  # a factory of the user's may return anything
             if not isinstance(made, Session):
                 check_session(made, Session, self.session_factory, "sessionmaker(engine)")
+                self.registry.kind = FOREIGN
             return session
 
-        self._create = create
         outside: ScopedRegistry[_S]
         if strict:
             outside = StrictRegistry(create)
@@ -107,13 +112,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         Raises:
             sqlalchemy.exc.InvalidRequestError: `kw` is given and there is a session already.
         """
-        if not kw:
-            return self.session
-        if self.registry.has():
-            return super().__call__(**kw)  # SQLAlchemy's error
-        session = self._create(**kw)
-        self.registry.set(session)
-        return session
+        return get_or_make(self, super().__call__, kw)  # type: ignore[no-any-return]
 
     def remove(self, rope_name: str | None = None) -> None:
         """Close the current session; the next use makes a new one.
@@ -156,7 +155,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         """
         outside = self._outside()
         if outside is not None:
-            outside.tie(frame)
+            outside.set_in(frame)
 
     def create_rope_name(self) -> str:
         """Return the name of the rope of this thread or asyncio task.
@@ -176,7 +175,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         return name
 
     @property
-    def rope_name_callback(self) -> Callable[[], str] | None:
+    def _rope_name_callback(self) -> Callable[[], str] | None:
         """A callable without arguments that returns the name for a rope; None if none is set.
 
         Raises:
@@ -184,17 +183,14 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         """
         return self._callback
 
-    @rope_name_callback.setter
-    def rope_name_callback(self, callback: Callable[[], str]) -> None:
+    @_rope_name_callback.setter
+    def _rope_name_callback(self, callback: Callable[[], str]) -> None:
         if not callable(callback):
             raise TypeError(
                 "_rope_name_callback must be a callable without arguments that returns a str, "
                 f"the rope's name; {callback!r} is not callable."
             )
         self._callback = callback
-
-    # SQLAlchemy-Rope documents this name, and its code has the other.
-    _rope_name_callback = rope_name_callback
 
     def _outside(self) -> RopeRegistry[_S] | None:
         """Return where ropes are found and tied; None where there are none."""
@@ -204,6 +200,23 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         if isinstance(outside, StrictRegistry):
             outside()  # raises
         return outside if isinstance(outside, RopeRegistry) else None
+
+
+def get_or_make(jenny: Any, refuse: Callable[..., Any], kw: dict[str, Any]) -> Any:
+    """Return the current session of `jenny`; make it with `kw` if there is none.
+
+    Args:
+        jenny: sync or async.
+        refuse: raises SQLAlchemy's own error for `kw` where there is a session already.
+        kw: what the session factory is called with.
+    """
+    if not kw:
+        return jenny.session
+    if jenny.registry.has():
+        return refuse(**kw)
+    session = jenny.registry.createfunc(**kw)
+    jenny.registry.set(session)
+    return session
 
 
 def check_callables(factory: object, scopefunc: object, example: str) -> None:

@@ -8,28 +8,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
-from rope_middleware.refusal import listen_for_refusals
-from rope_middleware.registry import keepers_of
-from rope_middleware.scope import CLOSE_TIMEOUT, Scope, is_async_callable
+from rope_middleware.scope.context import is_async_callable, logger
+from rope_middleware.scope.options import DEFAULT, options_of
+from rope_middleware.scope.response import options_now, take_in
+from rope_middleware.scope.scope import Scope
+from rope_middleware.session.plain import kinds_of
+from rope_middleware.session.refusal import listen_for_refusals
 
 if TYPE_CHECKING:
     from typing import TypedDict, Unpack
     from wsgiref.types import WSGIApplication
 
-    from rope_middleware.asgi import ASGIApp, ASGIRopeMiddleware
+    # For type checkers alone: at run time neither is known here.
+    from rope_middleware.asgi import ASGIRopeMiddleware
+    from rope_middleware.protocols import ASGIApp, Veto
     from rope_middleware.wsgi import WSGIRopeMiddleware
 
-__all__ = ["REPLAY_LIMIT", "SERVER_ERROR", "RopeMiddleware", "Veto"]
-
-Veto: TypeAlias = Callable[[int, list[tuple[str, str]]], object]
-
-if TYPE_CHECKING:
-
-    class Options(TypedDict, total=False):
-        """What a `RopeMiddleware` takes by keyword."""
+    class GivenOptions(TypedDict, total=False):
+        """What a `RopeMiddleware` takes by keyword: see `Options`."""
 
         commit_on_success: bool
         commit_veto: Veto | None
@@ -37,11 +36,7 @@ if TYPE_CHECKING:
         close_timeout: float
 
 
-REPLAY_LIMIT = 1024 * 1024
-"""Bytes of a request's body that are kept for another try."""
-
-SERVER_ERROR = b"Internal Server Error"
-"""The body of the plain 500 that stands in for a success whose commit failed."""
+__all__ = ["RopeMiddleware"]
 
 
 class RopeMiddleware:
@@ -69,28 +64,28 @@ class RopeMiddleware:
     Raises:
         TypeError: `app` is no application, or cannot be told apart, or an option is of a
             wrong type.
-        ValueError: `retries` is negative, `close_timeout` is not more than 0, or `commit_veto` is
-            given without commit_on_success.
+        ValueError: `retries` is negative, or `close_timeout` is not more than 0.
 
     The open `Scope` stands in the ASGI scope or the WSGI environ under
-    ``"rope_middleware.scope"``. Two of these around the same request share one scope, and the
-    outer one's options rule.
+    ``"rope_middleware.scope"``. Two of these around the same request share one scope, and their
+    options add up: `registries` of both, a commit or a veto that either asks for. `retries` and
+    `close_timeout` are the outer one's.
     """
 
     _protocols: ClassVar[dict[str, type[RopeMiddleware]]] = {}
 
-    def __init_subclass__(cls, protocol: str = "") -> None:
-        super().__init_subclass__()
+    def __init_subclass__(cls, protocol: str = "", **more: Any) -> None:
+        super().__init_subclass__(**more)
         if protocol:
             cls._protocols[protocol] = cls
 
     @overload
     def __new__(
-        cls, app: ASGIApp, registries: Iterable[Any] = (), **options: Unpack[Options]
+        cls, app: ASGIApp, registries: Iterable[Any] = (), **options: Unpack[GivenOptions]
     ) -> ASGIRopeMiddleware: ...
     @overload
     def __new__(
-        cls, app: WSGIApplication, registries: Iterable[Any] = (), **options: Unpack[Options]
+        cls, app: WSGIApplication, registries: Iterable[Any] = (), **options: Unpack[GivenOptions]
     ) -> WSGIRopeMiddleware: ...
     def __new__(cls, app: Any = None, *_: Any, **__: Any) -> Any:
         """Choose the class by the protocol of `app`."""
@@ -99,85 +94,55 @@ class RopeMiddleware:
         return object.__new__(cls)
 
     if not TYPE_CHECKING:
-        # For type checkers `__new__` alone tells the class: beside an `__init__`, mypy would not
-        # look at it, and pyright would ask for both.
-        def __init__(
-            self,
-            app,
-            registries=(),
-            *,
-            commit_on_success=False,
-            commit_veto=None,
-            retries=0,
-            close_timeout=CLOSE_TIMEOUT,
-        ):
-            self._set_up(app, registries, commit_on_success, commit_veto, retries, close_timeout)
+        # Hidden from type checkers, which take the type from `__new__`: with an `__init__` in
+        # sight mypy ignores `__new__`, and pyright checks both.
+        def __init__(self, app, registries=(), **options):
+            self._set_up(app, registries, options)
 
-    def _set_up(
-        self,
-        app: Any,
-        registries: Iterable[Any],
-        commit_on_success: bool,
-        commit_veto: Veto | None,
-        retries: int,
-        close_timeout: float,
-    ) -> None:
+    def _set_up(self, app: Any, registries: Iterable[Any], options: dict[str, Any]) -> None:
+        who = type(self).__name__
         if not callable(app):
-            raise TypeError(_NO_APP.format(type(self).__name__, app))
-        _check_options(commit_on_success, commit_veto, retries, close_timeout)
+            raise TypeError(_NO_APP.format(who, app))
         self.app = app
-        self._registries = keepers_of(registries)
-        self._commit = commit_on_success
-        self._veto = commit_veto
-        self._retries = retries
-        self._close_timeout = close_timeout
+        self._registries = kinds_of(registries)
+        self._options = options_of(who, options)
         # Requests of apps without any of these take the short way.
-        self._has_options = bool(
-            retries or self._registries or commit_veto or close_timeout != CLOSE_TIMEOUT
-        )
-        if retries:
+        self._has_more = bool(self._options.retries or self._registries)
+        self._adds = bool(self._registries) or self._options != DEFAULT
+        self._has_told = False
+        if self._options.retries:
             listen_for_refusals()
 
-    def _configure(self, scope: Scope) -> None:
-        """Hand the options on to a request's scope."""
-        scope._registries = self._registries
-        scope._close_timeout = self._close_timeout
+    def _take_in(self, outer: Scope) -> bool:
+        """Add our options to the scope of another middleware around this one (S6).
 
-    def _why_not(
-        self, scope: Scope, status: int, headers: Callable[[], list[tuple[str, str]]]
-    ) -> str:
-        """Tell why a response that is about to start must not commit; "" where it may."""
-        if status >= 400:
-            return f"status {status}"
-        if scope._doomed:
-            return "doomed"
-        if self._veto is not None and self._veto(status, headers()):
-            return "vetoed"
-        return ""
+        Returns:
+            Whether we have to watch the response for it.
+        """
+        if not self._adds:
+            return False
+        if not self._has_told:
+            self._has_told = True
+            self._tell_dropped(outer)
+        return take_in(outer, self._options, self._registries)
+
+    def _tell_dropped(self, outer: Scope) -> None:
+        dropped = [
+            name
+            for name in ("retries", "close_timeout")
+            if getattr(self._options, name)
+            not in (getattr(DEFAULT, name), getattr(options_now(outer), name))
+        ]
+        if dropped:
+            logger.warning(
+                "%s of a middleware inside of another one (seen at %r) are dropped: the outermost "
+                "one's count. Give them there.",
+                " and ".join(f"{name}={getattr(self._options, name)!r}" for name in dropped),
+                outer.name,
+            )
 
 
 _NO_APP = "{} takes an ASGI or WSGI application, not {!r}."
-
-
-def _check_options(commit: object, veto: object, retries: object, close_timeout: object) -> None:
-    if not isinstance(commit, bool):
-        raise TypeError(f"commit_on_success is True or False, not {commit!r}.")
-    if veto is not None:
-        if not callable(veto) or is_async_callable(veto):
-            raise TypeError(
-                "commit_veto must be a plain function of (status, headers) that returns true "
-                f"where the request must not be committed, not {veto!r}."
-            )
-        if not commit:
-            raise ValueError("commit_veto has nothing to veto without commit_on_success=True.")
-    if isinstance(retries, bool) or not isinstance(retries, int):
-        raise TypeError(f"retries is a number of further tries, not {retries!r}.")
-    if retries < 0:
-        raise ValueError(f"retries cannot be negative: {retries!r}.")
-    if isinstance(close_timeout, bool) or not isinstance(close_timeout, (int, float)):
-        raise TypeError(f"close_timeout is a number of seconds, not {close_timeout!r}.")
-    if not close_timeout > 0:
-        raise ValueError(f"close_timeout must be more than 0 seconds, not {close_timeout!r}.")
 
 
 def _protocol_of(app: Any) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from rope_middleware import ASGIRopeMiddleware, Scope, SessionJenny, finish, open_scope
+from rope_middleware import ASGIRopeMiddleware, Scope, SessionJenny, open_scope
+from rope_middleware.running import finish, threads
 from tests.kit.asgi import asgi_app, ask
 from tests.kit.leaks import checked_out
 from tests.kit.sessions import workers
@@ -22,8 +23,8 @@ def test_A3_threads_without_work_end(
     jenny: SessionJenny[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An application that is at rest has none, and one that wakes up has them again."""
-    monkeypatch.setattr(finish, "IDLE_SECONDS", 0.5)
-    monkeypatch.setattr(finish, "_idle", deque())  # other tests' threads take their time
+    monkeypatch.setattr(threads, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(threads, "_idle", deque())  # other tests' threads take their time
     before = workers()
     app = ASGIRopeMiddleware(asgi_app(lambda: jenny.execute(text("SELECT 1"))))
     for _ in range(2):
@@ -83,8 +84,8 @@ def test_S3_where_no_thread_can_be_started_the_scope_ends_all_the_same(
     async def main() -> Scope:
         async with open_scope() as scope:
             jenny.execute(text("SELECT 1"))
-            monkeypatch.setattr(finish, "_idle", deque())
-            monkeypatch.setattr(finish._Worker, "start", refuse)
+            monkeypatch.setattr(threads, "_idle", deque())
+            monkeypatch.setattr(threads._Worker, "start", refuse)
         return scope
 
     assert asyncio.run(main()).closed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import sys
 import threading
@@ -25,50 +24,6 @@ from tests.kit.models import Data
 from tests.kit.ropes import Seen, is_over, ropes_in, variables
 from tests.kit.sessions import Jenny, run_threads, use
 from tests.kit.waiting import eventually
-
-
-def test_J5_the_methods_of_a_subclass_belong_to_the_facade(engine: Engine) -> None:
-    """A method that the application adds to its own SessionJenny passes the rope on."""
-
-    def decorated(method: Any) -> Any:
-        @functools.wraps(method)
-        def wrapper(*args: Any) -> Any:
-            return method(*args)
-
-        return wrapper
-
-    class MyJenny(SessionJenny[Session]):
-        def method(self) -> Session:
-            return self.session
-
-        @property
-        def attribute(self) -> Session:
-            return self.method()
-
-        @decorated
-        def wrapped(self) -> Session:
-            return self.attribute
-
-        @contextmanager
-        def block(self) -> Iterator[Session]:
-            yield use(self.session)
-
-    jenny = MyJenny(sessionmaker(engine, class_=Seen))
-
-    def view() -> Session:
-        session = use(jenny.wrapped())
-        assert jenny.attribute is session
-        assert not is_over(session)
-        return session
-
-    def view_with_block() -> Session:
-        with jenny.block() as session:
-            assert checked_out(engine) == 1
-            assert not is_over(session)
-        return session
-
-    assert is_over(view())
-    assert is_over(view_with_block())
 
 
 @pytest.fixture
@@ -241,13 +196,6 @@ def test_J5_the_callback_must_return_a_str(jenny: Jenny, value: Any) -> None:
     with pytest.raises(TypeError, match="must return a str"):
         _ = jenny.session
     assert not jenny._ropes
-
-
-def test_J5_the_callbacks_of_the_original_under_its_other_name(jenny: Jenny) -> None:
-    """`rope_name_callback`, without the underscore, is the same."""
-    jenny.rope_name_callback = lambda: "my_rope"
-    assert jenny._rope_name_callback is jenny.rope_name_callback
-    assert jenny.create_rope_name() == "my_rope"
 
 
 def test_J5_threads_with_ropes_of_one_name_do_not_meet(jenny: Jenny, engine: Engine) -> None:

@@ -59,25 +59,6 @@ class MinimalBody:
         minimal.reset(self.token)
 
 
-def minimal_wsgi(app: Any) -> Any:
-    def middleware(environ: Any, start_response: Any) -> Any:
-        token = minimal.set(object())
-        return MinimalBody(app(environ, start_response), token)
-
-    return middleware
-
-
-def minimal_asgi(app: Any) -> Any:
-    async def middleware(scope: Any, receive: Any, send: Any) -> None:
-        token = minimal.set(object())
-        try:
-            await app(scope, receive, send)
-        finally:
-            minimal.reset(token)
-
-    return middleware
-
-
 def wsgi(handler: Callable[[], object]) -> Any:
     def app(environ: Any, start_response: Any) -> list[bytes]:
         handler()
@@ -127,19 +108,6 @@ def serve_asgi(app: Any) -> Callable[[], None]:
 
 async def nothing() -> None:
     pass
-
-
-def test_P1_a_request_without_a_database_calls_next_to_nothing() -> None:
-    """In WSGI two calls more than the smallest middleware makes, in ASGI none."""
-    bare = wsgi(lambda: None)
-    least = calls_of(serve_wsgi(minimal_wsgi(bare)))
-    assert calls_of(serve_wsgi(WSGIRopeMiddleware(bare))) <= least + 2
-    assert calls_of(serve_wsgi(WSGIRopeMiddleware(bare, commit_on_success=True))) <= least + 7
-
-    bare = asgi(nothing)
-    least = calls_of(serve_asgi(minimal_asgi(bare)))
-    assert calls_of(serve_asgi(ASGIRopeMiddleware(bare))) <= least
-    assert calls_of(serve_asgi(ASGIRopeMiddleware(bare, commit_on_success=True))) <= least + 3
 
 
 def test_P2_what_has_nothing_open_ends_without_a_thread(engine: Engine) -> None:

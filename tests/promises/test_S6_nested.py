@@ -169,81 +169,35 @@ def test_S6_the_decorator_without_its_brackets_is_refused() -> None:
             pass
 
 
-def test_S6_one_open_scope_object_can_be_entered_again(jenny: Jenny) -> None:
-    """One after the other, and within itself: each time a new scope."""
+def test_S6_one_open_scope_object_is_entered_once_at_a_time(jenny: Jenny) -> None:
+    """One after the other it makes a new scope each time; a second entry is refused."""
     again = open_scope("again")
-    with again as first, again as second:
-        assert first is not second
-        assert current_scope() is second
+    with again as first:
+        with pytest.raises(RuntimeError, match="once at a time"), again:
+            pass
+        assert current_scope() is first
     assert no_scope_here()
-    with again as third:
-        assert third.name == "again"
-        assert third not in (first, second)
+    with again as second:
+        assert second.name == "again"
+        assert second is not first
     assert first.closed
     assert second.closed
 
 
 def test_S6_one_open_scope_object_in_several_threads(jenny: Jenny, engine: Engine) -> None:
-    """Threads that share the object leave the scopes that they entered."""
+    """A thread that enters what another one is in is refused, and ends nothing of that one's."""
     shared = open_scope("shared")
-    entered, left = threading.Barrier(2, timeout=30), threading.Event()
-
-    def first() -> None:
-        with shared as scope:
-            session = use(jenny.session)
-            entered.wait()
-            assert left.wait(30)
-            assert not scope.closed
-            assert jenny.session is session
-            assert session.in_transaction()
 
     def second() -> None:
-        entered.wait()
-        with shared as scope:
-            use(jenny.session)
-        assert scope.closed
-        left.set()
+        with pytest.raises(RuntimeError, match="once at a time"), shared:
+            pass
 
-    with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(contextvars.Context().run, work) for work in (first, second)]
-        try:
-            futures[1].result(60)
-        finally:
-            left.set()
-        futures[0].result(60)
-    assert checked_out(engine) == 0
-
-
-def test_S6_the_first_of_two_threads_leaves_first(jenny: Jenny, engine: Engine) -> None:
-    """Scopes that are left in the order in which they were entered, on one shared object."""
-    shared = open_scope("shared")
-    inside, left = threading.Event(), threading.Event()
-    scopes: dict[str, Scope] = {}
-
-    def first() -> None:
-        with shared as scope:
-            scopes["first"] = scope
-            use(jenny.session)
-            assert inside.wait(30)
-
-    def second() -> None:
-        with shared as scope:
-            scopes["second"] = scope
-            session = use(jenny.session)
-            inside.set()
-            assert left.wait(30)
-            assert scopes["first"].closed
-            assert not scope.closed
-            assert jenny.session is session
-
-    with ThreadPoolExecutor(2) as pool:
-        one = pool.submit(contextvars.Context().run, first)
-        two = pool.submit(contextvars.Context().run, second)
-        try:
-            one.result(60)
-        finally:
-            left.set()
-        two.result(60)
+    with ThreadPoolExecutor(1) as pool, shared as scope:
+        session = use(jenny.session)
+        pool.submit(contextvars.Context().run, second).result(60)
+        assert not scope.closed
+        assert jenny.session is session
+        assert session.in_transaction()
     assert checked_out(engine) == 0
 
 
@@ -393,10 +347,10 @@ def test_S6_an_inner_body_closed_early_leaves_the_scope_to_the_outer_middleware(
 
 
 @pytest.mark.parametrize("outer_commits", [True, False])
-def test_S6_the_outer_middlewares_options_rule(
+def test_S6_the_options_of_two_middlewares_add_up(
     outer_commits: bool, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
-    """The inner one's are without effect."""
+    """The scope commits where either of them asks for it."""
 
     def app(environ: Any, start_response: Any) -> Any:
         jenny.session.add(Row(name="x"))
@@ -405,7 +359,7 @@ def test_S6_the_outer_middlewares_options_rule(
 
     inner = WSGIRopeMiddleware(app, commit_on_success=not outer_commits)
     Server()(WSGIRopeMiddleware(inner, commit_on_success=outer_commits))
-    assert rows(engine) == outer_commits
+    assert rows(engine) == 1
 
 
 def test_S6_a_copy_of_the_environ_shares_the_scope_too(

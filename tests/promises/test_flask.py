@@ -484,7 +484,7 @@ def test_flask_without_a_context_the_scope_is_the_next_best(
     """It shares the core's scope; a context within one has its own session all the same."""
     with open_scope() as scope:
         mine = use(session)
-        assert scope._session_of(session.registry) is mine
+        assert session.registry.scope() is scope
         with app.app_context():
             assert session() is not mine
             assert current_scope() is scope

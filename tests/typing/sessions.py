@@ -69,8 +69,8 @@ def sync(engine: Engine) -> None:
     jenny.remove()
     jenny.remove("a name")
     jenny.set_rope()
-    jenny.rope_name_callback = lambda: "a name"
-    assert_type(jenny.rope_name_callback, Callable[[], str] | None)
+    jenny._rope_name_callback = lambda: "a name"
+    assert_type(jenny._rope_name_callback, Callable[[], str] | None)
 
     SessionJenny(sessionmaker(engine), key)
     SessionJenny(sessionmaker(engine), scopefunc=key, strict=True)

@@ -35,7 +35,7 @@ def sessions(engine: Engine, async_engine: AsyncEngine) -> None:
     jenny = SessionJenny(sessionmaker(engine))
     jenny.session = jenny.session  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     jenny.remove(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    jenny.rope_name_callback = "a name"  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    jenny._rope_name_callback = "a name"  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
     jenny.query_by_magic()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
 
 

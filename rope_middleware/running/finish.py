@@ -1,43 +1,23 @@
-"""Running work to its end from async code: past cancellation, and off the event loop.
+"""Running work to its end, however often the caller is cancelled meanwhile.
 
 Knows neither scopes nor sessions. anyio is imported when it is first needed, so that an
 application without async code never loads it.
-
-Under asyncio, work goes to threads of its own (`_Worker`): each request that leaves a transaction
-open waits for one such hop, and anyio's own takes more than twice as long.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import os
 import sys
-import threading
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AbstractContextManager, nullcontext, suppress
-from contextvars import Context, copy_context
-from queue import Empty, SimpleQueue
+from collections.abc import Awaitable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import Context
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-__all__ = [
-    "finish",
-    "finish_in_thread",
-    "in_anyio_thread",
-    "in_thread",
-    "is_async_running",
-    "running_loop",
-    "within",
-]
+__all__ = ["finish", "is_async_running", "running_loop", "to_end", "within"]
 
 _T = TypeVar("_T")
-
-_Call = tuple[Context, Callable[[Any], Any], Any, asyncio.Future[Any]]
-
-IDLE_SECONDS = 10.0
-"""How long a worker thread that has nothing to do is kept."""
 
 # The event loop holds tasks weakly. One that is still ending something must stay alive even
 # where its waiter is gone. https://docs.python.org/3/library/asyncio-task.html#creating-tasks
@@ -88,10 +68,10 @@ async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _
     task = loop.create_task(work)
     _ending.add(task)
     task.add_done_callback(_ending.discard)
-    return await _to_end(loop, task, grace)
+    return await to_end(loop, task, grace)
 
 
-async def _to_end(
+async def to_end(
     loop: asyncio.AbstractEventLoop, work: asyncio.Future[_T], grace: float | None
 ) -> _T:
     """Wait for a task or future that is under way. See `finish`."""
@@ -178,8 +158,8 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
 class _Deadlines:
     """What has to be done by when in one event loop, under one timer for all.
 
-    A timer for each would cost more than all else that ends an AsyncSession here: asyncio
-    computes its wait for the next timer at each turn of the loop.
+    A timer for each costs 6 to 12 us more: asyncio computes its wait for the next timer at each
+    turn of the loop.
     """
 
     def __init__(self) -> None:
@@ -211,128 +191,3 @@ class _Deadlines:
 
 
 _deadlines: WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = WeakKeyDictionary()
-
-
-async def in_thread(func: Callable[[Any], _T], argument: Any) -> _T:
-    """Call `func` in a worker thread that needs no token of anyio's shared limiter.
-
-    The shared tokens are held by handlers that may be waiting for the very connection that
-    this call is about to give back. The number of threads is bounded by the number of connections
-    that are checked out.
-
-    Under asyncio `func` cannot use ``anyio.from_thread``: see `in_anyio_thread`.
-    """
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return await in_anyio_thread(func, argument)
-    return await _start_in_thread(loop, func, argument)
-
-
-async def in_anyio_thread(func: Callable[[Any], _T], argument: Any) -> _T:
-    """`in_thread`, for functions of the application, which may use ``anyio.from_thread``."""
-    import anyio
-    import anyio.to_thread
-
-    # A limiter of its own for each call cannot run out.
-    return await anyio.to_thread.run_sync(func, argument, limiter=anyio.CapacityLimiter(1))
-
-
-async def finish_in_thread(func: Callable[[Any], _T], argument: Any, grace: float | None) -> _T:
-    """``finish(in_thread(func, argument), grace)``, without the price of a task.
-
-    When the grace is over the caller goes on, and the thread comes to its end without it.
-    """
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return await finish(in_anyio_thread(func, argument), grace)
-    return await _to_end(loop, _start_in_thread(loop, func, argument), grace)
-
-
-# -- worker threads ----------------------------------------------------------------------------
-
-# Threads without work, the last to be free on the right. They hold nothing of a request, so they
-# serve every event loop of the process.
-_idle: deque[_Worker] = deque()
-
-
-def _end_idle() -> None:
-    with suppress(IndexError):
-        while True:
-            worker = _idle.pop()
-            worker.calls.put(None)
-            worker.join()
-
-
-if hasattr(os, "register_at_fork"):
-    # A forked process has none of its parent's threads, and Python warns of a fork beside them:
-    # those without work end before it.
-    os.register_at_fork(before=_end_idle, after_in_child=_idle.clear)
-
-
-def _start_in_thread(
-    loop: asyncio.AbstractEventLoop, func: Callable[[Any], _T], argument: Any
-) -> asyncio.Future[_T]:
-    done: asyncio.Future[_T] = loop.create_future()
-    try:
-        worker = _idle.pop()
-    except IndexError:
-        worker = _Worker()
-        worker.start()
-    worker.calls.put((copy_context(), func, argument, done))
-    return done
-
-
-class _Worker(threading.Thread):
-    """Makes one call after the other, and ends when there has been none for a while."""
-
-    def __init__(self) -> None:
-        # A daemon, so that an idle one does not keep the process. What is under way is waited for
-        # by its event loop, which ends before the process does.
-        super().__init__(name="rope_middleware", daemon=True)
-        self.calls: SimpleQueue[_Call | None] = SimpleQueue()
-
-    def run(self) -> None:
-        while True:
-            try:
-                call = self.calls.get(timeout=IDLE_SECONDS)
-            except Empty:
-                try:
-                    _idle.remove(self)
-                except ValueError:
-                    continue  # taken in this instant: a call is on its way
-                return
-            if call is None:
-                return
-            self._make(*call)
-            del call  # an idle thread keeps nothing alive
-
-    def _make(
-        self,
-        context: Context,
-        func: Callable[[Any], Any],
-        argument: Any,
-        done: asyncio.Future[Any],
-    ) -> None:
-        try:
-            try:
-                result = context.run(func, argument)
-            except StopIteration as error:
-                # In a future it means "done": the waiter would take it for a result, or, where
-                # the future refuses it, wait for ever.
-                raise RuntimeError("a call in a thread raised StopIteration") from error
-        except BaseException as error:
-            self._tell(done, done.set_exception, error)
-            del error, done
-        else:
-            self._tell(done, done.set_result, result)
-
-    def _tell(self, done: asyncio.Future[Any], tell: Callable[[Any], None], outcome: Any) -> None:
-        def wake() -> None:
-            if not done.done():  # the waiter's grace may be over
-                tell(outcome)
-
-        _idle.append(self)  # first: who is woken may have the next call
-        with suppress(RuntimeError):  # the event loop is closed, and nobody waits
-            done.get_loop().call_soon_threadsafe(wake)

@@ -12,7 +12,8 @@ from typing import cast
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
 
-from rope_middleware.scope import current
+from rope_middleware.scope.context import current
+from rope_middleware.scope.scope import note_refusal
 
 __all__ = ["backoff", "is_refusal", "listen_for_refusals"]
 
@@ -60,7 +61,7 @@ def is_refusal(error: BaseException | None) -> bool:
 
 
 def listen_for_refusals() -> None:
-    """Have refused transactions be noted on the scope they happen in. Done once."""
+    """Note refused transactions on the scope that they happen in. Done once."""
     if not event.contains(Engine, "handle_error", _on_error):
         event.listen(Engine, "handle_error", _on_error)
 
@@ -68,7 +69,7 @@ def listen_for_refusals() -> None:
 def _on_error(context: ExceptionContext) -> None:
     scope = current.get(None)
     if scope is not None and is_refusal(context.original_exception):
-        scope._refused = context.original_exception
+        note_refusal(scope, context.original_exception)
 
 
 def backoff(tries: int) -> float:
@@ -79,4 +80,4 @@ def backoff(tries: int) -> float:
 
     See https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
-    return random.uniform(0, min(1.0, 0.005 * 2.0**tries))  # noqa: S311 - no secret
+    return random.uniform(0, min(1.0, 0.005 * 2.0 ** min(tries, 10)))  # noqa: S311 - no secret

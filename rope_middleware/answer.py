@@ -1,0 +1,143 @@
+"""What a response means for the scope: a table, without I/O. Both boundaries carry it out.
+
+| status    | the commit failed before | may be run again | the scope commits      | act       |
+|-----------|--------------------------|------------------|------------------------|-----------|
+| from 500  |                          | yes              |                        | HOLD      |
+| under 400 | yes                      | yes              |                        | HOLD      |
+| under 400 | yes                      | no               |                        | REPLACE   |
+| from 400  | yes                      | no               |                        | PASS      |
+| any       | no                       | no               | no                     | PASS      |
+| from 400  | no                       | no               | yes                    | ROLL_BACK |
+| under 400 | no                       | no               | yes, doomed or vetoed  | ROLL_BACK |
+| under 400 | no                       | no               | yes                    | COMMIT    |
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+from rope_middleware.scope.response import is_doomed, options_now
+from rope_middleware.scope.scope import Scope, has_refused
+
+__all__ = [
+    "FAILED",
+    "HELD",
+    "REPLACED",
+    "REPLAY_LIMIT",
+    "SERVER_ERROR",
+    "STARTED",
+    "WAITING",
+    "Act",
+    "Gate",
+    "decide",
+]
+
+REPLAY_LIMIT = 1024 * 1024  # bytes of memory for a request that may be run again
+SERVER_ERROR = b"Internal Server Error"  # the body of the plain 500
+
+Headers = Callable[[], list[tuple[str, str]]]
+
+
+class Act(enum.Enum):
+    """What to do with a response that is about to start."""
+
+    COMMIT = enum.auto()  # then start it
+    ROLL_BACK = enum.auto()  # then start it
+    PASS = enum.auto()  # start it
+    HOLD = enum.auto()  # keep it back: the request is run again
+    REPLACE = enum.auto()  # answer an error in its place
+
+
+def decide(status: int, *, failed: bool, may_retry: bool, commits: bool) -> Act:
+    """Decide on a response that is about to start.
+
+    Args:
+        status: of the response.
+        failed: the commit for this response has failed already, and the app has swallowed that.
+        may_retry: the request may be run again (C6).
+        commits: the scope commits on success.
+
+    Returns:
+        What to do; of a COMMIT that is doomed or vetoed it is ROLL_BACK.
+    """
+    if may_retry and (status >= 500 or (failed and status < 400)):
+        return Act.HOLD
+    if failed:
+        return Act.PASS if status >= 400 else Act.REPLACE
+    if not commits:
+        return Act.PASS
+    return Act.COMMIT if status < 400 else Act.ROLL_BACK
+
+
+# What has become of the response of one try. FAILED: its commit has, and nothing has started.
+WAITING, FAILED, HELD, REPLACED, STARTED = range(5)
+
+
+class Gate:
+    """What both boundaries know of one try's response.
+
+    Args:
+        scope: the request's.
+        may_replay: tells whether the request can be run again as it came; None: no try follows.
+    """
+
+    __slots__ = ("_may_replay", "_scope", "commits", "state", "why")
+
+    def __init__(self, scope: Scope, may_replay: Callable[[], bool] | None) -> None:
+        self._scope = scope
+        self._may_replay = may_replay
+        self.state = WAITING
+        self.commits = False  # what is done after the response's start
+        self.why = ""  # it is not committed
+
+    def passes(self, status: int) -> bool:
+        """Let a plain success start: no session was used, so there is nothing to settle.
+
+        What `decide` says of it costs 1 us more, on the path of every request that commits.
+        """
+        if (
+            self._scope._sessions is None
+            and status < 400
+            and self.state == WAITING
+            and self._may_replay is None
+            and self._scope._options.commit_veto is None
+        ):
+            self.commits = self._scope._options.commit_on_success
+            self.state = STARTED
+            return True
+        return False
+
+    def may_try_again(self) -> bool:
+        """Tell whether this try may be run again (C6)."""
+        return (
+            self._may_replay is not None
+            and self.state <= HELD
+            and has_refused(self._scope)
+            and self._may_replay()
+        )
+
+    def decide(self, status: int, headers: Headers) -> Act:
+        """Decide on the response that the app has announced; `why` tells the reason."""
+        options = options_now(self._scope)
+        act = decide(
+            status,
+            failed=self.state == FAILED,
+            may_retry=self._may_replay is not None and self.may_try_again(),
+            commits=options.commit_on_success,
+        )
+        if act is Act.COMMIT:
+            if is_doomed(self._scope):
+                self.why = "doomed"
+            elif options.commit_veto is not None and options.commit_veto(status, headers()):
+                self.why = "vetoed"
+            return Act.ROLL_BACK if self.why else act
+        if act is not Act.PASS:
+            self.why = f"status {status}"
+        return act
+
+    def why_not(self) -> str:
+        """Tell why what was done after the response's start is not committed; "" where it is."""
+        if not self.commits:
+            return self.why or ("no response" if self.state == WAITING else "no success")
+        return "doomed" if is_doomed(self._scope) else ""

@@ -1,0 +1,87 @@
+"""The calling frame, and holding something in it for as long as it lasts."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["calling_frame", "held_by", "hold"]
+
+# The facade: this package, and the module of scoped_session's methods.
+_PACKAGE = "rope_middleware."
+_SCOPING = "sqlalchemy.orm.scoping"
+
+# Up to Python 3.11 they have frames of their own, which are gone before the next line. From
+# 3.12 on most of them have none. https://peps.python.org/pep-0709/
+_COMPREHENSIONS = frozenset({"<dictcomp>", "<listcomp>", "<setcomp>"})
+
+
+def calling_frame() -> FrameType:
+    """Return the first frame outside the facade that is there to hold something."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        module: object = frame.f_globals.get("__name__")
+        if not (
+            module == _SCOPING
+            or (isinstance(module, str) and module.startswith(_PACKAGE))
+            or code.co_name in _COMPREHENSIONS
+            # A class body hands its local variables to the class, which keeps them for ever
+            # (and an Enum makes members of them): the frame around it is the one that goes.
+            or (not code.co_flags & inspect.CO_OPTIMIZED and _is_class_body(frame))
+        ):
+            return frame
+        frame = frame.f_back
+    raise RuntimeError("A rope needs a Python frame to hang on, and there is none.")
+
+
+def _is_class_body(frame: FrameType) -> bool:
+    variables = frame.f_locals
+    return variables is not frame.f_globals and _get(variables, "__qualname__") is not None
+
+
+def _get(variables: Any, name: str) -> object:
+    """Return a variable or None; exec() takes mappings that can hardly more than be indexed."""
+    try:
+        return variables[name]
+    except KeyError:
+        return None
+
+
+def _hidden(frame: FrameType, name: str) -> str:
+    """Return the key under which `frame` holds a rope called `name`."""
+    if name.isidentifier():
+        code = frame.f_code
+        if name in code.co_varnames or name in code.co_cellvars or name in code.co_freevars:
+            # The function has a variable of that name, and Python 3.13 would overwrite it;
+            # before, the function's next assignment would drop the rope. PEP 667.
+            return f"{name} (rope)"
+    return name
+
+
+def hold(frame: FrameType, name: str, rope: object) -> None:
+    """Set `rope` as a local variable of `frame`."""
+    variables = frame.f_locals
+    variables[_hidden(frame, name)] = rope
+    if (
+        _COPIES
+        and frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        # Of very many variables only where there is an error to be found among them.
+        and (len(variables) < 30 or sys.exception() is not None)
+    ):
+        for key in [key for key, value in variables.items() if isinstance(value, _CYCLIC)]:
+            del variables[key]
+
+
+# Before Python 3.13 the local variables of a function are copied into the frame when they are
+# read, and stay there until they are read again. What refers to the frame would keep it after
+# the function's end, although the function has deleted its variable, as "except ... as" does.
+_COPIES = sys.version_info < (3, 13)
+_CYCLIC = (BaseException, TracebackType, FrameType)
+
+
+def held_by(frame: FrameType, name: str) -> object:
+    """Return what `frame` holds under that name, or None."""
+    return _get(frame.f_locals, _hidden(frame, name))

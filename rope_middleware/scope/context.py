@@ -1,0 +1,70 @@
+"""Which scope is current here, and a few words about errors and functions for all floors."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from contextvars import ContextVar, Token
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rope_middleware.scope.scope import Scope
+
+__all__ = [
+    "SCOPE_KEY",
+    "class_of",
+    "current",
+    "is_async_callable",
+    "logger",
+    "removing",
+    "unbind",
+]
+
+SCOPE_KEY = "rope_middleware.scope"
+"""Where the ASGI scope and the WSGI environ carry the open Scope."""
+
+logger: logging.Logger = logging.getLogger("rope_middleware")
+
+current: ContextVar[Scope | None] = ContextVar("rope_middleware.scope")
+"""The scope that is open here."""
+
+removing: ContextVar[Scope | None] = ContextVar("rope_middleware.removing", default=None)
+"""The scope that has ended and is just removing the sessions of plain scoped_sessions.
+
+They find their session by `current_scope`, which refuses an ended scope to everybody else.
+"""
+
+
+def unbind(token: Token[Scope | None]) -> None:
+    """Give the ContextVar `current` the value it had before."""
+    try:
+        current.reset(token)
+    except ValueError:
+        # Left in another context than it was entered in (a coroutine closed by the garbage
+        # collector, a generator dependency run in two threads): here nothing was set.
+        pass
+
+
+def class_of(error: BaseException | None) -> str:
+    """Name the class of `error`, and of the driver's error inside of it.
+
+    Not its text: that may hold bound values, which are no matter for a log.
+    """
+    name = f"{type(error).__module__}.{type(error).__qualname__}"
+    try:
+        inner = getattr(error, "orig", None)
+    except Exception:  # a property of the driver's, or of the user's
+        inner = None
+    if inner is None or inner is error:
+        return name
+    return f"{name} ({type(inner).__module__}.{type(inner).__qualname__})"
+
+
+def is_async_callable(fn: object) -> bool:
+    """Tell whether calling `fn` gives a coroutine: async functions, methods, partials, objects."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
+        getattr(fn, "__call__", None)  # noqa: B004 - not a test for callable()
+    )

@@ -1,0 +1,85 @@
+"""What a scope asks of the sessions that it keeps: a protocol, for type checkers alone."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+__all__ = ["PlainKind", "SessionKey", "SessionKind"]
+
+
+class SessionKind(Protocol):
+    """How sessions of one kind are committed and ended.
+
+    Of an async kind `flush`, `prepare`, `commit`, `rollback` and `close` return awaitables.
+    """
+
+    is_async: bool
+
+    def inner(self, session: Any, /) -> Any:
+        """Return the inner session of what a factory made, or None."""
+        ...
+
+    def handed_out(self, session: Any, /) -> Any:
+        """Return what a factory made, given its inner session; None if it is gone."""
+        ...
+
+    def is_idle(self, session: Any, /) -> bool:
+        """Tell whether `session` has nothing open, so that ending it needs no I/O."""
+        ...
+
+    def is_twophase(self, session: Any, /) -> bool:
+        """Tell whether `session` commits in two phases."""
+        ...
+
+    def flush(self, session: Any, /) -> Any:
+        """Write what is pending."""
+        ...
+
+    def prepare(self, session: Any, /) -> Any:
+        """First phase of a two-phase commit."""
+        ...
+
+    def commit(self, session: Any, /) -> Any:
+        """Commit."""
+        ...
+
+    def rollback(self, session: Any, /) -> Any:
+        """Roll back and give back the connection."""
+        ...
+
+    def close(self, session: Any, /) -> Any:
+        """Close the session; whatever happens, give back or invalidate its connections."""
+        ...
+
+    def discard(self, session: Any, /) -> None:
+        """End an idle session, without I/O."""
+        ...
+
+    def invalidate(self, session: Any, /) -> None:
+        """Throw the session's connections away at once, without waiting for the database."""
+        ...
+
+    def detach(self, session: Any, /) -> None:
+        """Leave to the parent process, in a forked one, what the session has open."""
+        ...
+
+    def explain(self, error: BaseException, /) -> None:
+        """Add notes to an error that has left a scope with sessions of this kind."""
+        ...
+
+    def owns(self, session: Any, /) -> bool:
+        """Tell whether the current session of this kind is `session`; plain ones only."""
+        ...
+
+
+class SessionKey(Protocol):
+    """Under what a scope keeps a session: a registry."""
+
+    @property
+    def kind(self) -> SessionKind:
+        """How the session is committed and ended."""
+        ...
+
+
+class PlainKind(SessionKind, SessionKey, Protocol):
+    """A plain scoped_session: it keeps its session itself, so it is key and kind at once."""

@@ -1,0 +1,263 @@
+"""Opening a scope by hand, and asking for the one that is open."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from asyncio import CancelledError
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar, cast
+from weakref import ref
+
+from rope_middleware.errors import RopeError, no_scope
+from rope_middleware.running.finish import is_async_running
+from rope_middleware.scope.context import class_of, current, is_async_callable, removing
+from rope_middleware.scope.ending import aend, detach, end, end_closing, explain
+from rope_middleware.scope.options import options_of
+from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
+
+__all__ = ["current_scope", "open_scope"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_ScopeT = TypeVar("_ScopeT", bound=Scope)
+
+
+def current_scope() -> Scope:
+    """Return the open scope. Usable as ``scoped_session(..., scopefunc=current_scope)``.
+
+    Returns:
+        The scope of the request being served, or of the innermost ``with open_scope():``.
+
+    Raises:
+        NoScopeError: no scope is open here.
+        ScopeClosedError: this code has outlived the scope that it was started in.
+    """
+    scope = current.get(None)
+    if scope is None:
+        raise no_scope()
+    if scope._state and removing.get() is not scope:
+        scope._raise_closed()
+    return scope
+
+
+class open_scope:  # noqa: N801 - used like a function
+    """Open a scope by hand: ``with``, ``async with``, or as a decorator.
+
+    The scope is an inner one where another is open already, with sessions of its own; the
+    outer one is untouched and current again afterwards. One object is entered once at a time. As
+    a decorator it opens a new scope for each call::
+
+        with open_scope("import"):
+            jenny.session.add(row)
+            jenny.session.commit()
+
+
+        @open_scope(commit_on_success=True)
+        async def job(): ...
+
+    Args:
+        name: what error texts and log lines call the scope; the function's name where it is
+            used as a decorator.
+        commit_on_success: commit when the block ends without an error.
+        close_timeout: seconds that each async session may take to give its connection back, 10
+            by default; past it the connection is invalidated.
+
+    Returns:
+        A context manager; ``with`` and ``async with`` give the `Scope`.
+
+    Raises:
+        TypeError: an argument is of a wrong type, or it decorates a generator function, whose body
+            runs after the call.
+        ValueError: `close_timeout` is not more than 0.
+        RuntimeError: it is entered a second time before it is left.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        commit_on_success: bool = False,
+        close_timeout: float = 10.0,
+    ) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(
+                f"open_scope() takes a name, not {name!r}. As a decorator it needs its "
+                "brackets: @open_scope()."
+            )
+        self._name = name
+        self._options = options_of(
+            "open_scope()",
+            {"commit_on_success": commit_on_success, "close_timeout": close_timeout},
+        )
+        self._entering = threading.Lock()
+        self._entered: tuple[Scope, Scope | None] | None = None
+
+    def _enter(self, scope: _ScopeT) -> _ScopeT:
+        if not self._entering.acquire(blocking=False):
+            raise RuntimeError(
+                "This open_scope() is entered already, and one object is entered once at a time: "
+                "its end would be somebody else's. Write open_scope() where you enter it."
+            )
+        outer = current.get(None)
+        if outer is None or outer._state:
+            scope._open(self._name or "open_scope()", self._options)
+        else:
+            # Plain scoped_sessions find their session by the current scope: it has its own here.
+            scope._open(
+                self._name or "open_scope()",
+                self._options,
+                tuple(kind for kind in outer._registries if scope._is_async or not kind.is_async),
+            )
+            scope._outer = ref(outer)
+            if outer._info is not None:
+                scope._info = outer._info.copy()
+        self._entered = scope, outer
+        current.set(scope)
+        return scope
+
+    def _leave(self, error: BaseException | None) -> tuple[Scope, bool, str]:
+        assert self._entered is not None  # noqa: S101 - `_enter` has set it
+        scope, _ = self._entered
+        if error is not None:
+            explain(scope, error)
+        commits = self._options.commit_on_success and error is None and not scope._doomed
+        return scope, commits, "doomed" if error is None else class_of(error)
+
+    def _restore(self) -> None:
+        """Make the former scope current again."""
+        assert self._entered is not None  # noqa: S101
+        scope, former = self._entered
+        self._entered = None
+        self._entering.release()
+        restore(scope, former)
+
+    def __enter__(self) -> Scope:
+        return self._enter(Scope())
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        scope, commits, why = self._leave(error)
+        try:
+            end(scope, commits, why)
+        finally:
+            self._restore()
+
+    async def __aenter__(self) -> Scope:
+        scope = self._enter(AsyncScope())
+        scope._thread = threading.get_ident()
+        return scope
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        scope, commits, why = self._leave(error)
+        try:
+            if isinstance(error, GeneratorExit) and not _may_await(traceback):
+                end_closing(scope)
+            else:
+                await aend(scope, commits, why)
+        except CancelledError:
+            if error is None:
+                raise  # else: the block's own error goes on
+        finally:
+            self._restore()
+
+    def _again(self, fn: Callable[..., Any]) -> open_scope:
+        again = open_scope(self._name or getattr(fn, "__qualname__", None))
+        again._options = self._options
+        return again
+
+    def __call__(self, fn: Callable[_P, _T]) -> Callable[_P, _T]:
+        """Decorate `fn`, sync or async: each call of it has a scope of its own."""
+        if isinstance(fn, type):
+            raise TypeError(
+                f"@open_scope() cannot decorate the class {fn!r}: its methods run after the call "
+                "has returned. Decorate the methods."
+            )
+        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError(
+                f"@open_scope() cannot decorate the generator {fn!r}: its body runs after the "
+                'call has returned. Use "with open_scope():" inside of it.'
+            )
+        if is_async_callable(fn):
+
+            @wraps(fn)
+            async def in_async_scope(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+                async with self._again(fn):
+                    return await cast("Awaitable[Any]", fn(*args, **kwargs))
+
+            return cast("Callable[_P, _T]", in_async_scope)
+
+        @wraps(fn)
+        def in_scope(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            with self._again(fn):
+                result = fn(*args, **kwargs)
+                if inspect.isawaitable(result):
+                    raise _returned_awaitable(fn, result)
+                return result
+
+        return in_scope
+
+
+def _returned_awaitable(fn: object, result: object) -> RopeError:
+    if inspect.iscoroutine(result):
+        result.close()
+    return RopeError(
+        f"@open_scope() took {fn!r} for a plain function, and it returned an awaitable: that would "
+        "be awaited after the scope has ended. Decorate the async function itself, below the "
+        'other decorators, or use "async with open_scope():" inside of it.'
+    )
+
+
+def _may_await(traceback: TracebackType | None) -> bool:
+    """Tell whether code that GeneratorExit goes through can still await.
+
+    An async generator can (its aclose() is awaited), a coroutine that is closed cannot.
+    """
+    return (
+        traceback is not None
+        and bool(traceback.tb_frame.f_code.co_flags & inspect.CO_ASYNC_GENERATOR)
+        and is_async_running()
+    )
+
+
+def restore(scope: Scope, former: Scope | None) -> None:
+    """Make `former` current again, also where scopes are not left in order.
+
+    Generators that open a scope each may be closed in any order. A scope that is left while
+    another one is current cannot reset the ContextVar: it records what was current before it. When
+    that scope becomes current again, the loop below steps over it.
+    """
+    if current.get(None) is not scope:
+        scope._left = (former,)
+        return
+    while former is not None and former._left is not None:
+        former = former._left[0]
+    current.set(former)
+
+
+def _after_fork() -> None:
+    """Leave to the parent, in a forked process, what is open where it was forked.
+
+    What other threads and tasks have open is not reached any more: they are not there.
+    """
+    scope = current.get(None)
+    while scope is not None:
+        if scope._state == OPEN:
+            detach(scope)
+        scope = None if scope._outer is None else scope._outer()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

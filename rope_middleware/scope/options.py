@@ -1,0 +1,101 @@
+"""What a middleware or an `open_scope` was asked for: one frozen object, checked once."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from rope_middleware.protocols import Veto
+from rope_middleware.scope.context import is_async_callable
+
+__all__ = ["DEFAULT", "Options", "options_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of a scope.
+
+    Args:
+        commit_on_success: commit before a response with a status under 400 starts, else roll
+            back; `open_scope` commits when its block ends without an error.
+        commit_veto: called with the status and the headers (a list of pairs of str) of a response
+            that would commit; where it returns something true, the scope rolls back.
+        retries: how often a request is run again when the database refused its transaction as
+            one to try again.
+        close_timeout: seconds that each async session may take to give its connection back; past
+            it the connection is invalidated.
+
+    Raises:
+        TypeError: an option is of a wrong type.
+        ValueError: an option is of the right type and cannot be meant.
+    """
+
+    commit_on_success: bool = False
+    commit_veto: Veto | None = None
+    retries: int = 0
+    close_timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        _check_flag("commit_on_success", self.commit_on_success)
+        veto: object = self.commit_veto
+        if veto is not None and (not callable(veto) or is_async_callable(veto)):
+            raise TypeError(
+                "commit_veto must be a plain function of (status, headers) that returns true "
+                f"where the request must not be committed, not {veto!r}."
+            )
+        retries: object = self.retries
+        if isinstance(retries, bool) or not isinstance(retries, int):
+            raise TypeError(f"retries is a number of further tries, not {retries!r}.")
+        if retries < 0:
+            raise ValueError(f"retries cannot be negative: {retries!r}.")
+        _check_seconds("close_timeout", self.close_timeout)
+
+    def plus(self, inner: Options) -> Options:
+        """Add the options of a middleware that stands inside of this one's (S6)."""
+        return replace(
+            self,
+            commit_on_success=self.commit_on_success or inner.commit_on_success,
+            commit_veto=_either(self.commit_veto, inner.commit_veto),
+        )
+
+
+def options_of(who: str, given: dict[str, Any]) -> Options:
+    """Make the options that a user gave by keyword.
+
+    Raises:
+        TypeError: there is no such option, or it is of a wrong type.
+        ValueError: it is of the right type and cannot be meant.
+    """
+    known = [field.name for field in fields(Options)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise TypeError(
+                f"{who} got an unexpected keyword argument {name!r}.{hint} Its options are "
+                f"{', '.join(known)}."
+            )
+    return Options(**given)
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, not {value!r}.")
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a number of seconds, not {value!r}.")
+    if not value > 0:
+        raise ValueError(f"{name} must be more than 0 seconds, not {value!r}.")
+
+
+def _either(outer: Veto | None, inner: Veto | None) -> Veto | None:
+    """Return a veto that says no where one of the two does."""
+    if outer is None or inner is None or outer is inner:
+        return outer or inner
+    return lambda status, headers: outer(status, headers) or inner(status, headers)
+
+
+DEFAULT = Options()

@@ -1,0 +1,200 @@
+"""What happens in which order when a scope commits, rolls back or ends.
+
+Written once, as coroutines that do no I/O themselves: `Hands` carry it out. Sessions are touched
+by one guarded loop, `each`; how is its argument.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from rope_middleware.errors import RopeError
+from rope_middleware.scope.context import class_of, logger, removing
+from rope_middleware.scope.hands import Hands, Work
+from rope_middleware.scope.kind import SessionKind
+from rope_middleware.scope.scope import CLOSED, ENDED, Scope
+
+__all__ = [
+    "committing",
+    "each",
+    "ending",
+    "held",
+    "invalidate_failed",
+    "open_sessions",
+    "rolling_back",
+    "worse",
+]
+
+
+async def committing(scope: Scope, hands: Hands) -> BaseException | None:
+    """Commit every session, then run what waits for the commit.
+
+    Returns:
+        What the first failing step raised; everything is rolled back then.
+    """
+    try:
+        for _ in range(MOST_ROUNDS):
+            # A listener may write by another jenny while this commit is under way.
+            work = hands.takes(open_sessions(scope))
+            if not work:
+                break
+            await __commit_each(work, hands)
+        else:
+            raise RopeError(
+                f"The commit of {scope.name!r} does not come to an end: after {MOST_ROUNDS} "
+                "rounds a session still has something to commit. Does a listener of a commit "
+                "write by a session that is committed before?"
+            )
+    except BaseException as error:
+        logger.error("commit of %r failed: %s", scope.name, class_of(error))
+        await rolling_back(scope, hands, "its commit failed")
+        return error
+    return await _run_all(scope, hands, "on_commit", _take_on_commit(scope))
+
+
+MOST_ROUNDS = 10
+
+
+async def __commit_each(work: Work, hands: Hands) -> None:
+    if len(work) > 1:
+        # What the database refuses at a flush must not find half of them committed.
+        for key, session in work:
+            await hands.use(key.kind, key.kind.flush, session)
+    for key, session in work:
+        if key.kind.is_twophase(session):
+            await hands.use(key.kind, key.kind.prepare, session)
+    for key, session in work:
+        await hands.use(key.kind, key.kind.commit, session)
+
+
+async def rolling_back(scope: Scope, hands: Hands, why: str) -> None:
+    """Roll every session back, log it, and forget what waits for a commit."""
+    scope._on_commit = None
+    work = open_sessions(scope)
+    if work:
+        logger.info("rolled back %r: %s", scope.name, why)
+
+    async def roll_back(kind: SessionKind, session: Any) -> None:
+        await hands.release(kind, kind.rollback, session)
+
+    await each(scope, work, roll_back)
+
+
+async def ending(scope: Scope, hands: Hands, commits: bool, why: str) -> None:
+    """End the scope: commit or not, close every session, run what waits for the end.
+
+    Raises:
+        BaseException: the first error that is no `Exception` (KeyboardInterrupt, SystemExit), or
+            else what the commit raised; at the end, when everything is given back.
+    """
+    failure: BaseException | None = None
+    if commits:
+        failure = await committing(scope, hands)
+    elif scope._options.commit_on_success and open_sessions(scope):
+        logger.info("rolled back %r: %s", scope.name, why)
+
+    async def close(kind: SessionKind, session: Any) -> None:
+        if kind.is_idle(session):
+            kind.discard(session)
+        else:
+            await hands.release(kind, kind.close, session)
+
+    scope._state = ENDED  # from here on nothing can begin
+    token = removing.set(scope)
+    try:
+        failure = worse(failure, await each(scope, held(scope), close))
+    finally:
+        removing.reset(token)
+    scope._sessions = None
+    failure = worse(failure, await _run_all(scope, hands, "on_close", _take_on_close(scope)))
+    scope._on_commit = None
+    scope._registries = ()
+    scope._gate = None  # they refer to each other
+    scope._state = CLOSED
+    if failure is not None:
+        raise failure
+
+
+async def each(
+    scope: Scope, work: Work, manner: Callable[[SessionKind, Any], Coroutine[Any, Any, None]]
+) -> BaseException | None:
+    """Do with every session what `manner` says; one that fails is invalidated.
+
+    Returns:
+        The first error that has to be raised once all are done.
+    """
+    failure: BaseException | None = None
+    for key, session in work:
+        try:
+            await manner(key.kind, session)
+        except BaseException as error:
+            failure = worse(failure, invalidate_failed(scope, key.kind, session, error))
+    return failure
+
+
+def invalidate_failed(
+    scope: Scope, kind: SessionKind, session: Any, error: BaseException
+) -> BaseException | None:
+    """Log `error` and invalidate what the session holds; return what is to be raised."""
+    logger.error(
+        "closing a session of %r failed, its connection is invalidated: %s",
+        scope.name,
+        class_of(error),
+        exc_info=error,
+    )
+    try:
+        kind.invalidate(session)
+    except Exception:
+        logger.exception("a connection of %r could not be invalidated", scope.name)
+    return error if _is_fatal(error) else None
+
+
+async def _run_all(
+    scope: Scope, hands: Hands, what: str, functions: Iterable[Callable[[], Any]]
+) -> BaseException | None:
+    """Call the application's functions; an error of one is logged, and the others still run."""
+    failure: BaseException | None = None
+    for fn in functions:
+        try:
+            await hands.run(fn)
+        except BaseException as error:
+            if _is_fatal(error):
+                failure = failure or error
+            else:
+                logger.exception("%s function %r of %r failed", what, fn, scope.name)
+    return failure
+
+
+def _take_on_commit(scope: Scope) -> Iterable[Callable[[], Any]]:
+    # One by one: a function may register another one.
+    while scope._on_commit:
+        fn, *scope._on_commit = scope._on_commit
+        yield fn
+
+
+def _take_on_close(scope: Scope) -> list[Callable[[], Any]]:
+    functions, scope._on_close = scope._on_close or [], None
+    return functions[::-1]
+
+
+def _is_fatal(error: BaseException) -> bool:
+    return not isinstance(error, (Exception, asyncio.CancelledError))
+
+
+def worse(first: BaseException | None, second: BaseException | None) -> BaseException | None:
+    """Return which of two errors is raised: the first that is no Exception, else the first."""
+    if first is None or (second is not None and not _is_fatal(first) and _is_fatal(second)):
+        return second
+    return first
+
+
+def held(scope: Scope) -> Work:
+    """Return every session that the scope keeps."""
+    return list((scope._sessions or {}).items())
+
+
+def open_sessions(scope: Scope) -> Work:
+    """Return what has something open, in the order in which it was made."""
+    return [(key, session) for key, session in held(scope) if not key.kind.is_idle(session)]

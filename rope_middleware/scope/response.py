@@ -1,0 +1,107 @@
+"""What the boundaries ask and tell a scope while they serve its request."""
+
+from __future__ import annotations
+
+from threading import get_ident
+from typing import Any
+
+from rope_middleware.scope.context import SCOPE_KEY, class_of, current, logger
+from rope_middleware.scope.kind import PlainKind
+from rope_middleware.scope.options import Options
+from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
+
+__all__ = [
+    "doom_rest",
+    "inner_gate_of",
+    "is_doomed",
+    "log_retry",
+    "open_as",
+    "options_now",
+    "set_inner_gate",
+    "shared_scope",
+    "take_in",
+]
+
+
+def open_as(
+    scope: Scope, name: Any, options: Options, registries: tuple[PlainKind, ...] = ()
+) -> None:
+    """Open a scope that a boundary has just made.
+
+    Args:
+        scope: the new one.
+        name: what its class makes its `name` of.
+        options: the middleware's.
+        registries: the plain scoped_sessions whose sessions it removes.
+    """
+    scope._open(name, options, registries)
+    if isinstance(scope, AsyncScope):
+        scope._thread = get_ident()
+
+
+def options_now(scope: Scope) -> Options:
+    """Return the options of `scope`; another middleware inside may have added its own."""
+    return scope._options
+
+
+def is_doomed(scope: Scope) -> bool:
+    """Tell whether nothing more in `scope` is committed."""
+    return scope._doomed
+
+
+def doom_rest(scope: Scope) -> None:
+    """The response is no success: nothing later in the scope commits, either."""
+    scope._doomed = True
+
+
+def inner_gate_of(scope: Scope) -> Any:
+    """Return what watches the response for a middleware inside, or None."""
+    return scope._gate
+
+
+def set_inner_gate(scope: Scope, gate: Any) -> None:
+    """Note what watches the response: there is one for each scope."""
+    scope._gate = gate
+
+
+def shared_scope(*carriers: Any) -> Scope | None:
+    """Return the open scope that another RopeMiddleware has made for this request, or None.
+
+    Args:
+        carriers: the dictionaries of the request in which it may stand (S6).
+    """
+    for carrier in carriers:
+        scope: Scope | None = carrier.get(SCOPE_KEY)
+        if scope is not None and scope._state == OPEN:
+            return None if _is_around(scope, current.get(None)) else scope
+    return None
+
+
+def _is_around(outer: Scope, inner: Scope | None) -> bool:
+    """Tell whether `inner` was opened by an open_scope() within `outer`."""
+    while inner is not None and inner is not outer:
+        inner = None if inner._outer is None else inner._outer()
+        if inner is outer:
+            return True
+    return False
+
+
+def take_in(scope: Scope, options: Options, registries: tuple[PlainKind, ...]) -> bool:
+    """Add what a middleware inside of the one that opened `scope` asks for (S6).
+
+    Returns:
+        Whether a gate has to be made now: the scope commits, and nobody watches its response.
+    """
+    before = scope._options
+    scope._options = scope._options.plus(options)
+    more = tuple(kind for kind in registries if kind not in scope._registries)
+    if more:
+        scope._registries += more
+        scope._begin_use().update(dict.fromkeys(more))
+    watched = before.commit_on_success or before.retries or scope._gate is not None
+    return scope._options.commit_on_success and not watched
+
+
+def log_retry(scope: Scope, number: int, of: int) -> None:
+    """Log that a request is run again because the database refused its transaction."""
+    logger.warning("retry %d of %d of %r: %s", number, of, scope.name, class_of(scope._refused))

@@ -1,0 +1,1 @@
+"""Everything that knows SQLAlchemy: from the current scope to its session, and back."""

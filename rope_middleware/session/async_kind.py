@@ -1,0 +1,119 @@
+"""How AsyncSessions commit and end: the twin of `kinds`.
+
+Apart from it because SQLAlchemy's asyncio half needs greenlet, which a sync application does not
+install.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+try:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_session
+except ImportError as _error:
+    raise ImportError(
+        "AsyncSessionJenny needs SQLAlchemy's asyncio extension: "
+        "pip install 'rope-middleware[asyncio]'"
+    ) from _error
+
+from sqlalchemy.orm import Session
+
+from rope_middleware.session import closing
+from rope_middleware.session.kinds import SyncKind
+from rope_middleware.session.sharing import note_shared_session
+
+__all__ = ["ASYNC", "FOREIGN_ASYNC", "AsyncKind", "ForeignAsyncKind"]
+
+_CLOSE = AsyncSession.close
+
+
+class AsyncKind(SyncKind):
+    """Sessions that are SQLAlchemy's `AsyncSession`."""
+
+    is_async = True
+
+    def inner(self, session: Any, /) -> Any:
+        return session.sync_session
+
+    def handed_out(self, session: Any, /) -> Any:
+        return async_session(session)
+
+    def is_idle(self, session: Any, /) -> bool:
+        return closing.has_nothing_open(session.sync_session) and not closing.overrides_close(
+            session, _CLOSE
+        )
+
+    def is_twophase(self, session: Any, /) -> bool:
+        return bool(session.sync_session.twophase)
+
+    async def prepare(self, session: Any, /) -> None:
+        await session.run_sync(Session.prepare)
+
+    async def close(self, session: Any, /) -> None:
+        if not closing.overrides_close(session, _CLOSE):
+            await session.run_sync(closing.close)
+            return
+        try:
+            await session.close()
+        finally:
+            closing.invalidate(session.sync_session)
+
+    def discard(self, session: Any, /) -> None:
+        closing.discard(session.sync_session)
+
+    def invalidate(self, session: Any, /) -> None:
+        closing.invalidate(session.sync_session)
+
+    def detach(self, session: Any, /) -> None:
+        closing.detach(session.sync_session)
+
+    def explain(self, error: BaseException, /) -> None:
+        note_shared_session(error)
+
+
+class ForeignAsyncKind(AsyncKind):
+    """What a factory may return besides: anything that has a `close()`. See `ForeignKind`."""
+
+    def inner(self, session: Any, /) -> Any:
+        return session.sync_session if isinstance(session, AsyncSession) else None
+
+    def is_idle(self, session: Any, /) -> bool:
+        return isinstance(session, AsyncSession) and super().is_idle(session)
+
+    def is_twophase(self, session: Any, /) -> bool:
+        return isinstance(session, AsyncSession) and super().is_twophase(session)
+
+    async def flush(self, session: Any, /) -> None:
+        await _call(session, "flush")
+
+    async def commit(self, session: Any, /) -> None:
+        await _call(session, "commit")
+
+    async def rollback(self, session: Any, /) -> None:
+        await _call(session, "rollback")
+
+    async def close(self, session: Any, /) -> None:
+        if isinstance(session, AsyncSession):
+            await super().close(session)
+        else:
+            await _call(session, "close")
+
+    def invalidate(self, session: Any, /) -> None:
+        if isinstance(session, AsyncSession):
+            super().invalidate(session)
+
+    def detach(self, session: Any, /) -> None:
+        if isinstance(session, AsyncSession):
+            super().detach(session)
+
+
+async def _call(session: Any, method: str) -> None:
+    found = getattr(session, method, None)
+    result = found() if callable(found) else None
+    if inspect.isawaitable(result):
+        await result
+
+
+ASYNC = AsyncKind()
+FOREIGN_ASYNC = ForeignAsyncKind()

@@ -1,0 +1,167 @@
+"""How one session ends: closed, discarded where it has nothing open, invalidated, detached.
+
+Another thread may be inside a call on the session when its scope ends. Two cases need a wait; both
+wait for the end of a transaction, by its event.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from typing import Any, cast
+
+from sqlalchemy import event
+from sqlalchemy.exc import IllegalStateChangeError
+from sqlalchemy.orm import Session
+
+from rope_middleware.running.finish import running_loop
+from rope_middleware.scope.options import DEFAULT
+from rope_middleware.session.connections import connections_out, invalidate_all
+from rope_middleware.session.tie import Tie, refuse_late, tie_of
+
+__all__ = ["close", "detach", "discard", "has_nothing_open", "invalidate", "overrides_close"]
+
+_SESSION_CLOSE = Session.close
+
+
+def overrides_close(session: Any, original: Any = _SESSION_CLOSE) -> bool:
+    """Tell whether somebody has put another close() in the place of SQLAlchemy's."""
+    return cast("Any", type(session)).close is not original or "close" in session.__dict__
+
+
+def has_nothing_open(session: Session) -> bool:
+    """Tell whether ending `session` needs no I/O."""
+    if session.get_transaction() is not None or overrides_close(session):
+        return False
+    tie = tie_of(session)
+    return tie is None or not connections_out(tie)
+
+
+def close(session: Session) -> None:
+    """Close `session`; what could not be given back to the pool is invalidated.
+
+    Raises:
+        BaseException: what ``session.close()`` raised.
+    """
+    tie = tie_of(session)
+    if tie is not None and tie.flush is not None:
+        _wait_for_flush(session, tie)
+    try:
+        _reset(session)
+    except BaseException as error:
+        if isinstance(error, IllegalStateChangeError) and tie is not None:
+            _close_later(session, tie)
+        invalidate(session)
+        with suppress(Exception):
+            session.reset()  # what is left of its transaction must not be used any more
+        raise
+    if tie is not None:
+        # After an end that has succeeded only an earlier one can have left something: it failed,
+        # in the application's hands, and its transaction has forgotten its connections.
+        if tie.connections:
+            invalidate_all([c for c in tie.connections if not c.closed])
+        tie.transaction = tie.flush = None  # they refer to the session: a cycle
+
+
+def discard(session: Session) -> None:
+    """`close` for a session that has nothing open: none of its connections can be out."""
+    _reset(session)
+    tie = tie_of(session)
+    if tie is not None:
+        tie.transaction = tie.flush = None
+
+
+def invalidate(session: Session) -> None:
+    """Throw away the connections that the session still has out; never raises an Exception."""
+    tie = tie_of(session)
+    if tie is not None:
+        invalidate_all(connections_out(tie))
+
+
+# What was open where this process was forked. Kept for ever: closing or collecting these sessions
+# would send bytes over the socket that the parent process still uses.
+_of_the_parent: list[Any] = []
+
+
+def detach(session: Session) -> None:
+    """Take from the pool, in a forked process, the connections that `session` has out.
+
+    See https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
+    """
+    _of_the_parent.append(session)
+    tie = tie_of(session)
+    for connection in () if tie is None else connections_out(tie):
+        with suppress(Exception):  # one that is invalidated already
+            connection.detach()  # says nothing to the database, as close() and invalidate() do
+
+
+def _reset(session: Session) -> None:
+    if overrides_close(session):
+        session.close()
+        if session.get_transaction() is not None:
+            session.reset()  # somebody's close() does something else
+    else:
+        # close() without "permanently closed" (Session.close_resets_only=False), after which
+        # SQLAlchemy's own error would come before ours.
+        session.reset()
+
+
+@contextmanager
+def _transaction_ends(session: Session) -> Generator[Callable[[], bool]]:
+    """Give a function that waits for the next end of one of the session's transactions.
+
+    It returns False once the time of all waiting is up.
+    """
+    ended = threading.Event()
+    deadline = time.monotonic() + DEFAULT.close_timeout
+
+    def on_end(*_: object) -> None:
+        ended.set()
+
+    def wait() -> bool:
+        in_time = ended.wait(max(0.0, deadline - time.monotonic()))
+        ended.clear()
+        return in_time
+
+    event.listen(session, "after_transaction_end", on_end)
+    try:
+        yield wait
+    finally:
+        event.remove(session, "after_transaction_end", on_end)
+
+
+def _wait_for_flush(session: Session, tie: Tie) -> None:
+    """Let a flush end that another thread is in the middle of.
+
+    Its next statement would land on a connection that is back in the pool already, and be
+    committed by whoever has it then.
+    """
+    assert tie.flush is not None  # noqa: S101 - the caller has looked
+    transaction, thread = tie.flush
+    tie.flush = None
+    if thread == threading.get_ident() or not transaction.is_active:
+        return
+    if running_loop() is not None:
+        return  # nobody can be waited for here
+    with _transaction_ends(session) as wait:
+        while transaction.is_active:
+            if not wait():
+                return
+
+
+def _close_later(session: Session, tie: Tie) -> None:
+    """Close a session that another thread is inside a call of: its connection must not stay out.
+
+    If that call is waiting for a connection, `refuse_late` returns the connection when it arrives.
+    If it has one (during a commit, say), we wait for the call.
+    """
+    event.listen(session, "after_begin", refuse_late)
+    with _transaction_ends(session) as wait:
+        while True:
+            with suppress(IllegalStateChangeError):
+                session.reset()
+                return
+            if not connections_out(tie) or running_loop() is not None or not wait():
+                return

@@ -1,0 +1,56 @@
+"""Which connections a session has out, and which of them the application has lent to it.
+
+A connection that the application gave (`bind=`, `binds=`, `get_bind()`, `bind_arguments`) is the
+application's: nobody here closes it, rolls it back or invalidates it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import SessionTransaction
+
+from rope_middleware.scope.context import logger
+
+if TYPE_CHECKING:
+    from rope_middleware.session.tie import Tie
+
+__all__ = ["connections_out", "invalidate_all", "made_connections"]
+
+
+def made_connections(transaction: SessionTransaction | None) -> Collection[Connection]:
+    """Return the connections that `transaction` has taken from a pool itself.
+
+    Also of a transaction that has ended: `Session.close()` forgets its connections before it
+    fails to close them.
+
+    The one place where a private attribute of SQLAlchemy is read. What is public
+    (`SessionTransaction.connections`, from 2.1.7 on) does not say which connections are lent.
+    `_connections` has the same form in 2.0 and 2.1: a tuple of the connection, its transaction,
+    whether the session commits it and whether the session closes it
+    (`tests/promises/test_S_lent.py` pins it).
+    """
+    if transaction is None:
+        return ()
+    known = cast("dict[Any, tuple[Connection, Any, bool, bool]]", vars(transaction)["_connections"])
+    return {connection for connection, _, _, is_made in known.values() if is_made}
+
+
+def connections_out(tie: Tie) -> list[Connection]:
+    """Return the session's own connections that have not gone back to their pool."""
+    transaction = tie.transaction
+    if transaction is None and not tie.connections:
+        return []
+    return [c for c in (*tie.connections, *made_connections(transaction)) if not c.closed]
+
+
+def invalidate_all(connections: Collection[Connection]) -> None:
+    """Throw connections away; never raises an Exception."""
+    for connection in connections:
+        for step in (connection.invalidate, connection.close):
+            try:
+                step()
+            except Exception:
+                logger.exception("a connection could not be invalidated")

@@ -1,0 +1,110 @@
+"""How sessions commit and end: the kind of SQLAlchemy's Session, and of what is none.
+
+The kind of AsyncSession lies in `async_kind`, because SQLAlchemy's asyncio half needs greenlet.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from rope_middleware.session import closing
+
+__all__ = ["FOREIGN", "SYNC", "ForeignKind", "SyncKind"]
+
+
+class SyncKind:
+    """Sessions that are SQLAlchemy's `Session`."""
+
+    is_async = False
+
+    def inner(self, session: Any, /) -> Any:
+        """Return the Session of what a factory made; None where it is no session at all."""
+        return session
+
+    def handed_out(self, session: Any, /) -> Any:
+        """Return what a factory made, given its Session; None if it is gone."""
+        return session
+
+    def is_idle(self, session: Any, /) -> bool:
+        return closing.has_nothing_open(session)
+
+    def is_twophase(self, session: Any, /) -> bool:
+        return bool(session.twophase)
+
+    def flush(self, session: Any, /) -> Any:
+        return session.flush()
+
+    def prepare(self, session: Any, /) -> Any:
+        return session.prepare()
+
+    def commit(self, session: Any, /) -> Any:
+        return session.commit()
+
+    def rollback(self, session: Any, /) -> Any:
+        return session.rollback()
+
+    def close(self, session: Any, /) -> Any:
+        return closing.close(session)
+
+    def discard(self, session: Any, /) -> None:
+        closing.discard(session)
+
+    def invalidate(self, session: Any, /) -> None:
+        closing.invalidate(session)
+
+    def detach(self, session: Any, /) -> None:
+        closing.detach(session)
+
+    def explain(self, _: BaseException, /) -> None:
+        pass
+
+    def owns(self, _: Any, /) -> bool:
+        return False
+
+
+class ForeignKind(SyncKind):
+    """What a factory may return besides: a mock, a wrapper, anything that has a `close()` (J1).
+
+    It is kept and closed; committed and rolled back where it has methods of that name.
+    """
+
+    def inner(self, session: Any, /) -> Any:
+        return session if isinstance(session, Session) else None
+
+    def is_idle(self, session: Any, /) -> bool:
+        return isinstance(session, Session) and super().is_idle(session)
+
+    def is_twophase(self, session: Any, /) -> bool:
+        return isinstance(session, Session) and super().is_twophase(session)
+
+    def flush(self, session: Any, /) -> Any:
+        return _call(session, "flush")
+
+    def commit(self, session: Any, /) -> Any:
+        return _call(session, "commit")
+
+    def rollback(self, session: Any, /) -> Any:
+        return _call(session, "rollback")
+
+    def close(self, session: Any, /) -> Any:
+        return super().close(session) if isinstance(session, Session) else session.close()
+
+    def invalidate(self, session: Any, /) -> None:
+        if isinstance(session, Session):
+            super().invalidate(session)
+
+    def detach(self, session: Any, /) -> None:
+        if isinstance(session, Session):
+            super().detach(session)
+
+
+def _call(session: Any, method: str) -> Any:
+    found = getattr(session, method, None)
+    return found() if callable(found) and not inspect.iscoroutinefunction(found) else None
+
+
+SYNC = SyncKind()
+FOREIGN = ForeignKind()

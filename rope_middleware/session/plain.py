@@ -1,0 +1,141 @@
+"""`registries=`: plain (async_)scoped_sessions, whose sessions a scope removes.
+
+Such a scoped_session keeps its session itself and finds it by its own scopefunc (`current_scope`).
+So a `PlainSessions` is the key and the kind at once, and every method ignores the session that it
+is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy.orm import Session
+from sqlalchemy.util import ScopedRegistry
+
+from rope_middleware.scope.context import is_async_callable
+from rope_middleware.scope.kind import PlainKind, SessionKind
+from rope_middleware.session import closing
+from rope_middleware.session.registry import ScopeRegistry
+from rope_middleware.session.sharing import note_shared_session
+from rope_middleware.session.tie import listen, tie_of
+
+__all__ = ["PlainSessions", "kinds_of"]
+
+
+class PlainSessions:
+    """The sessions of a plain `scoped_session`, one for each scope."""
+
+    def __init__(self, scoped: Any) -> None:
+        registry = getattr(scoped, "registry", None)
+        if not callable(getattr(scoped, "remove", None)) or not isinstance(
+            registry, ScopedRegistry
+        ):
+            raise TypeError(
+                f"registries= takes scoped_session objects, not {scoped!r}. Make each with "
+                "scopefunc=current_scope and give them in a list."
+            )
+        self.scoped = scoped
+        # As async_scoped_session's is.
+        self.is_async: bool = is_async_callable(scoped.remove)
+        self.registry: ScopedRegistry[Any] = registry
+        factory: Any = getattr(scoped, "session_factory", None)
+        session_class: Any = getattr(factory, "class_", Session)
+        # An async_sessionmaker's class is no Session; its sessions' inner one is.
+        listen(session_class if issubclass(session_class, Session) else Session)
+
+    @property
+    def kind(self) -> SessionKind:
+        return self
+
+    def find(self) -> Any:
+        """Return the SQLAlchemy session, or None."""
+        return self.inner(self.registry()) if self.registry.has() else None
+
+    def inner(self, session: Any, /) -> Any:
+        return getattr(session, "sync_session", session)
+
+    def handed_out(self, session: Any, /) -> Any:
+        return session
+
+    def owns(self, session: Any, /) -> bool:
+        return self.find() is session
+
+    def is_idle(self, _: Any, /) -> bool:
+        session = self.find()
+        if session is None:
+            return True
+        # The end of an async_scoped_session has to be awaited, whatever it has open.
+        return not self.is_async and closing.has_nothing_open(session)
+
+    def is_twophase(self, _: Any, /) -> bool:
+        return bool(getattr(self.find(), "twophase", False))
+
+    def flush(self, _: Any, /) -> Any:
+        return self.registry().flush()
+
+    def prepare(self, _: Any, /) -> Any:
+        if self.is_async:
+            return self.registry().run_sync(Session.prepare)
+        return self.registry().prepare()
+
+    def commit(self, _: Any, /) -> Any:
+        return self.registry().commit()
+
+    def rollback(self, _: Any, /) -> Any:
+        return self.registry().rollback()
+
+    def close(self, _: Any, /) -> Any:
+        return self._aclose() if self.is_async else self._close()
+
+    def _close(self) -> None:
+        session = self.find()
+        self.scoped.remove()
+        _forget(session)
+
+    async def _aclose(self) -> None:
+        session = self.find()
+        await self.scoped.remove()
+        _forget(session)
+
+    def discard(self, _: Any, /) -> None:
+        if not self.is_async:
+            self._close()
+
+    def invalidate(self, _: Any, /) -> None:
+        session = self.find()
+        if session is not None:
+            self.registry.clear()
+            closing.invalidate(session)
+
+    def detach(self, _: Any, /) -> None:
+        session = self.find()
+        if session is not None:
+            closing.detach(session)
+
+    def explain(self, error: BaseException, /) -> None:
+        if self.is_async:
+            note_shared_session(error)
+
+
+def _forget(session: Session | None) -> None:
+    """Forget what a closed session's tie refers to: a cycle for the garbage collector."""
+    tie = None if session is None else tie_of(session)
+    if tie is not None:
+        tie.transaction = tie.flush = None
+
+
+def kinds_of(registries: Iterable[Any]) -> tuple[PlainKind, ...]:
+    """Return how a scope removes the session of each of `registries`.
+
+    Raises:
+        TypeError: one of them is no scoped_session, or it is one and not a list of them.
+    """
+    if hasattr(registries, "remove") and hasattr(registries, "registry"):
+        raise TypeError(f"registries= takes a list of scoped_session objects: [{registries!r}].")
+    # A jenny's session is the scope's anyway.
+    return tuple(
+        PlainSessions(scoped)
+        for scoped in registries
+        if not isinstance(getattr(scoped, "registry", None), ScopeRegistry)
+    )

@@ -1,0 +1,185 @@
+"""From the current scope to its session: the ``registry`` of a jenny.
+
+`ScopeRegistry` is SQLAlchemy's `ScopedRegistry` interface over the current scope. Outside of any
+scope it hands over to another registry (`outside`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, cast
+
+from sqlalchemy.orm import Session
+from sqlalchemy.util import ScopedRegistry
+
+from rope_middleware.errors import RopeError, no_scope
+from rope_middleware.scope.context import current, is_async_callable
+from rope_middleware.scope.kind import SessionKind
+from rope_middleware.scope.opening import current_scope
+from rope_middleware.scope.scope import Scope, forget, keep, require_open, session_of
+from rope_middleware.session.kinds import SYNC, SyncKind
+from rope_middleware.session.tie import keep_also, listen, tie_of, tie_to
+
+__all__ = ["ScopeRegistry", "StrictRegistry", "check_session", "listen_to_factory"]
+
+_T = TypeVar("_T")
+
+
+class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
+    """One session for each scope, made on first use.
+
+    Args:
+        createfunc: makes a session; any callable.
+        outside: the registry that is used where no scope is open.
+    """
+
+    __slots__ = ("_listening", "kind", "outside")
+
+    def __init__(
+        self, createfunc: Callable[..., _T], outside: ScopedRegistry[_T], kind: SyncKind = SYNC
+    ) -> None:
+        super().__init__(createfunc, outside.scopefunc)
+        self.outside: ScopedRegistry[_T] = outside
+        self.kind: SyncKind = kind
+        self._listening: type[Session] | None = None
+
+    # ScopedRegistry's interface
+
+    def __call__(self) -> _T:
+        scope = self.scope()
+        session: Any = None if scope is None else session_of(scope, self)
+        return self.first_use(scope) if session is None else session
+
+    def has(self) -> bool:
+        scope = self.scope()
+        return self.outside.has() if scope is None else session_of(scope, self) is not None
+
+    def set(self, obj: _T) -> None:
+        scope = self.scope()
+        if scope is None:
+            self.outside.set(obj)
+            return
+        replaced = self._remove_from(scope)
+        if replaced is not None and replaced is not obj:
+            self._keep_also(replaced)
+        self._adopt(scope, obj)
+
+    def clear(self) -> None:
+        scope = self.scope()
+        if scope is None:
+            self.outside.clear()
+        else:
+            session = self._remove_from(scope)
+            if session is not None and not self.kind.is_idle(session):
+                self._keep_also(session)
+
+    def remove(self) -> Any:
+        """Close the current session, if there is one; the next use makes a new one.
+
+        Of an async registry this returns an awaitable, or None where there is no session.
+        """
+        scope = self.scope()
+        if scope is not None:
+            session = self._remove_from(scope)
+            return None if session is None else self.kind.close(session)
+        if not self.outside.has():
+            return None
+        session = self.outside()
+        self.outside.clear()
+        return self.kind.close(session)
+
+    # Where sessions come from
+
+    def scope(self) -> Scope | None:
+        """Return the current scope, which may have ended, or None outside of any."""
+        return current.get(None)
+
+    def first_use(self, scope: Scope | None) -> _T:
+        """Make the session of `scope`, or leave it to `outside` where there is none."""
+        if scope is None:
+            return self.outside()
+        require_open(scope)
+        return self._adopt(scope, self.createfunc())
+
+    def _adopt(self, scope: Scope, session: _T) -> _T:
+        inner = self.kind.inner(session)
+        if inner is not None:
+            session_class = cast("type[Session]", type(inner))
+            if session_class is not self._listening:
+                listen(session_class)
+                self._listening = session_class
+            tie_to(inner, scope, self.kind)  # before another thread can see it
+        kept: Any = None
+        try:
+            kept = keep(scope, self, session)
+        finally:
+            if kept is not session:  # another thread was first, or the scope has ended
+                self.kind.invalidate(session)
+                self.kind.discard(session)
+        return kept  # type: ignore[no-any-return]  # cast() is a call for every request
+
+    def _remove_from(self, scope: Scope) -> _T | None:
+        """Take the session out of its scope; return it, or None."""
+        session: Any = forget(scope, self)
+        if session is not None:
+            tie = _tie_of(self.kind, session)
+            if tie is not None:
+                tie.is_removed = True
+        return session  # type: ignore[no-any-return]
+
+    def _keep_also(self, session: Any) -> None:
+        tie = _tie_of(self.kind, session)
+        if tie is not None:
+            keep_also(tie, session)
+
+
+def _tie_of(kind: SessionKind, session: Any) -> Any:
+    inner = kind.inner(session)
+    return None if inner is None else tie_of(inner)
+
+
+class StrictRegistry(ScopedRegistry[_T]):
+    """The registry outside of scopes where nothing may happen there."""
+
+    __slots__ = ("cure",)
+
+    def __init__(self, createfunc: Callable[..., _T], cure: str = "") -> None:
+        super().__init__(createfunc, current_scope)
+        self.cure: str = cure
+
+    def __call__(self) -> _T:
+        raise no_scope(self.cure)
+
+    def has(self) -> bool:
+        return False
+
+    def set(self, obj: _T) -> None:  # noqa: ARG002
+        raise no_scope(self.cure)
+
+    def clear(self) -> None:
+        pass
+
+
+def listen_to_factory(factory: object) -> None:
+    """Listen to the class of a sessionmaker's sessions before any of them is in use."""
+    session_class: object = getattr(factory, "class_", None)
+    if isinstance(session_class, type) and issubclass(session_class, Session):
+        listen(session_class)
+
+
+def check_session(session: object, expected: type, factory: object, example: str) -> None:
+    """Check what a session factory gave that is no `expected`.
+
+    Raises:
+        RopeError: it cannot be closed.
+    """
+    close = getattr(session, "close", None)
+    is_class = isinstance(session, type)
+    if is_class or not callable(close) or (expected is Session and is_async_callable(close)):
+        what = f"an instance of {type(session).__qualname__}"
+        if session is None or is_class:
+            what = "None" if session is None else f"the class {session!r}"
+        raise RopeError(
+            f"The session factory {factory!r} returned {what}; it must return a new sqlalchemy "
+            f"{expected.__name__}, as {example} does."
+        )

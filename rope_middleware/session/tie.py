@@ -1,0 +1,179 @@
+"""What a session knows of its scope, and the listeners that heed it.
+
+Each session carries a `Tie` as an attribute (its ``info`` stays the application's). Listeners on
+the session's class read it; on the class, because listening on each session would cost a quarter
+of a small request.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, cast
+from weakref import WeakSet
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session, SessionTransaction
+
+from rope_middleware.errors import CrossLoopError, other_loop
+from rope_middleware.running.finish import running_loop
+from rope_middleware.scope.context import current
+from rope_middleware.scope.kind import SessionKind
+from rope_middleware.scope.scope import (
+    AsyncScope,
+    Scope,
+    is_of_loop,
+    is_over,
+    keep,
+    note_commit,
+    registries_of,
+    require_open,
+)
+from rope_middleware.session.connections import connections_out, made_connections
+
+__all__ = ["Tie", "check_loop", "keep_also", "listen", "refuse_late", "tie_of", "tie_to"]
+
+_TIE = "_rope_middleware_tie"
+
+# Not event.contains(): it knows a class by its id, and the ids of dead classes come again. A
+# sessionmaker makes a class each time.
+_listening_to: WeakSet[type[Session]] = WeakSet()
+_listening = threading.Lock()
+
+
+class Tie:
+    """What a session must know of where it comes from; an attribute of the session."""
+
+    __slots__ = ("connections", "flush", "is_removed", "kind", "scope", "transaction")
+
+    scope: Scope | None
+    kind: SessionKind | None  # None where no jenny has made it
+    is_removed: bool  # from its scope, which does not know it any more
+    transaction: SessionTransaction | None  # the last one that the session began
+    connections: Sequence[Connection]  # of earlier ones, where an end has failed
+    flush: tuple[SessionTransaction, int] | None  # the last one, and the thread it ran in
+
+
+def tie_to(session: Session, scope: Scope | None = None, kind: SessionKind | None = None) -> Tie:
+    """Tie `session` to its scope, or to none: then only its connections count.
+
+    The session must be listened to: see `listen`.
+    """
+    tie = session.__dict__[_TIE] = Tie()
+    tie.scope = scope
+    tie.kind = kind
+    tie.is_removed = False
+    tie.transaction = session.get_transaction()  # a factory may have begun one
+    tie.connections = ()
+    tie.flush = None
+    return tie
+
+
+def tie_of(session: Session) -> Tie | None:
+    """Return the tie of `session`, or None where it has none."""
+    return session.__dict__.get(_TIE)
+
+
+class _Key:
+    """Under what a scope keeps a session that is not its current one."""
+
+    __slots__ = ("kind",)
+
+    def __init__(self, kind: SessionKind) -> None:
+        self.kind: SessionKind = kind
+
+
+def keep_also(tie: Tie, session: Any) -> None:
+    """Let the scope end `session`, which is not its current one."""
+    if tie.scope is not None and tie.kind is not None:
+        tie.is_removed = False
+        keep(tie.scope, _Key(tie.kind), session)
+
+
+def listen(session_class: type[Session]) -> None:
+    """Listen to the events of `session_class`, once."""
+    if session_class in _listening_to:
+        return
+    with _listening:
+        if session_class not in _listening_to:
+            event.listen(session_class, "after_transaction_create", _on_begin)
+            event.listen(session_class, "after_commit", _on_commit)
+            _listening_to.add(session_class)
+
+
+def _on_begin(session: Session, transaction: SessionTransaction) -> None:
+    """Refuse to begin in a scope that has ended: nothing is checked out yet."""
+    tie: Tie | None = session.__dict__.get(_TIE)
+    if tie is None:
+        tie = _adopted(session)
+        if tie is None:
+            return  # not a session of ours: only of a class that we listen to
+    scope = tie.scope
+    if tie.transaction is transaction:
+        return  # a base class of its class is listened to as well
+    if scope is not None and is_over(scope):
+        if transaction.parent is None:
+            # SQLAlchemy has assigned the transaction already; it must go, for the next use
+            # to come by here again.
+            session.reset()
+        require_open(scope)
+    if transaction.parent is None:
+        if tie.transaction is not None or tie.connections:
+            tie.connections = connections_out(tie)
+        tie.transaction = transaction
+    elif not transaction.nested:
+        # The transaction within a transaction that SQLAlchemy opens for each flush.
+        tie.flush = transaction, threading.get_ident()
+    if scope is not None and tie.kind is not None:
+        if tie.is_removed:
+            keep_also(tie, tie.kind.handed_out(session))
+        if tie.kind.is_async:
+            _check_begin(session, transaction, cast("AsyncScope", scope))
+
+
+def _adopted(session: Session) -> Tie | None:
+    """Tie a session of a plain scoped_session to the scope that will remove it."""
+    scope = current.get(None)
+    if scope is None or not any(kind.owns(session) for kind in registries_of(scope)):
+        return None
+    return tie_to(session, scope)
+
+
+def _check_begin(session: Session, transaction: SessionTransaction, scope: AsyncScope) -> None:
+    try:
+        check_loop(scope)
+    except CrossLoopError:
+        if transaction.parent is None:
+            session.reset()
+        raise
+
+
+def check_loop(scope: AsyncScope) -> None:
+    """Check that the running event loop is that of `scope`.
+
+    Raises:
+        CrossLoopError: it is another one.
+    """
+    loop = running_loop()
+    if loop is not None and not is_of_loop(scope, loop):
+        raise other_loop(scope.name)
+
+
+def refuse_late(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    """Give back the connection that a call waited for while its scope ended (after_begin)."""
+    tie: Tie = session.__dict__[_TIE]
+    if tie.scope is not None and is_over(tie.scope):
+        # Session.close() cannot be called in here (https://docs.sqlalchemy.org/en/20/errors.html#error-isce).
+        if connection in made_connections(transaction):
+            connection.close()
+        require_open(tie.scope)
+
+
+def _on_commit(session: Session) -> None:
+    """Tell the scope that something is committed."""
+    tie: Tie | None = session.__dict__.get(_TIE)
+    if tie is None or tie.scope is None or session.in_nested_transaction():
+        return
+    if tie.connections or made_connections(tie.transaction):
+        note_commit(tie.scope)
