@@ -74,11 +74,11 @@ soak: $(VENV)/.test ## send a million requests with random faults, look for leak
 compatibility: $(VENV)/.test ## run every framework, server and database, write docs/compatibility.md
 	$(pytest) tests/matrix --compatibility docs/compatibility.md $(PYTEST_ARGS)
 
-bench: .venv-bench/.bench ## compare with other ways to have a session per request
-	.venv-bench/bin/python -m benchmarks
+bench: $(VENV)/.bench ## compare with other ways to have a session per request
+	$(bin)/python -m benchmarks
 
-bench-check: .venv-bench/.bench ## check the promises on cost (BENCH_ARGS=--short: with wide margins)
-	.venv-bench/bin/python -m benchmarks.check $(BENCH_ARGS)
+bench-check: $(VENV)/.bench ## check the promises on cost (BENCH_ARGS=--short: with wide margins)
+	$(bin)/python -m benchmarks.check $(BENCH_ARGS)
 
 package: $(VENV)/.package ## build wheel and sdist into dist, check them, try them elsewhere
 	rm -rf dist
@@ -98,7 +98,7 @@ upgrade: $(VENV)/.upgrade ## take the newest version of each package that make i
 	.ci/upgrade $(bin)
 
 clean: ## remove everything that make has made, but no database
-	rm -rf $(VENV) .venv-bench .venv-nox .mypy_cache .pytest_cache .ruff_cache .coverage dist docs/_build
+	rm -rf $(VENV) .venv-nox .mypy_cache .pytest_cache .ruff_cache .coverage dist docs/_build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # mypy and pyright read the package and the tests of its types.
@@ -108,18 +108,16 @@ typed := rope_middleware $(wildcard tests/typing)
 
 # A stamp for each set of packages, named after its group in pyproject.toml. It is made again if
 # the Python, the wanted SQLAlchemy, pyproject.toml or the pins have changed.
-stamps := $(addprefix $(VENV)/.,run run-flask run-fastapi test check docs package upgrade) \
-	.venv-bench/.bench .venv-nox/.test-all
+stamps := $(addprefix $(VENV)/.,run run-flask run-fastapi test check docs bench package upgrade) \
+	.venv-nox/.test-all
 group = $(patsubst .%,%,$(@F))
-pins = .ci/$(if $(filter bench,$(group)),constraints-bench.txt,constraints.txt)
 # A SQLAlchemy of one's own choice is not held to the pinned one.
 drop = $(if $(filter SQLAlchemy,$(SQLALCHEMY)),^$$,^sqlalchemy==)
 pip = $(@D)/bin/python -m pip --disable-pip-version-check
 
-$(stamps): $$(@D)/.python $$(@D)/.sqlalchemy pyproject.toml .ci/constraints.txt \
-		.ci/constraints-bench.txt
+$(stamps): $$(@D)/.python $$(@D)/.sqlalchemy pyproject.toml .ci/constraints.txt
 	@echo "Fetching the packages of the group '$(group)' into $(@D). Once, and when they change."
-	@grep -v '$(drop)' $(pins) >$(@D)/constraints.txt
+	@grep -v '$(drop)' .ci/constraints.txt >$(@D)/constraints.txt
 	@# The pip that came with Python may be too old to know groups.
 	@$(pip) install --quiet --constraint $(@D)/constraints.txt pip
 	@$(pip) install --constraint $(@D)/constraints.txt --build-constraint $(@D)/constraints.txt \

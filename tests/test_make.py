@@ -18,13 +18,12 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ("3.11", "3.12", "3.13", "3.14", "3.15")
-CONSTRAINTS = {"bench": ROOT / ".ci" / "constraints-bench.txt"}
-"""Where the versions of a group stand, if not in `PINNED`."""
 PINNED = ROOT / ".ci" / "constraints.txt"
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("make") is None or not (ROOT / ".ci").is_dir(), reason="there is no make here"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here"),
+]
 
 
 def make(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -55,12 +54,12 @@ def group(name: str) -> list[Requirement]:
     return found
 
 
-def pins(file: Path, python: str) -> dict[str, str]:
+def pins(python: str) -> dict[str, str]:
     """Return the version of each package for that Python on Linux."""
     versions: dict[str, str] = {}
     marks = {"python_version": python, "python_full_version": f"{python}.9"}
     marks |= {"sys_platform": "linux", "os_name": "posix", "platform_machine": "x86_64"}
-    for line in file.read_text().splitlines():
+    for line in PINNED.read_text().splitlines():
         if line.startswith("#"):
             continue
         pin = Requirement(line)
@@ -72,10 +71,9 @@ def pins(file: Path, python: str) -> dict[str, str]:
     return versions
 
 
-@pytest.mark.parametrize("file", [PINNED, *CONSTRAINTS.values()], ids=lambda file: file.name)
-def test_the_constraints_hold_no_address(file: Path) -> None:
+def test_the_constraints_hold_no_address() -> None:
     """Neither an index nor a path: they mean the same wherever they are read."""
-    for line in file.read_text().splitlines():
+    for line in PINNED.read_text().splitlines():
         assert "://" not in line, line
         assert line.startswith("#") or not re.search(r"--|@|/", line), line
 
@@ -84,7 +82,7 @@ def test_the_constraints_hold_no_address(file: Path) -> None:
 @pytest.mark.parametrize("name", PROJECT["dependency-groups"])
 def test_each_package_of_each_group_is_pinned_for_each_python(name: str, python: str) -> None:
     """To one version, which the group and the package itself allow."""
-    versions = pins(CONSTRAINTS.get(name, PINNED), python)
+    versions = pins(python)
     for wanted in (*group(name), *map(Requirement, PROJECT["project"]["dependencies"])):
         marks = {"python_version": python, "sys_platform": "linux", "platform_machine": "x86_64"}
         if wanted.marker is None or wanted.marker.evaluate(marks):

@@ -12,6 +12,7 @@ test process, in whatever way that ends::
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pwd
@@ -88,6 +89,19 @@ class PgBouncer:
         return sum(1 for client in self.show("CLIENTS") if client["database"] == database.name)
 
 
+@functools.cache
+def _plain_statements(program: str) -> dict[str, object]:
+    """What has PgBouncer pass on prepared statements as they are.
+
+    1.21 learned to keep track of them, later ones do so by default. Behind those that do not, more
+    can go wrong.
+    """
+    told = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    version = re.search(r"(\d+)\.(\d+)", told.stdout)
+    assert version, told.stdout
+    return {"max_prepared_statements": 0} if (int(version[1]), int(version[2])) >= (1, 21) else {}
+
+
 @contextlib.contextmanager
 def pgbouncer(server_connections: int, **settings: object) -> Iterator[PgBouncer]:
     """Run PgBouncer in transaction mode for the length of the block.
@@ -119,6 +133,7 @@ def pgbouncer(server_connections: int, **settings: object) -> Iterator[PgBouncer
             "admin_users": user,
             "log_connections": 0,
             "log_disconnections": 0,
+            **_plain_statements(PROGRAM),
             **settings,
         }.items():
             lines.append(f"{name} = {value}")
