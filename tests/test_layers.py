@@ -56,6 +56,27 @@ HOUSE = (
     "wsgi.commit",
     "wsgi",
     "flask",
+    "testing.words",
+    "testing.text",
+    "testing.statement",
+    "testing.database",
+    "testing.mariadb",
+    "testing.postgresql",
+    "testing.sqlite",
+    "testing.lanes",
+    "testing.lines",
+    "testing.cursor",
+    "testing.shared",
+    "testing.virtual",
+    "testing.watch",
+    "testing.stock",
+    "testing.connections",
+    "testing.whose",
+    "testing.sandbox",
+    "testing.desk",
+    "testing.middleware",
+    "testing",
+    "pytest_plugin",
     "__init__",
 )
 PLACE = {name: number for number, name in enumerate(HOUSE)}
@@ -87,6 +108,7 @@ FOREIGN: dict[str, set[str]] = {
     "asgi": {"anyio"},
     "wsgi": set(),
     "flask": {"flask", "sqlalchemy", "werkzeug"},
+    "pytest_plugin": {"pytest"},
     "__init__": set(),
 }
 SQLALCHEMY = {"sqlalchemy"}
@@ -162,6 +184,7 @@ PRIVATE: dict[str, set[str]] = {
     "rope.registry": {"_session"},  # of the ropes that it makes
     "wsgi.body": {"_body", "_state"},  # of the ending that it makes; each chunk asks the scope
     "flask": {"_get_current_object"},  # documented by Werkzeug
+    "testing.stock": {"_proxied"},  # SQLAlchemy's way from an engine to that of its pool
 }
 
 

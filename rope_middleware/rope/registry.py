@@ -81,6 +81,11 @@ class RopeRegistry(ScopedRegistry[_T]):
         rope = self._home().get(name or self._create_name())
         return None if rope is None or rope.home is None else rope
 
+    def holds(self, session: object) -> bool:
+        """Tell whether a living rope holds `session`, whichever thread or task it belongs to."""
+        homes = list(self._ropes.values())
+        return any(rope._session is session for home in homes for rope in list(home.values()))
+
     def living(self) -> OwnRope[_T]:
         """Return the rope of this thread or task; its session ends with the last reference."""
         name, home = self._create_name(), self._home()

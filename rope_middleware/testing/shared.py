@@ -1,0 +1,300 @@
+"""One real connection of a sandbox, and whose turn it is on it.
+
+Everything of a sandbox happens in one transaction of one connection, so its sessions take turns.
+A turn begins with a session's first write and ends with its commit or rollback. Reading takes no
+turn: what a session has only read can be undone at any time without anybody noticing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from rope_middleware.errors import RopeError
+from rope_middleware.testing.database import Database
+from rope_middleware.testing.lanes import Lane
+from rope_middleware.testing.statement import Statement
+from rope_middleware.testing.text import Kind, Said, local_settings
+from rope_middleware.testing.words import (
+    blocked,
+    blocked_by_own,
+    closed,
+    false,
+    not_your_turn,
+    refused,
+)
+
+if TYPE_CHECKING:
+    from rope_middleware.testing.virtual import VirtualConnection
+
+__all__ = ["SharedConnection"]
+
+_TAKES_TURN = (Kind.WRITE, Kind.DDL)
+_LASTS = (Kind.WRITE, Kind.DDL, Kind.SETTING)
+
+
+class SharedConnection:
+    """The real connection of one sandbox to one engine.
+
+    Args:
+        name: the sandbox's.
+        database: speaks to the real connection, in whose transaction everything happens.
+        lane: where its statements run.
+        wait: seconds that a session waits for another one's turn.
+    """
+
+    def __init__(self, name: str, database: Database, lane: Lane, wait: float) -> None:
+        self.name = name
+        self.database = database
+        self.lane = lane
+        self.is_closed = False
+        self.is_false = False
+        """Somebody has committed behind the sandbox's back."""
+        self.busy: Statement | None = None  # the one under way
+        self.writer: VirtualConnection | None = None  # whose turn it is
+        self.line = ""  # of the write that began the turn
+        self.wrote = ""  # the line of the last turn's, for other sandboxes that wait for a row
+        # Who has done something since TURN that has to be undone before somebody else may go on:
+        # settings, savepoints, or an error that has spoilt the transaction.
+        self.tainting: VirtualConnection | None = None
+        self.seconds = wait
+        self.pid = database.pid()
+        self.others: Callable[[], list[SharedConnection]] = list
+        """Other sandboxes' connections to such a server, for whose rows this one may wait."""
+
+    # What virtual connections call. It runs in the lane.
+
+    def say(self, virtual: VirtualConnection, statement: Statement) -> Any:
+        """Carry a statement out, when the turn of `virtual` has come.
+
+        Raises:
+            RopeError: the turn has not come in time.
+            ScopeClosedError: the sandbox has ended.
+        """
+        self._take(virtual, statement)
+        try:
+            return self._say(virtual, statement)
+        finally:
+            self.busy = None
+            self.lane.wake()
+
+    def commit(self, virtual: VirtualConnection) -> None:
+        """Make what `virtual` has written a part of the sandbox's transaction.
+
+        Raises:
+            Exception: the driver's, where a deferred constraint is violated.
+        """
+        self._end(virtual, self._commit)
+
+    def roll_back(self, virtual: VirtualConnection) -> None:
+        """Undo what `virtual` has done."""
+        self._end(virtual, self._roll_back)
+
+    def close(self) -> None:
+        """Roll everything back, once the statement under way has ended."""
+        self.is_closed = True
+        self.lane.wake()
+        self.lane.wait(lambda: self.busy is None, None)
+        try:
+            if not self.database.close():
+                self.is_false = True
+        finally:
+            self.writer = self.tainting = None
+            self.lane.wake()
+
+    # What the watch says.
+
+    def blocked_by(self, other: SharedConnection) -> str:
+        """Say that a statement waits for a row of another sandbox."""
+        return blocked(self.name, other.name, other.line if other.writer else other.wrote)
+
+    def blocked_by_own(self, other: SharedConnection) -> RopeError:
+        """Make the error for a statement that waits for another engine of its own sandbox."""
+        return blocked_by_own(self.name, other.line if other.writer else other.wrote)
+
+    # Turns
+
+    def _take(self, virtual: VirtualConnection, statement: Statement) -> None:
+        def take() -> bool:
+            if self.is_closed:
+                return True
+            if self.busy is not None or self.writer not in (None, virtual):
+                return False
+            statement.since = monotonic()
+            self.busy = statement
+            return True
+
+        while not self.lane.wait(take, self.seconds):
+            if self.writer not in (None, virtual):
+                raise not_your_turn(self.name, self.seconds, self.line)
+        if self.is_closed:
+            raise closed(self.name)
+
+    def _enter(self, virtual: VirtualConnection) -> None:
+        """Bring the real connection to where `virtual` left it."""
+        if self.tainting not in (None, virtual):
+            self.database.back()
+            self.tainting = None
+        if self.tainting is None and virtual.again:
+            # Its turn was interrupted. Nothing that it read is lost.
+            self.tainting = virtual
+            for _, repeat in virtual.again:
+                repeat()
+
+    # Statements
+
+    def _say(self, virtual: VirtualConnection, statement: Statement) -> Any:
+        kind, said = statement.kind, statement.said
+        virtual.is_used = True
+        if kind is Kind.REFUSED:
+            raise refused(self.name, said.name)
+        if kind is Kind.BEGIN:
+            virtual.is_in_block = True
+        elif kind is Kind.COMMIT:
+            self._commit(virtual)
+        elif kind is Kind.ROLLBACK:
+            self._roll_back(virtual)
+        elif kind is not Kind.NOTHING:
+            return self._send(virtual, statement)
+        return None
+
+    def _send(self, virtual: VirtualConnection, statement: Statement) -> Any:
+        database = self.database
+        database.refuse(statement.said, statement.text)
+        if self.tainting is not virtual:
+            self._enter(virtual)
+        if statement.kind is Kind.READ and statement.said.words and database.writes(statement.said):
+            statement.kind = Kind.WRITE
+        if statement.kind in _TAKES_TURN:
+            database.before_write(statement.text)
+            if self.writer is None:
+                self.writer, self.line = virtual, statement.line
+        elif statement.kind is Kind.SETTING and database.undoes_settings:
+            for name in local_settings(statement.text, statement.parameters):
+                if name not in virtual.settings:
+                    virtual.settings[name] = database.setting(name)
+        try:
+            result = statement.run()
+        except BaseException as error:
+            self._failed(virtual, error)
+            if statement.verdict is not None:
+                raise statement.verdict from error
+            raise
+        self._note(virtual, statement)
+        return result
+
+    def _note(self, virtual: VirtualConnection, statement: Statement) -> None:
+        """Remember what a statement has changed besides rows."""
+        kind, name = statement.kind, statement.said.name
+        if kind is Kind.DDL:
+            self.database.after_ddl()
+        if kind is Kind.SAVEPOINT:
+            virtual.again.append((name, partial(self.database.run, f"SAVEPOINT {name}")))
+        elif kind in (Kind.RELEASE, Kind.ROLLBACK_TO):
+            virtual.forget(name, keep_settings=kind is Kind.RELEASE)
+        elif kind is Kind.SETTING and self.database.undoes_settings:
+            virtual.again.append(("", partial(self._repeat, statement)))
+        if not self.database.in_transaction():
+            self._told_false()
+        if virtual.commits_itself and kind in _LASTS:
+            self._commit(virtual)
+        elif virtual.again:
+            self.tainting = virtual
+
+    def _failed(self, virtual: VirtualConnection, error: BaseException) -> None:
+        if self.database.ends_wait(error):
+            for other in self.others():
+                error.add_note(self.blocked_by(other))
+        if not self.database.in_transaction():
+            self._told_false(error)
+        is_spoilt = self.database.is_spoilt(error)
+        if virtual.commits_itself:
+            if is_spoilt or self.writer is virtual:
+                self.database.back()
+            self._ended(virtual)
+        elif is_spoilt and not virtual.is_spoilt:
+            virtual.is_spoilt = True
+            virtual.again.append(("", self._spoil))
+            self.tainting = virtual
+            if self.writer is virtual and not any(name for name, _ in virtual.again):
+                # Whatever it does, all that it wrote is gone: nobody has to wait for that.
+                self.writer = None
+
+    def _repeat(self, statement: Statement) -> None:
+        cursor = self.database.real.cursor()
+        try:
+            if statement.parameters is None:
+                cursor.execute(statement.text)
+            else:
+                cursor.execute(statement.text, statement.parameters)
+        finally:
+            cursor.close()
+
+    def _spoil(self) -> None:
+        """Bring the transaction to where an error had brought it, for the driver's own error."""
+        with suppress(Exception):
+            self.database.run("SELECT 1/0")
+
+    def _told_false(self, error: BaseException | None = None) -> None:
+        self.is_false = True
+        told = false(self.name)
+        if error is None:
+            raise told
+        error.add_note(str(told))
+
+    # Ends
+
+    def _end(self, virtual: VirtualConnection, end: Callable[[VirtualConnection], None]) -> None:
+        if self.writer is not virtual and self.tainting is not virtual:
+            virtual.reset()
+            return
+        mine = Statement(Said(Kind.NOTHING), "", None, lambda: None, "")
+
+        def take() -> bool:
+            if not self.is_closed and self.busy is not None:
+                return False
+            self.busy = self.busy or mine
+            return True
+
+        self.lane.wait(take, None)
+        try:
+            if self.is_closed:
+                virtual.reset()
+            else:
+                end(virtual)
+        finally:
+            if self.busy is mine:
+                self.busy = None
+            self.lane.wake()
+
+    def _commit(self, virtual: VirtualConnection) -> None:
+        if virtual.is_spoilt or (self.writer is not virtual and not virtual.has_settings):
+            self._roll_back(virtual)
+            return
+        try:
+            if self.writer is virtual:
+                self.database.check()
+        except BaseException:
+            self._roll_back(virtual)
+            raise
+        self.database.release()
+        if virtual.settings:
+            self.database.restore(virtual.settings)
+        self.wrote = self.line
+        self._ended(virtual)
+
+    def _roll_back(self, virtual: VirtualConnection) -> None:
+        if virtual in (self.writer, self.tainting):
+            self.database.back()
+        self._ended(virtual)
+
+    def _ended(self, virtual: VirtualConnection) -> None:
+        if self.writer is virtual:
+            self.writer = None
+        if self.tainting is virtual:
+            self.tainting = None
+        virtual.reset()
+        self.database.after_end()

@@ -1,0 +1,34 @@
+"""A statement on its way to the real connection, and what the watch knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rope_middleware.errors import RopeError
+from rope_middleware.testing.text import Said
+
+__all__ = ["Statement"]
+
+
+class Statement:
+    """A statement of the application's, on its way to the real connection."""
+
+    __slots__ = (
+        *("is_looked_at", "is_told", "kind", "line", "parameters", "run", "said", "since"),
+        *("text", "verdict"),
+    )
+
+    def __init__(
+        self, said: Said, text: str, parameters: Any, run: Callable[[], Any], line: str
+    ) -> None:
+        self.said = said
+        self.kind = said.kind
+        self.text = text
+        self.parameters = parameters
+        self.run = run
+        self.line = line
+        # Of the watch.
+        self.since = 0.0
+        self.is_looked_at = self.is_told = False
+        self.verdict: RopeError | None = None

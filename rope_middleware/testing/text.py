@@ -1,0 +1,186 @@
+"""What the text of a statement says to a sandbox: does it read, write, or steer a transaction?
+
+Whatever is not plainly a read counts as a write. The price of a mistake in that direction is a
+turn that is taken too early; in the other direction it would be a row that nobody rolls back.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum, auto
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+__all__ = ["Kind", "Said", "local_settings", "read"]
+
+
+class Kind(Enum):
+    """What a statement does."""
+
+    READ = auto()
+    WRITE = auto()
+    DDL = auto()
+    SETTING = auto()  # SET ...: gone with the savepoint, so it is said again after a turn
+    BEGIN = auto()
+    COMMIT = auto()
+    ROLLBACK = auto()
+    SAVEPOINT = auto()
+    RELEASE = auto()
+    ROLLBACK_TO = auto()
+    NOTHING = auto()  # SET TRANSACTION ...: the sandbox's transaction has begun long ago
+    REFUSED = auto()  # would end the sandbox's transaction in a way that nothing can stop
+
+
+class Said(NamedTuple):
+    """What a statement's text says."""
+
+    kind: Kind
+    name: str = ""
+    """Of a savepoint; of what is refused, its first words."""
+    words: frozenset[str] = frozenset()
+    """The names that a read calls as functions."""
+
+
+_BEFORE = re.compile(r"(?:\s+|--[^\n]*(?:\n|$)|/\*.*?\*/|\()*", re.DOTALL)
+_FIRST = re.compile(r"[A-Za-z_]+")
+_COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
+_LOCKS = re.compile(
+    r"\bFOR\s+(?:NO\s+KEY\s+UPDATE|UPDATE|KEY\s+SHARE|SHARE)\b|\bLOCK\s+IN\s+SHARE\b|\bINTO\b",
+    re.IGNORECASE,
+)
+_WRITES = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE|REPLACE)\b", re.IGNORECASE)
+_CALLED = re.compile(r"([A-Za-z_]\w*)\"?\s*\(")
+_ENDS = re.compile(
+    r";\s*(?:COMMIT|END|ROLLBACK|ABORT|BEGIN|START\s+TRANSACTION|PREPARE\s+TRANSACTION)\b(?!\s+TO\b)",
+    re.IGNORECASE,
+)
+_NAME = re.compile(r"(?:SAVEPOINT\s+)?(?P<name>\"[^\"]+\"|`[^`]+`|\w+)\s*;?\s*$", re.IGNORECASE)
+_ANALYZE = re.compile(r"EXPLAIN\s*(?:\([^)]*\bANALY[SZ]E\b|ANALY[SZ]E\b)", re.IGNORECASE)
+_PRAGMA = re.compile(r"PRAGMA\s+(?:\w+\.)?(?:user_version|application_id)\s*=", re.IGNORECASE)
+_SET_TRANSACTION = re.compile(
+    r"SET\s+(?:LOCAL\s+|SESSION\s+CHARACTERISTICS\s+AS\s+)?TRANSACTION\b", re.IGNORECASE
+)
+_CONFIG = re.compile(r"\bset_config\s*\(", re.IGNORECASE)
+_TWO_PHASES = re.compile(r"(?:PREPARE\s+TRANSACTION|XA)\b", re.IGNORECASE)
+
+_READS = frozenset({"SELECT", "VALUES", "SHOW", "WITH", "EXPLAIN", "DESCRIBE", "DESC", "PRAGMA"})
+_STEERS = {
+    "BEGIN": Kind.BEGIN,
+    "START": Kind.BEGIN,
+    "COMMIT": Kind.COMMIT,
+    "END": Kind.COMMIT,
+    "ROLLBACK": Kind.ROLLBACK,
+    "ABORT": Kind.ROLLBACK,
+    "SAVEPOINT": Kind.SAVEPOINT,
+    "RELEASE": Kind.RELEASE,
+}
+_DDL = frozenset(
+    [
+        "CREATE",
+        "ALTER",
+        "DROP",
+        "TRUNCATE",
+        "RENAME",
+        "ANALYZE",
+        "OPTIMIZE",
+        "REPAIR",
+        "GRANT",
+        "REVOKE",
+        "LOCK",
+        "UNLOCK",
+        "FLUSH",
+        "REINDEX",
+        "COMMENT",
+        "DO",
+        "CALL",
+    ]
+)
+
+
+def read(statement: object) -> Said:
+    """Return what `statement` says; what is no plain text is a write."""
+    return _read(statement) if isinstance(statement, str) else Said(Kind.WRITE)
+
+
+@lru_cache(maxsize=2000)
+def _read(text: str) -> Said:
+    start = _BEFORE.match(text)
+    body = text[start.end() :] if start else text
+    found = _FIRST.match(body)
+    word = found[0].upper() if found else ""
+    if ";" in body and _ENDS.search(_bare(body)):
+        return Said(Kind.REFUSED, " ".join(body.split())[:40])
+    if word in _STEERS:
+        return _steering(word, body)
+    if word == "SET":
+        return Said(Kind.NOTHING if _SET_TRANSACTION.match(body) else Kind.SETTING)
+    if _TWO_PHASES.match(body):
+        return Said(Kind.REFUSED, " ".join(body.split())[:40])
+    if word in _DDL:
+        return Said(Kind.DDL, word)
+    return _query(body) if word in _READS else Said(Kind.WRITE)
+
+
+def _bare(body: str) -> str:
+    """Return a text without its literals and comments."""
+    return _COMMENT.sub(" ", _QUOTED.sub("''", body))
+
+
+def _steering(word: str, body: str) -> Said:
+    kind = _STEERS[word]
+    if kind in (Kind.COMMIT, Kind.ROLLBACK) and re.match(r"\w+\s+PREPARED\b", body, re.IGNORECASE):
+        return Said(Kind.REFUSED, body[:40])
+    to = re.match(r"ROLLBACK\s+(?:WORK\s+|TRANSACTION\s+)?TO\b", body, re.IGNORECASE)
+    if to is not None:
+        kind, body = Kind.ROLLBACK_TO, body[to.end() :]
+    elif kind in (Kind.SAVEPOINT, Kind.RELEASE):
+        body = body[len(word) :]
+    else:
+        return Said(kind)
+    name = _NAME.match(body.strip())
+    return Said(kind, name["name"] if name else body.strip())
+
+
+def _query(body: str) -> Said:
+    bare = _bare(body)
+    if _LOCKS.search(bare) or _ANALYZE.match(bare) or _PRAGMA.match(bare):
+        return Said(Kind.WRITE)
+    if bare[:4].upper() == "WITH" and _WRITES.search(bare):
+        return Said(Kind.WRITE)
+    if _CONFIG.search(bare):
+        return Said(Kind.SETTING)
+    return Said(Kind.READ, words=frozenset(name.lower() for name in _CALLED.findall(bare)))
+
+
+_SET_LOCAL = re.compile(r"\s*SET\s+LOCAL\s+([\w.\"]+)", re.IGNORECASE)
+_SET_CONFIG = re.compile(
+    r"set_config\s*\(\s*(?:CAST\s*\(\s*)?(?:'(?P<text>[^']+)'|%\((?P<key>\w+)\)s|\$(?P<number>\d+)|(?P<next>%s))",
+    re.IGNORECASE,
+)
+
+
+def local_settings(text: str, parameters: Any) -> list[str]:
+    """Return the names of what a SETTING sets until the end of its transaction.
+
+    A plain SET lasts longer than the transaction, and needs nothing.
+
+    Args:
+        text: the statement's.
+        parameters: as the driver gets them: a mapping or a sequence.
+    """
+    found = _SET_LOCAL.match(text)
+    if found is not None:
+        return [found[1].strip('"')]
+    names: list[Any] = []
+    given: Any = parameters
+    for call in _SET_CONFIG.finditer(text):
+        if call["text"]:
+            names.append(call["text"])
+        elif call["key"] and isinstance(given, dict):
+            names.append(cast("dict[str, Any]", given).get(call["key"]))
+        elif call["number"] and given:
+            names.append(given[int(call["number"]) - 1])
+        elif call["next"] and given:
+            names.append(given[text[: call.start()].count("%s")])
+    return [name for name in names if isinstance(name, str)]

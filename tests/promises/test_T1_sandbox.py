@@ -1,0 +1,261 @@
+"""T1: whatever a sandbox's jennies do happens in one transaction, and nothing of it lasts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, text
+
+from rope_middleware import RopeError, ScopeClosedError, open_scope
+from rope_middleware.testing import Sandbox
+from tests.kit.sandboxes import COUNT, PLACES, Place, Row, open_place
+from tests.kit.sessions import run_threads
+from tests.servers.mariadb import NoMariaDBError
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def place(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
+    """A database, for all tests of this module: sandboxes leave nothing in it."""
+    try:
+        with open_place(request.param, tmp_path_factory.mktemp("place") / "s.db") as found:
+            yield found
+    except NoMariaDBError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def jenny(place: Place) -> Any:
+    yield place.jenny
+    assert place.rows() == 0
+
+
+@pytest.fixture
+async def ajenny(place: Place, anyio_backend: str) -> Any:
+    await place.create()
+    yield place.ajenny
+    assert await place.arows() == 0
+
+
+def test_T1_what_is_committed_in_the_block_is_seen_in_it_and_gone_after_it(jenny: Any) -> None:
+    """A commit lasts as long as the sandbox."""
+    with Sandbox(jenny):
+        jenny.session.add(Row(n=1))
+        jenny.session.commit()
+        with open_scope():
+            assert jenny.session.scalar(COUNT) == 1
+
+
+def test_T1_a_rollback_goes_back_to_the_last_commit(jenny: Any) -> None:
+    """What was committed before stays, in the sandbox."""
+    with Sandbox(jenny):
+        jenny.session.add(Row(n=1))
+        jenny.session.commit()
+        jenny.session.add(Row(n=2))
+        jenny.session.flush()
+        jenny.session.rollback()
+        assert jenny.session.scalar(COUNT) == 1
+
+
+def test_T1_savepoints_of_the_application_work(jenny: Any) -> None:
+    """begin_nested() goes back to where it began, and no further."""
+    with Sandbox(jenny):
+        jenny.session.add(Row(n=1))
+        with pytest.raises(ZeroDivisionError), jenny.session.begin_nested():
+            jenny.session.add(Row(n=2))
+            jenny.session.flush()
+            raise ZeroDivisionError
+        with jenny.session.begin_nested():
+            jenny.session.add(Row(n=3))
+        jenny.session.commit()
+        assert jenny.session.scalar(COUNT) == 2
+
+
+@pytest.mark.anyio
+async def test_T1_async_sessions_do_the_same(ajenny: Any) -> None:
+    """The twin, entered with `async with`."""
+    async with Sandbox(ajenny):
+        ajenny.session.add(Row(n=1))
+        await ajenny.session.commit()
+        ajenny.session.add(Row(n=2))
+        await ajenny.session.flush()
+        await ajenny.session.rollback()
+        async with open_scope():
+            assert await ajenny.session.scalar(COUNT) == 1
+
+
+@pytest.mark.anyio
+async def test_T1_both_kinds_stand_side_by_side(jenny: Any, ajenny: Any, place: Place) -> None:
+    """One sandbox, a transaction for each engine; `with` and `async with` are the same."""
+    if place.engine.dialect.name == "sqlite" and place.is_shared:
+        return  # one file lets one of them write
+    with Sandbox(jenny, ajenny):
+        jenny.session.add(Row(n=1))
+        jenny.session.commit()
+        ajenny.session.add(Row(n=2))
+        await ajenny.session.commit()
+        assert jenny.session.scalar(COUNT) == 1
+        assert await ajenny.session.scalar(COUNT) == 1
+
+
+def test_T1_every_thread_works_in_the_only_open_sandbox(jenny: Any) -> None:
+    """Threads that know of no scope: by rope, and in scopes of their own."""
+
+    def by_rope(n: int) -> None:
+        jenny.session.add(Row(n=n))
+        jenny.session.commit()
+
+    def in_scope(n: int) -> None:
+        with open_scope():
+            by_rope(n)
+
+    with Sandbox(jenny):
+        run_threads([lambda n=n, f=f: f(n) for n, f in enumerate([by_rope, in_scope] * 4, 1)])  # type: ignore[misc]
+        assert jenny.session.scalar(COUNT) == 8
+
+
+@pytest.mark.anyio
+async def test_T1_async_sessions_work_from_any_loop(ajenny: Any) -> None:
+    """A loop in another thread shares the transaction, in no scope and in one."""
+
+    async def work(n: int) -> None:
+        ajenny.session.add(Row(n=n))
+        await ajenny.session.commit()
+        async with open_scope():
+            ajenny.session.add(Row(n=n + 100))
+            await ajenny.session.commit()
+
+    async with Sandbox(ajenny):
+        await asyncio.gather(
+            *(asyncio.to_thread(threading_run, lambda n=n: asyncio.run(work(n))) for n in range(4))
+        )
+        assert await ajenny.session.scalar(COUNT) == 8
+
+
+def threading_run(function: Any) -> None:
+    """Run `function` in a thread that has no context of anybody's."""
+    run_threads([function])
+
+
+def test_T1_one_that_has_only_read_holds_nobody_up(jenny: Any) -> None:
+    """The test has read, and has not ended its transaction; a client writes, the test reads."""
+
+    def client() -> None:
+        jenny.session.add(Row(n=1))
+        jenny.session.commit()
+
+    with Sandbox(jenny, wait=0.2):
+        assert jenny.session.scalar(COUNT) == 0
+        run_threads([client])
+        assert jenny.session.scalar(COUNT) == 1
+        jenny.session.add(Row(n=2))
+        jenny.session.commit()
+        assert jenny.session.scalar(COUNT) == 2
+
+
+def test_T1_an_uncommitted_write_is_neither_seen_nor_waited_for(jenny: Any) -> None:
+    """The error names the line of the write, and the cure. An inner scope is another session."""
+    with Sandbox(jenny, name="mine", wait=0.1):
+        jenny.session.add(Row(n=1))
+        jenny.session.flush()
+        with (
+            open_scope(),
+            pytest.raises(RopeError, match=r"'mine'.*test_T1_sandbox.py:\d+.*commit\(\)"),
+        ):
+            jenny.session.scalar(COUNT)
+        jenny.session.commit()
+        with open_scope():
+            assert jenny.session.scalar(COUNT) == 1
+
+
+@pytest.mark.anyio
+async def test_T1_an_uncommitted_write_of_an_async_session(ajenny: Any) -> None:
+    """The twin: the line is the application's, not the loop's."""
+    async with Sandbox(ajenny, wait=0.1):
+        ajenny.session.add(Row(n=1))
+        await ajenny.session.flush()
+        async with open_scope():
+            with pytest.raises(RopeError, match=r"test_T1_sandbox.py:\d+"):
+                await ajenny.session.scalar(COUNT)
+        await ajenny.session.commit()
+
+
+def test_T1_a_failed_statement_spoils_only_its_own_transaction(jenny: Any) -> None:
+    """An error that was swallowed holds nobody up, and the session has to roll back as ever."""
+    with Sandbox(jenny, wait=0.2):
+        jenny.session.add(Row(n=1))
+        jenny.session.commit()
+        with pytest.raises(Exception, match=r"(?i)no_such_table"):
+            jenny.session.execute(text("SELECT * FROM no_such_table"))
+        with open_scope():
+            jenny.session.add(Row(n=2))
+            jenny.session.commit()
+        jenny.session.rollback()
+        assert jenny.session.scalar(COUNT) == 2
+
+
+def test_T1_two_sandboxes_and_no_name_is_an_error_in_words(jenny: Any) -> None:
+    """Code that belongs to none of them is asked to say to which."""
+    with Sandbox(jenny, name="one"), Sandbox(jenny, name="two"):
+
+        def stray() -> None:
+            with pytest.raises(RopeError, match=r"'one', 'two'.*Rope-Sandbox"):
+                jenny.session.scalar(COUNT)
+
+        run_threads([stray])
+
+
+def test_T1_where_none_is_open_it_is_the_real_database(place: Place) -> None:
+    """Another jenny's sandbox is none of this one's business."""
+    other = type(place.jenny)(place.maker)
+    with Sandbox(other), open_scope():
+        place.jenny.session.execute(insert(Row).values(n=1))
+        place.jenny.session.rollback()
+        assert place.jenny.session.get_bind() is place.engine
+        assert other.session.get_bind() is not place.engine
+
+
+def test_T1_a_session_made_before_the_sandbox_works_in_it(jenny: Any, place: Place) -> None:
+    """And afterwards on the real database again, where no scope says otherwise."""
+    seen: list[object] = []
+
+    def stray(begin: threading.Event, go_on: threading.Event) -> None:
+        session = jenny.session
+        session.scalar(COUNT)
+        session.rollback()
+        begin.set()
+        go_on.wait(30)
+        session.add(Row(n=1))
+        session.commit()
+        seen.append(session.scalar(COUNT))
+        session.rollback()
+
+    begin, go_on = threading.Event(), threading.Event()
+    thread = threading.Thread(target=stray, args=(begin, go_on))
+    thread.start()
+    begin.wait(30)
+    with Sandbox(jenny):
+        go_on.set()
+        thread.join(30)
+    assert seen == [1]
+
+
+def test_T3_what_outlives_the_sandbox_is_told_so(jenny: Any) -> None:
+    """A session and a scope of the block's are over with it; the text names the sandbox."""
+    with Sandbox(jenny, name="gone"):
+        scope = open_scope("inner")
+        scope.__enter__()
+        session = jenny.session
+        session.add(Row(n=1))
+        session.flush()
+    with pytest.raises(ScopeClosedError, match=r"'gone'"):
+        session.commit()
+    session.rollback()
+    with pytest.raises(ScopeClosedError, match=r"'gone'"):
+        session.scalar(COUNT)
+    scope.__exit__(None, None, None)
