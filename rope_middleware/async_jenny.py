@@ -18,6 +18,7 @@ from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over, session_of
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, check_session
+from rope_middleware.session.release import has_connection, inner_session, release
 from rope_middleware.session.tie import check_loop
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session  # isort: skip
@@ -137,3 +138,22 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         closing = self.registry.remove()
         if closing is not None:
             await finish(closing, grace=DEFAULT.close_timeout)
+
+    async def release(self) -> None:
+        """Give the session's connection back to its pool, now: see `SessionJenny.release`.
+
+        Finishes even where the caller is cancelled meanwhile.
+
+        Raises:
+            RopeError: something that is not committed would be lost; or a savepoint, a
+                ``begin()`` block or a result is open.
+            CrossLoopError: the scope belongs to another event loop.
+        """
+        if not self.registry.has():
+            return
+        made = self.registry()
+        session = inner_session(self.registry)
+        if has_connection(session):
+            await finish(made.run_sync(release), grace=DEFAULT.close_timeout)
+        else:
+            release(session)

@@ -24,6 +24,7 @@ from rope_middleware.session.registry import (
     check_session,
     listen_to_factory,
 )
+from rope_middleware.session.release import inner_session, release
 
 __all__ = ["SessionJenny", "check_callables", "get_or_make"]
 
@@ -126,6 +127,28 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
             outside.remove(rope_name)
         else:
             self.registry.remove()
+
+    def release(self) -> None:
+        """Give the session's connection back to its pool, now: before a wait.
+
+        The session goes on, and so does all that it has loaded: nothing is expired, and nothing
+        is committed. Its next use begins a transaction of its own. Locks are gone by then, and
+        what was set for the transaction alone (``SET LOCAL``). Where there is nothing to give
+        back, nothing is done::
+
+            user = jenny.session.get_one(User, 1)
+            jenny.release()
+            answer = model.ask(user.question)  # takes half a minute
+
+        PostgreSQL is asked whether text or a function has written anything. Of other databases
+        that cannot be seen: there, what text has written is rolled back.
+
+        Raises:
+            RopeError: something that is not committed would be lost; or a savepoint, a
+                ``begin()`` block or a result is open.
+        """
+        if self.registry.has():
+            release(inner_session(self.registry))
 
     # SQLAlchemy-Rope's interface
 

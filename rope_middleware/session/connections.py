@@ -17,7 +17,7 @@ from rope_middleware.scope.context import logger
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
-__all__ = ["connections_out", "invalidate_all", "made_connections"]
+__all__ = ["connections_out", "invalidate_all", "lent_connections", "made_connections"]
 
 
 def made_connections(transaction: SessionTransaction | None) -> Collection[Connection]:
@@ -32,10 +32,19 @@ def made_connections(transaction: SessionTransaction | None) -> Collection[Conne
     whether the session commits it and whether the session closes it
     (`tests/promises/test_S_lent.py` pins it).
     """
+    return {connection for connection, is_made in _connections(transaction) if is_made}
+
+
+def lent_connections(transaction: SessionTransaction | None) -> Collection[Connection]:
+    """Return the connections of `transaction` that the application has given to its session."""
+    return {connection for connection, is_made in _connections(transaction) if not is_made}
+
+
+def _connections(transaction: SessionTransaction | None) -> list[tuple[Connection, bool]]:
     if transaction is None:
-        return ()
+        return []
     known = cast("dict[Any, tuple[Connection, Any, bool, bool]]", vars(transaction)["_connections"])
-    return {connection for connection, _, _, is_made in known.values() if is_made}
+    return [(connection, is_made) for connection, _, _, is_made in known.values()]
 
 
 def connections_out(tie: Tie) -> list[Connection]:

@@ -31,6 +31,7 @@ from rope_middleware.scope.scope import (
     require_open,
 )
 from rope_middleware.session.connections import connections_out, made_connections
+from rope_middleware.session.written import watch, watch_binds
 
 __all__ = ["Tie", "check_loop", "keep_also", "listen", "refuse_late", "tie_of", "tie_to"]
 
@@ -99,11 +100,15 @@ def listen(session_class: type[Session]) -> None:
         if session_class not in _listening_to:
             event.listen(session_class, "after_transaction_create", _on_begin)
             event.listen(session_class, "after_commit", _on_commit)
+            if session_class.get_bind is not Session.get_bind:
+                watch_binds(session_class)
             _listening_to.add(session_class)
 
 
 def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     """Refuse to begin in a scope that has ended: nothing is checked out yet."""
+    if transaction.parent is None:
+        watch(session)
     tie: Tie | None = session.__dict__.get(_TIE)
     if tie is None:
         tie = _adopted(session)

@@ -68,6 +68,7 @@ def sync(engine: Engine) -> None:
     assert_type(jenny.scalars(select(Data)).all(), Sequence[Data])
     jenny.remove()
     jenny.remove("a name")
+    jenny.release()
     jenny.set_rope()
     jenny._rope_name_callback = lambda: "a name"
     assert_type(jenny._rope_name_callback, Callable[[], str] | None)
@@ -108,6 +109,7 @@ async def asynchronous(engine: AsyncEngine) -> None:
     assert_type(await jenny.get(Data, 1), Data | None)
     assert_type(await jenny.session.get(Data, 1), Data | None)
     await jenny.remove()
+    await jenny.release()
     AsyncSessionJenny(async_sessionmaker(engine), key)
     AsyncSessionJenny(async_sessionmaker(engine), scopefunc=key, strict=True)
 
