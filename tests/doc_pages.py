@@ -5,6 +5,7 @@ A page is read by Sybil. What is done with a block depends on its language:
 - ``python``: executed in one namespace for the page, in an empty folder. Where the block has a
   caption it is a file of that name: written, and imported if it is a module of the folder. What
   pytest collects is written only, and the page has to go on with ``$ pytest``.
+- ``none``: a drawing.
 - ``text``: what the python block before it has printed; ``...`` stands for anything.
 - ``console``: each command is run, or checked as far as it can be: see `Console`. Lines without
   ``$`` are what the command prints.
@@ -175,6 +176,9 @@ class Page:
 
     def _run_text(self, example: Example, caption: str) -> None:
         check_output(example.parsed, self.printed[-1][1])
+
+    def _run_none(self, example: Example, caption: str) -> None:
+        """Leave a drawing to who looks at it."""
 
     def _run_console(self, example: Example, caption: str) -> None:
         self._console.run(example.parsed)

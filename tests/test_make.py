@@ -217,3 +217,17 @@ def test_a_backup_file_in_the_repository_fails_the_check(left: str, tmp_path: Pa
     done = subprocess.run([check], check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert left in done.stderr
+
+
+def test_the_first_hour_names_what_is_there() -> None:
+    """Each file, function and command that CONTRIBUTING.md shows a newcomer exists."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    package = ROOT / "rope_middleware"
+    for name in re.findall(r"\b(?:[a-z_]+/)*[a-z_]+\.py\b", text):
+        assert any((folder / name).is_file() for folder in (ROOT, package)), name
+    shown = re.findall(r"([a-z_/]+\.py)`?,? +`?(?:[A-Z]\w+\.)?(\w+)\(\)", text)
+    assert len(shown) >= 10
+    for name, function in shown:
+        assert f"def {function}(" in (package / name).read_text(), (name, function)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:`|\$ )make ([a-z-]+)", text)) <= set(targets)
