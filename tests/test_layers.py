@@ -55,6 +55,7 @@ HOUSE = (
     "asgi.replay",
     "asgi.commit",
     "asgi",
+    "wsgi.files",
     "wsgi.replay",
     "wsgi.body",
     "wsgi.commit",

@@ -17,6 +17,7 @@ __all__ = [
     "inner_gate_of",
     "is_counted",
     "is_doomed",
+    "is_head",
     "log_retry",
     "open_as",
     "options_now",
@@ -40,6 +41,11 @@ def open_as(
     scope._open(name, options, registries)
     if isinstance(scope, AsyncScope):
         scope._thread = get_ident()
+
+
+def is_head(scope: Scope) -> bool:
+    """Tell whether the request is a HEAD, whose response has no body (RFC 9110, 9.3.2)."""
+    return scope.name.startswith("HEAD ")
 
 
 def options_now(scope: Scope) -> Options:

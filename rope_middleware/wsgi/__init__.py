@@ -25,8 +25,9 @@ from rope_middleware.scope.response import (
 )
 from rope_middleware.scope.scope import OPEN, Scope
 from rope_middleware.session.refusal import backoff
-from rope_middleware.wsgi.body import CLASS_OR_NONE, ListBody, hand_on, note_files
+from rope_middleware.wsgi.body import ListBody, hand_on
 from rope_middleware.wsgi.commit import AGAIN, Gate
+from rope_middleware.wsgi.files import CLASS_OR_NONE, note_files
 from rope_middleware.wsgi.replay import Replay
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
     ) -> tuple[Scope, Iterable[bytes]]:
         """Serve a request, in as many tries as it may have; return the scope of the last one."""
         replay = Replay(environ) if self._options.retries else None
-        if replay is not None and replay.is_whole:
+        if replay is not None:
             for tried in range(self._options.retries):
                 scope, response = self._serve_try(replay.environ(), start_response, replay)
                 if response is not AGAIN:
