@@ -25,7 +25,7 @@ from rope_middleware.session.written import is_watched, notes_of
 if TYPE_CHECKING:
     from rope_middleware.session.registry import ScopeRegistry
 
-__all__ = ["has_connection", "inner_session", "release"]
+__all__ = ["HAS_WRITTEN", "has_connection", "inner_session", "release"]
 
 
 def inner_session(registry: ScopeRegistry[Any]) -> Session:
@@ -131,7 +131,7 @@ _UNSEEN = "text, or a function that writes"
 # Has this transaction written? Row locks (SELECT ... FOR UPDATE) and sequences take a transaction
 # id as well; neither is anything to lose. What writes holds a stronger lock on some relation, or
 # has taken its id for something that is no relation.
-_HAS_WRITTEN = """\
+HAS_WRITTEN = """\
 SELECT CASE WHEN txid_current_if_assigned() IS NULL THEN false ELSE (
     SELECT coalesce(bool_or(writes), false) OR NOT coalesce(bool_or(takes_id), false) FROM (
         SELECT relkind IS DISTINCT FROM 'S' AND mode NOT IN ('AccessShareLock', 'RowShareLock')
@@ -156,7 +156,7 @@ def _refuse_unseen(connection: Connection) -> None:
     is_noted = is_watched(connection)
     if connection.dialect.name == "postgresql":
         try:
-            has_written = connection.exec_driver_sql(_HAS_WRITTEN).scalar()
+            has_written = connection.exec_driver_sql(HAS_WRITTEN).scalar()
         except DBAPIError:  # the transaction is aborted: there is nothing left to lose
             return
         if has_written:

@@ -92,6 +92,7 @@ class VirtualCursor:
     def _execute(
         self, how: str, statement: Any, args: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
+        statement = self.connection.translate(statement)
         given = args if statement is None else (statement, *args)
 
         def run() -> Any:

@@ -9,6 +9,7 @@ ROOT is not there any more, somebody has committed. TURN is where the present wr
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from rope_middleware.testing.text import Said
@@ -140,3 +141,19 @@ class Database:
             return list(cursor.fetchall())
         finally:
             cursor.close()
+
+    def repeat(self, statement: str, parameters: Any) -> None:
+        """Run a statement of the application's again, whose result nobody wants."""
+        cursor = self.real.cursor()
+        try:
+            if parameters is None:
+                cursor.execute(statement)
+            else:
+                cursor.execute(statement, parameters)
+        finally:
+            cursor.close()
+
+    def spoil(self) -> None:
+        """Bring the transaction to where an error had brought it, for the driver's own error."""
+        with suppress(Exception):
+            self.run("SELECT 1/0")

@@ -8,7 +8,6 @@ turn: what a session has only read can be undone at any time without anybody not
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SharedConnection"]
 
-_TAKES_TURN = (Kind.WRITE, Kind.DDL)
-_LASTS = (Kind.WRITE, Kind.DDL, Kind.SETTING)
+_TAKES_TURN = (Kind.WRITE, Kind.DDL, Kind.LOCK)
+_LASTS = (Kind.WRITE, Kind.DDL, Kind.LOCK, Kind.SETTING)
 
 
 class SharedConnection:
@@ -172,6 +171,7 @@ class SharedConnection:
             database.before_write(statement.text)
             if self.writer is None:
                 self.writer, self.line = virtual, statement.line
+            virtual.has_written = virtual.has_written or statement.kind is not Kind.LOCK
         elif statement.kind is Kind.SETTING and database.undoes_settings:
             for name in local_settings(statement.text, statement.parameters):
                 if name not in virtual.settings:
@@ -196,7 +196,9 @@ class SharedConnection:
         elif kind in (Kind.RELEASE, Kind.ROLLBACK_TO):
             virtual.forget(name, keep_settings=kind is Kind.RELEASE)
         elif kind is Kind.SETTING and self.database.undoes_settings:
-            virtual.again.append(("", partial(self._repeat, statement)))
+            virtual.again.append(
+                ("", partial(self.database.repeat, statement.text, statement.parameters))
+            )
         if not self.database.in_transaction():
             self._told_false()
         if virtual.commits_itself and kind in _LASTS:
@@ -217,26 +219,11 @@ class SharedConnection:
             self._ended(virtual)
         elif is_spoilt and not virtual.is_spoilt:
             virtual.is_spoilt = True
-            virtual.again.append(("", self._spoil))
+            virtual.again.append(("", self.database.spoil))
             self.tainting = virtual
             if self.writer is virtual and not any(name for name, _ in virtual.again):
                 # Whatever it does, all that it wrote is gone: nobody has to wait for that.
                 self.writer = None
-
-    def _repeat(self, statement: Statement) -> None:
-        cursor = self.database.real.cursor()
-        try:
-            if statement.parameters is None:
-                cursor.execute(statement.text)
-            else:
-                cursor.execute(statement.text, statement.parameters)
-        finally:
-            cursor.close()
-
-    def _spoil(self) -> None:
-        """Bring the transaction to where an error had brought it, for the driver's own error."""
-        with suppress(Exception):
-            self.database.run("SELECT 1/0")
 
     def _told_false(self, error: BaseException | None = None) -> None:
         self.is_false = True

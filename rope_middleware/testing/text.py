@@ -19,6 +19,7 @@ class Kind(Enum):
 
     READ = auto()
     WRITE = auto()
+    LOCK = auto()  # SELECT ... FOR UPDATE: it reads, and others have to wait for its end
     DDL = auto()
     SETTING = auto()  # SET ...: gone with the savepoint, so it is said again after a turn
     BEGIN = auto()
@@ -46,9 +47,10 @@ _FIRST = re.compile(r"[A-Za-z_]+")
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
 _LOCKS = re.compile(
-    r"\bFOR\s+(?:NO\s+KEY\s+UPDATE|UPDATE|KEY\s+SHARE|SHARE)\b|\bLOCK\s+IN\s+SHARE\b|\bINTO\b",
+    r"\bFOR\s+(?:NO\s+KEY\s+UPDATE|UPDATE|KEY\s+SHARE|SHARE)\b|\bLOCK\s+IN\s+SHARE\b",
     re.IGNORECASE,
 )
+_INTO = re.compile(r"\bINTO\b", re.IGNORECASE)
 _WRITES = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE|REPLACE)\b", re.IGNORECASE)
 _CALLED = re.compile(r"([A-Za-z_]\w*)\"?\s*\(")
 _ENDS = re.compile(
@@ -144,10 +146,12 @@ def _steering(word: str, body: str) -> Said:
 
 def _query(body: str) -> Said:
     bare = _bare(body)
-    if _LOCKS.search(bare) or _ANALYZE.match(bare) or _PRAGMA.match(bare):
+    if _INTO.search(bare) or _ANALYZE.match(bare) or _PRAGMA.match(bare):
         return Said(Kind.WRITE)
     if bare[:4].upper() == "WITH" and _WRITES.search(bare):
         return Said(Kind.WRITE)
+    if _LOCKS.search(bare):
+        return Said(Kind.LOCK)
     if _CONFIG.search(bare):
         return Said(Kind.SETTING)
     return Said(Kind.READ, words=frozenset(name.lower() for name in _CALLED.findall(bare)))

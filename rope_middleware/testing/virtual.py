@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from rope_middleware.session.release import HAS_WRITTEN
 from rope_middleware.testing.cursor import WRITE, VirtualCursor, refuse
 from rope_middleware.testing.lines import line_of_the_application
 from rope_middleware.testing.shared import SharedConnection
@@ -43,6 +44,7 @@ class VirtualConnection:
         self.settings: dict[str, str | None] = {}
         """What settings were before this transaction set them for itself."""
         self.is_used = False
+        self.has_written = False
         self.is_spoilt = False
         self.is_in_block = False
         """Between a BEGIN and a COMMIT that were sent as text."""
@@ -140,6 +142,10 @@ class VirtualConnection:
         """Whether it has set something that is to stay after its commit."""
         return any(not name for name, _ in self.again)
 
+    def translate(self, statement: Any) -> Any:
+        """Return what to send in the place of `statement`."""
+        return statement
+
     def say(self, said: Said, text: str, parameters: Any, run: Callable[[], Any]) -> Any:
         """Have a statement carried out."""
         shared = self._shared
@@ -165,7 +171,7 @@ class VirtualConnection:
         """Begin anew: a transaction has ended."""
         self.again.clear()
         self.settings.clear()
-        self.is_used = self.is_spoilt = self.is_in_block = False
+        self.is_used = self.has_written = self.is_spoilt = self.is_in_block = False
 
 
 class VirtualSQLite(VirtualConnection):
@@ -187,6 +193,13 @@ class VirtualPostgreSQL(VirtualConnection):
     def __init__(self, shared: SharedConnection) -> None:
         super().__init__(shared)
         self.autocommit: bool = shared.database.begins_itself
+
+    def translate(self, statement: Any) -> Any:
+        # release() asks the server what the transaction has written. Here that is the sandbox's,
+        # and would answer for everybody.
+        if statement == HAS_WRITTEN:
+            return f"SELECT {self.has_written}"
+        return statement
 
     def set_autocommit(self, value: bool) -> None:
         """psycopg's, async."""
