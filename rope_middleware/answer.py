@@ -17,6 +17,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 
+from rope_middleware.protocols import Veto
 from rope_middleware.scope.response import is_doomed, options_now
 from rope_middleware.scope.scope import Scope, has_refused
 
@@ -26,6 +27,7 @@ __all__ = [
     "REPLACED",
     "REPLAY_LIMIT",
     "SERVER_ERROR",
+    "SETTLING",
     "STARTED",
     "WAITING",
     "Act",
@@ -70,8 +72,9 @@ def decide(status: int, *, failed: bool, may_retry: bool, commits: bool) -> Act:
     return Act.COMMIT if status < 400 else Act.ROLL_BACK
 
 
-# What has become of the response of one try. FAILED: its commit has, and nothing has started.
-WAITING, FAILED, HELD, REPLACED, STARTED = range(5)
+# What has become of the response of one try. SETTLING: its commit or rollback is under way. FAILED:
+# its commit has, and nothing has started.
+WAITING, FAILED, HELD, REPLACED, SETTLING, STARTED = range(6)
 
 
 class Gate:
@@ -129,12 +132,21 @@ class Gate:
         if act is Act.COMMIT:
             if is_doomed(self._scope):
                 self.why = "doomed"
-            elif options.commit_veto is not None and options.commit_veto(status, headers()):
+            elif options.commit_veto is not None and self._is_vetoed(
+                options.commit_veto, status, headers
+            ):
                 self.why = "vetoed"
             return Act.ROLL_BACK if self.why else act
         if act is not Act.PASS:
             self.why = f"status {status}"
         return act
+
+    def _is_vetoed(self, veto: Veto, status: int, headers: Headers) -> bool:
+        try:
+            return bool(veto(status, headers()))
+        except BaseException:
+            self.state = FAILED  # nobody knows whether it may commit
+            raise
 
     def why_not(self) -> str:
         """Tell why what was done after the response's start is not committed; "" where it is."""

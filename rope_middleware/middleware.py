@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
+from rope_middleware.running.line import Line
 from rope_middleware.scope.context import is_async_callable, logger
 from rope_middleware.scope.options import DEFAULT, options_of
 from rope_middleware.scope.response import options_now, take_in
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         commit_on_success: bool
         commit_veto: Veto | None
         retries: int
+        max_active: int | None
         close_timeout: float
 
 
@@ -58,18 +60,24 @@ class RopeMiddleware:
         retries: how often a request is run again when the database refused its transaction as
             one to try again (serialization failure, deadlock, SQLite busy). The request's body
             is kept for that, up to 1 MiB; a longer one is served once.
+        max_active: how many requests may be served at a time, between their start and the moment
+            when they hold no connection any more: their end, or their response's start where
+            nothing is held then. The others wait in line, first come, first served. A good number
+            is what the pool has (pool_size + max_overflow, 15 by default). None, the default, for
+            no limit. WebSockets are not counted.
         close_timeout: seconds that each async session may take to give its connection back, 10
             by default; past it the connection is invalidated.
 
     Raises:
         TypeError: `app` is no application, or cannot be told apart, or an option is of a
             wrong type.
-        ValueError: `retries` is negative, or `close_timeout` is not more than 0.
+        ValueError: `retries` is negative, `max_active` is less than 1, or `close_timeout` is not
+            more than 0.
 
     The open `Scope` stands in the ASGI scope or the WSGI environ under
     ``"rope_middleware.scope"``. Two of these around the same request share one scope, and their
-    options add up: `registries` of both, a commit or a veto that either asks for. `retries` and
-    `close_timeout` are the outer one's.
+    options add up: `registries` of both, a commit or a veto that either asks for. `retries`,
+    `max_active` and `close_timeout` are the outer one's.
     """
 
     _protocols: ClassVar[dict[str, type[RopeMiddleware]]] = {}
@@ -107,7 +115,9 @@ class RopeMiddleware:
         self._registries = kinds_of(registries)
         self._options = options_of(who, options)
         # Requests of apps without any of these take the short way.
-        self._has_more = bool(self._options.retries or self._registries)
+        most = self._options.max_active
+        self._line = None if most is None else Line(most)
+        self._has_more = bool(self._options.retries or self._registries or self._line)
         self._adds = bool(self._registries) or self._options != DEFAULT
         self._has_told = False
         if self._options.retries:
@@ -129,7 +139,7 @@ class RopeMiddleware:
     def _tell_dropped(self, outer: Scope) -> None:
         dropped = [
             name
-            for name in ("retries", "close_timeout")
+            for name in ("retries", "max_active", "close_timeout")
             if getattr(self._options, name)
             not in (getattr(DEFAULT, name), getattr(options_now(outer), name))
         ]

@@ -11,13 +11,17 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.asgi.commit import Gate
+from rope_middleware.asgi.line import Ahead, Leaving, wait_for_turn
 from rope_middleware.asgi.replay import Replay
 from rope_middleware.middleware import RopeMiddleware
 from rope_middleware.protocols import ASGIApp, ASGIScope, Receive, Send
+from rope_middleware.running.line import Line, Place
 from rope_middleware.scope.context import SCOPE_KEY, current, unbind
 from rope_middleware.scope.ending import aend, aend_failed
 from rope_middleware.scope.response import (
+    count,
     inner_gate_of,
+    is_counted,
     is_doomed,
     log_retry,
     open_as,
@@ -117,10 +121,36 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             await self._serve_within(outer, scope, receive, send)
         elif scope["type"] == "websocket":
             await self._serve_websocket(scope, receive, send)
-        elif self._options.retries:
-            await self._serve_tries(scope, receive, send)
+        elif self._line is not None and not is_counted(scope):
+            await self._serve_in_turn(self._line, scope, receive, send)
         else:
-            await self._serve_try(scope, receive, send, None)
+            await self._serve_request(scope, receive, send)
+
+    async def _serve_in_turn(
+        self, line: Line, scope: ASGIScope, receive: Receive, send: Send
+    ) -> None:
+        """Serve a request when it has its turn, and not at all where its client has gone."""
+        place = line.enter()
+        if place is not None:
+            with place:
+                await self._serve_request(scope, receive, send, place)
+            return
+        ahead = Ahead(receive)
+        try:
+            place = await wait_for_turn(line, ahead)
+            if place is not None:
+                with place:
+                    await self._serve_request(scope, ahead, send, place)
+        finally:
+            ahead.stop()
+
+    async def _serve_request(
+        self, scope: ASGIScope, receive: Receive, send: Send, place: Place | None = None
+    ) -> None:
+        if self._options.retries:
+            await self._serve_tries(scope, receive, send, place)
+        else:
+            await self._serve_try(scope, receive, send, None, place)
 
     async def _serve_within(
         self, outer: Scope, scope: ASGIScope, receive: Receive, send: Send
@@ -150,26 +180,36 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         finally:
             unbind(token)
 
-    async def _serve_tries(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+    async def _serve_tries(
+        self, scope: ASGIScope, receive: Receive, send: Send, place: Place | None
+    ) -> None:
         """Serve a request that may be run again."""
         import anyio
 
         replay = Replay(receive)
         retries = self._options.retries
         for tried in range(retries):
-            failed = await self._serve_try(_copy(scope), replay, send, replay)
+            failed = await self._serve_try(_copy(scope), replay, send, replay, place)
             if failed is None:
                 return
             log_retry(failed, tried + 1, retries)
             await anyio.sleep(backoff(tried))
             replay.rewind()
-        await self._serve_try(_copy(scope), replay, send, None)
+        await self._serve_try(_copy(scope), replay, send, None, place)
 
     async def _serve_try(
-        self, scope: ASGIScope, receive: Receive, send: Send, replay: Replay | None
+        self,
+        scope: ASGIScope,
+        receive: Receive,
+        send: Send,
+        replay: Replay | None,
+        place: Place | None,
     ) -> Scope | None:
         """Serve one try of a request; return its scope where there should be another try."""
         own = self._open(scope)
+        if place is not None:
+            count(own)
+            send = Leaving(place, own, send)
         gate = Gate(own, send, replay)
         token = current.set(own)
         try:

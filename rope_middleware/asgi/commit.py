@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rope_middleware import answer
-from rope_middleware.answer import FAILED, HELD, REPLACED, SERVER_ERROR, STARTED, WAITING, Act
+from rope_middleware.answer import FAILED, HELD, REPLACED, SERVER_ERROR, SETTLING, STARTED, WAITING
 from rope_middleware.protocols import Message, Send
-from rope_middleware.running.finish import finish
+from rope_middleware.running.finish import finish, running_loop
 from rope_middleware.scope.ending import acommit, aend, aroll_back
-from rope_middleware.scope.response import doom_rest, options_now
-from rope_middleware.scope.scope import Scope, has_committed
+from rope_middleware.scope.response import doom_rest, is_head, options_now
+from rope_middleware.scope.scope import Scope
 
 if TYPE_CHECKING:
     from rope_middleware.asgi.replay import Replay
 
 __all__ = ["Gate"]
+
+# What may come before the response's start, and is no part of the response.
+_BEFORE = frozenset({"http.response.early_hint", "http.response.push", "http.response.debug"})
 
 
 class Gate(answer.Gate):
@@ -29,7 +32,7 @@ class Gate(answer.Gate):
         replay: the request's body for another try; None where there is none to come.
     """
 
-    __slots__ = ("_replay", "_send")
+    __slots__ = ("_replay", "_send", "_settled")
 
     def __init__(self, scope: Scope, send: Send, replay: Replay | None = None) -> None:
         # The base's, without the price of a call.
@@ -40,6 +43,7 @@ class Gate(answer.Gate):
         self.why = ""
         self._send = send
         self._replay = replay
+        self._settled: Any = None  # an anyio.Event, where another task waits for the commit
 
     def send(self, message: Message) -> Awaitable[None]:
         """Take a message from the app."""
@@ -68,55 +72,89 @@ class Gate(answer.Gate):
             await aend(self._scope, not why, why)
 
     async def _before_start(self, message: Message) -> None:
+        while self.state == SETTLING:  # start and body may be sent from two tasks
+            await self._wait()
         if self.state in (REPLACED, HELD):
             return  # this response was replaced, or held back: swallow it
-        if message["type"] == "http.response.start":
+        if self.state == STARTED:
+            await self._send(message)
+        elif message["type"] == "http.response.start":
             await self._announce(message)
-        elif self.state == FAILED and message["type"] == "http.response.body":
+        elif self.state == FAILED and message["type"] not in _BEFORE:
             # The app has swallowed the error and goes on with the response that never started.
             await self._replace()
         else:
             await self._send(message)
 
+    async def _wait(self) -> None:
+        """Wait until it is decided whether the response starts."""
+        if self._settled is None:
+            import anyio
+
+            self._settled = anyio.Event()
+        await self._settled.wait()
+
+    def _set(self, state: int) -> None:
+        """Go on from SETTLING; who has waited for that goes on, too."""
+        self.state = state
+        if state == STARTED and self._replay is not None:
+            self._replay.forget()
+        if self._settled is not None:
+            self._settled.set()
+            self._settled = None
+
     async def _announce(self, message: Message) -> None:
         """The app wants to start its response: do what that means."""
         act = self.decide(message["status"], lambda: _headers(message))
-        if act is Act.HOLD:
+        if act is answer.Act.HOLD:
             self.state = HELD
-        elif act is Act.REPLACE:
+        elif act is answer.Act.REPLACE:
             await self._replace()
+        elif act is answer.Act.COMMIT:
+            await self._commit(message)
         else:
-            if act is Act.ROLL_BACK:
+            if act is answer.Act.ROLL_BACK:
                 await self._roll_back()
-            elif act is Act.COMMIT:
-                await self._commit(message)
-            self._start()
+            self._set(STARTED)
             await self._send(message)
 
-    def _start(self) -> None:
-        self.state = STARTED
-        if self._replay is not None:
-            self._replay.forget()
-
     async def _roll_back(self) -> None:
-        self.state = FAILED  # assumed; corrected by the caller once the response starts
+        self.state = SETTLING
         doom_rest(self._scope)  # nothing later in the scope commits, either
-        await aroll_back(self._scope, self.why)
+        try:
+            await aroll_back(self._scope, self.why)
+        except BaseException:
+            self._set(FAILED)
+            raise
 
     async def _commit(self, message: Message) -> None:
-        self.state = FAILED  # assumed; corrected by the caller when the commit has succeeded
+        """Commit, then start the response. Once the commit stands, nobody may read an error."""
+        self.state = SETTLING
         try:
-            await acommit(self._scope)
+            await acommit(self._scope, self._note_commit)
         except CancelledError:
-            if has_committed(self._scope):
-                # The rows are there, so nobody may read an error: the response that was
-                # announced starts before the cancellation goes on.
-                self.commits = True
-                self._start()
-                timeout = options_now(self._scope).close_timeout
-                await finish(_sent(self._send(message)), timeout)
+            if not self.commits:
+                self._set(FAILED)
+                raise
+            # The response that was announced starts before the cancellation goes on.
+            await self._start_shielded(message)
             raise
+        except BaseException:
+            self._set(FAILED)
+            raise
+        if running_loop() is None:
+            # In trio a cancellation that came during the commit is felt at the next await.
+            await self._start_shielded(message)
+        else:
+            self._set(STARTED)
+            await self._send(message)
+
+    def _note_commit(self) -> None:
         self.commits = True
+
+    async def _start_shielded(self, message: Message) -> None:
+        self._set(STARTED)
+        await finish(_sent(self._send(message)), options_now(self._scope).close_timeout)
 
     async def _replace(self) -> None:
         """Answer a plain 500 instead of a success whose commit failed."""
@@ -125,8 +163,9 @@ class Gate(answer.Gate):
             (b"content-type", b"text/plain; charset=utf-8"),
             (b"content-length", str(len(SERVER_ERROR)).encode()),
         ]
+        body = b"" if is_head(self._scope) else SERVER_ERROR
         await self._send({"type": "http.response.start", "status": 500, "headers": headers})
-        await self._send({"type": "http.response.body", "body": SERVER_ERROR})
+        await self._send({"type": "http.response.body", "body": body})
 
 
 async def _sent(sending: Awaitable[None]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import traceback
 from contextvars import ContextVar, Token
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rope_middleware.scope.scope import Scope
@@ -18,6 +19,7 @@ __all__ = [
     "is_async_callable",
     "logger",
     "removing",
+    "traceback_of",
     "unbind",
 ]
 
@@ -59,6 +61,27 @@ def class_of(error: BaseException | None) -> str:
     if inner is None or inner is error:
         return name
     return f"{name} ({type(inner).__module__}.{type(inner).__qualname__})"
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return the whole traceback of `error` as text, without the values of a statement."""
+    hidden: list[Any] = []
+    one: BaseException | None = error
+    while one is not None and one not in hidden and len(hidden) < MOST_CAUSES:
+        hidden.append(one)
+        one = one.__cause__ or one.__context__
+    # An error that can hide its parameters (SQLAlchemy's) does so meanwhile.
+    hidden = [each for each in hidden if getattr(each, "hide_parameters", None) is False]
+    for each in hidden:
+        each.hide_parameters = True
+    try:
+        return "".join(traceback.format_exception(error)).rstrip()
+    finally:
+        for each in hidden:
+            each.hide_parameters = False
+
+
+MOST_CAUSES = 20  # that are looked at, in a chain of errors
 
 
 def is_async_callable(fn: object) -> bool:

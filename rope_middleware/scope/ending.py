@@ -8,6 +8,7 @@ a WSGI request with one SELECT (1.056 against 1.088 of the handler by hand).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from rope_middleware.running.finish import finish
@@ -91,15 +92,20 @@ def _end_plainly(scope: Scope) -> None:
         raise failure
 
 
-def commit(scope: Scope) -> None:
+def commit(scope: Scope, note: Callable[[], None]) -> None:
     """Commit a sync scope that goes on.
+
+    Args:
+        scope: the request's.
+        note: called once the commit stands.
 
     Raises:
         BaseException: the commit's error; everything is rolled back.
     """
     if scope._sessions is None:
+        note()
         return
-    failure = run_now(committing(scope, HERE))
+    failure = run_now(committing(scope, HERE, note))
     if failure is not None:
         raise failure
 
@@ -155,12 +161,18 @@ def _end_without_thread(scope: Scope, error: BaseException) -> None:
     scope._state = CLOSED
 
 
-async def acommit(scope: Scope) -> None:
-    """Commit an async scope that goes on; finishes under cancellation. See `commit`."""
+async def acommit(scope: Scope, note: Callable[[], None]) -> None:
+    """Commit an async scope that goes on; finishes under cancellation. See `commit`.
+
+    Args:
+        scope: the request's.
+        note: called once the commit stands, also where a cancellation is raised then.
+    """
     if scope._sessions is None or not (open_sessions(scope) or scope._on_commit):
+        note()
         return
     timeout = scope._options.close_timeout
-    failure = await finish(committing(scope, Async(timeout)), timeout)
+    failure = await finish(committing(scope, Async(timeout), note), timeout)
     if failure is not None:
         raise failure
 

@@ -27,6 +27,10 @@ class SessionKind(Protocol):
         """Tell whether `session` has nothing open, so that ending it needs no I/O."""
         ...
 
+    def holds_connection(self, session: Any, /) -> bool:
+        """Tell whether `session` has a connection out of its pool."""
+        ...
+
     def is_twophase(self, session: Any, /) -> bool:
         """Tell whether `session` commits in two phases."""
         ...

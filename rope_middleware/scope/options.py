@@ -23,6 +23,7 @@ class Options:
             that would commit; where it returns something true, the scope rolls back.
         retries: how often a request is run again when the database refused its transaction as
             one to try again.
+        max_active: how many requests may be served at a time; the others wait in line.
         close_timeout: seconds that each async session may take to give its connection back; past
             it the connection is invalidated.
 
@@ -34,6 +35,7 @@ class Options:
     commit_on_success: bool = False
     commit_veto: Veto | None = None
     retries: int = 0
+    max_active: int | None = None
     close_timeout: float = 10.0
 
     def __post_init__(self) -> None:
@@ -44,11 +46,9 @@ class Options:
                 "commit_veto must be a plain function of (status, headers) that returns true "
                 f"where the request must not be committed, not {veto!r}."
             )
-        retries: object = self.retries
-        if isinstance(retries, bool) or not isinstance(retries, int):
-            raise TypeError(f"retries is a number of further tries, not {retries!r}.")
-        if retries < 0:
-            raise ValueError(f"retries cannot be negative: {retries!r}.")
+        _check_number("retries", "further tries", self.retries, 0)
+        if self.max_active is not None:
+            _check_number("max_active", "requests", self.max_active, 1)
         _check_seconds("close_timeout", self.close_timeout)
 
     def plus(self, inner: Options) -> Options:
@@ -82,6 +82,13 @@ def options_of(who: str, given: dict[str, Any]) -> Options:
 def _check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} is True or False, not {value!r}.")
+
+
+def _check_number(name: str, what: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a number of {what}, not {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, not {value!r}.")
 
 
 def _check_seconds(name: str, value: object) -> None:

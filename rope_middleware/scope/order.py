@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from rope_middleware.errors import RopeError
-from rope_middleware.scope.context import class_of, logger, removing
+from rope_middleware.scope.context import class_of, logger, removing, traceback_of
 from rope_middleware.scope.hands import Hands, Work
 from rope_middleware.scope.kind import SessionKind
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
@@ -28,8 +28,15 @@ __all__ = [
 ]
 
 
-async def committing(scope: Scope, hands: Hands) -> BaseException | None:
+async def committing(
+    scope: Scope, hands: Hands, note: Callable[[], None] | None = None
+) -> BaseException | None:
     """Commit every session, then run what waits for the commit.
+
+    Args:
+        scope: whose sessions.
+        hands: how what blocks is carried out.
+        note: called once the commit stands, before anything else.
 
     Returns:
         What the first failing step raised; everything is rolled back then.
@@ -51,6 +58,8 @@ async def committing(scope: Scope, hands: Hands) -> BaseException | None:
         logger.error("commit of %r failed: %s", scope.name, class_of(error))
         await rolling_back(scope, hands, "its commit failed")
         return error
+    if note is not None:
+        note()
     return await _run_all(scope, hands, "on_commit", _take_on_commit(scope))
 
 
@@ -141,8 +150,7 @@ def invalidate_failed(
     logger.error(
         "closing a session of %r failed, its connection is invalidated: %s",
         scope.name,
-        class_of(error),
-        exc_info=error,
+        traceback_of(error),
     )
     try:
         kind.invalidate(session)

@@ -11,9 +11,13 @@ from rope_middleware.scope.options import Options
 from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
 
 __all__ = [
+    "count",
     "doom_rest",
+    "holds_connection",
     "inner_gate_of",
+    "is_counted",
     "is_doomed",
+    "is_head",
     "log_retry",
     "open_as",
     "options_now",
@@ -37,6 +41,11 @@ def open_as(
     scope._open(name, options, registries)
     if isinstance(scope, AsyncScope):
         scope._thread = get_ident()
+
+
+def is_head(scope: Scope) -> bool:
+    """Tell whether the request is a HEAD, whose response has no body (RFC 9110, 9.3.2)."""
+    return scope.name.startswith("HEAD ")
 
 
 def options_now(scope: Scope) -> Options:
@@ -100,6 +109,29 @@ def take_in(scope: Scope, options: Options, registries: tuple[PlainKind, ...]) -
         scope._begin_use().update(dict.fromkeys(more))
     watched = before.commit_on_success or before.retries or scope._gate is not None
     return scope._options.commit_on_success and not watched
+
+
+def holds_connection(scope: Scope) -> bool:
+    """Tell whether a session of `scope` has a connection out of its pool."""
+    kept = list((scope._sessions or {}).items())
+    return any(key.kind.holds_connection(session) for key, session in kept)
+
+
+def count(scope: Scope) -> None:
+    """Note that the request of `scope` has come through the line of `max_active`."""
+    scope._is_counted = True
+
+
+def is_counted(*carriers: Any) -> bool:
+    """Tell whether the request has come through the line of another middleware around this one.
+
+    Also where an open_scope() lies between the two (S6), and this one opens a scope of its own.
+
+    Args:
+        carriers: the dictionaries of the request in which that one's scope may stand.
+    """
+    scopes: list[Scope | None] = [carrier.get(SCOPE_KEY) for carrier in carriers]
+    return any(one is not None and one._is_counted and one._state == OPEN for one in scopes)
 
 
 def log_retry(scope: Scope, number: int, of: int) -> None:

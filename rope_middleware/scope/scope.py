@@ -69,6 +69,7 @@ class Scope:
     _left: tuple[Scope | None] | None = None  # see `opening.restore`
     _is_parents = False  # this process was forked while it was open
     _doomed = False
+    _is_counted = False  # its request has come through the line of `max_active`
     _committed = False  # a session has committed something: see C6
     _refused: BaseException | None = None  # the database asked to try again: see C6
 

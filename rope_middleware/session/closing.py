@@ -21,7 +21,15 @@ from rope_middleware.scope.options import DEFAULT
 from rope_middleware.session.connections import connections_out, invalidate_all
 from rope_middleware.session.tie import Tie, refuse_late, tie_of
 
-__all__ = ["close", "detach", "discard", "has_nothing_open", "invalidate", "overrides_close"]
+__all__ = [
+    "close",
+    "detach",
+    "discard",
+    "has_nothing_open",
+    "holds_connection",
+    "invalidate",
+    "overrides_close",
+]
 
 _SESSION_CLOSE = Session.close
 
@@ -37,6 +45,12 @@ def has_nothing_open(session: Session) -> bool:
         return False
     tie = tie_of(session)
     return tie is None or not connections_out(tie)
+
+
+def holds_connection(session: Session) -> bool:
+    """Tell whether `session` has a connection out of its pool."""
+    tie = tie_of(session)
+    return tie is not None and bool(connections_out(tie))
 
 
 def close(session: Session) -> None:

@@ -31,6 +31,10 @@ class SyncKind:
     def is_idle(self, session: Any, /) -> bool:
         return closing.has_nothing_open(session)
 
+    def holds_connection(self, session: Any, /) -> bool:
+        inner = self.inner(session)
+        return inner is not None and closing.holds_connection(inner)
+
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.twophase)
 

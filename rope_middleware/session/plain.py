@@ -68,6 +68,10 @@ class PlainSessions:
         # The end of an async_scoped_session has to be awaited, whatever it has open.
         return not self.is_async and closing.has_nothing_open(session)
 
+    def holds_connection(self, _: Any, /) -> bool:
+        session = self.find()
+        return session is not None and closing.holds_connection(session)
+
     def is_twophase(self, _: Any, /) -> bool:
         return bool(getattr(self.find(), "twophase", False))
 

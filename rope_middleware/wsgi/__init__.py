@@ -10,10 +10,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from rope_middleware.errors import ScopeClosedError
 from rope_middleware.middleware import RopeMiddleware
+from rope_middleware.running.line import wait_in_thread
 from rope_middleware.scope.context import SCOPE_KEY, current, unbind
 from rope_middleware.scope.ending import end_failed
 from rope_middleware.scope.response import (
+    count,
+    is_counted,
     log_retry,
     open_as,
     set_inner_gate,
@@ -21,8 +25,9 @@ from rope_middleware.scope.response import (
 )
 from rope_middleware.scope.scope import OPEN, Scope
 from rope_middleware.session.refusal import backoff
-from rope_middleware.wsgi.body import CLASS_OR_NONE, ListBody, hand_on, note_files
+from rope_middleware.wsgi.body import ListBody, hand_on
 from rope_middleware.wsgi.commit import AGAIN, Gate
+from rope_middleware.wsgi.files import CLASS_OR_NONE, note_files
 from rope_middleware.wsgi.replay import Replay
 
 if TYPE_CHECKING:
@@ -120,15 +125,34 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         outer = shared_scope(environ, environ.get("asgi.scope") or {})
         if outer is not None:
             return self._serve_within(outer, environ, start_response)
+        if self._line is None or is_counted(environ, environ.get("asgi.scope") or {}):
+            return self._serve_request(environ, start_response)[1]
+        place = wait_in_thread(self._line)
+        try:
+            scope, response = self._serve_request(environ, start_response)
+        except BaseException:
+            place.give_back()
+            raise
+        count(scope)
+        try:
+            scope.on_close(place.give_back)
+        except ScopeClosedError:  # the body needs no more of it
+            place.give_back()
+        return response
+
+    def _serve_request(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> tuple[Scope, Iterable[bytes]]:
+        """Serve a request, in as many tries as it may have; return the scope of the last one."""
         replay = Replay(environ) if self._options.retries else None
-        if replay is not None and replay.is_whole:
+        if replay is not None:
             for tried in range(self._options.retries):
                 scope, response = self._serve_try(replay.environ(), start_response, replay)
                 if response is not AGAIN:
-                    return response
+                    return scope, response
                 log_retry(scope, tried + 1, self._options.retries)
                 time.sleep(backoff(tried))
-        return self._serve_try(replay.environ() if replay else environ, start_response)[1]
+        return self._serve_try(replay.environ() if replay else environ, start_response)
 
     def _serve_within(
         self, outer: Scope, environ: WSGIEnvironment, start_response: StartResponse

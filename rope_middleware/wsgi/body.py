@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from types import GeneratorType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from rope_middleware.scope.context import current, logger
+from rope_middleware.scope.context import current, logger, unbind
 from rope_middleware.scope.ending import end, end_failed, explain, is_untouched
 from rope_middleware.scope.response import inner_gate_of, is_doomed
 from rope_middleware.scope.scope import Scope
+from rope_middleware.wsgi.files import is_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from _typeshed.wsgi import WSGIEnvironment
 
+    from rope_middleware.wsgi.commit import Gate
 
-__all__ = ["CLASS_OR_NONE", "ListBody", "close_unsent", "hand_on", "is_odd", "note_files"]
+
+__all__ = [
+    "Begun",
+    "GatedBody",
+    "ListBody",
+    "close_unsent",
+    "hand_on",
+    "is_streamed",
+]
 
 # Bound once: this is the way of every request.
 _set_current = current.set
@@ -33,40 +44,14 @@ def close_unsent(body: object) -> None:
             logger.exception("close() of a response that was not sent failed")
 
 
-def _is_file(body: object, environ: WSGIEnvironment) -> bool:
-    """Tell whether ``wsgi.file_wrapper`` made the body: then servers want that very object."""
-    wrapper = environ.get("wsgi.file_wrapper")
-    if isinstance(wrapper, _FileWrapper):
-        return any(body is made for made in wrapper.made)
-    return isinstance(wrapper, type) and isinstance(body, wrapper)
-
-
-CLASS_OR_NONE = frozenset({type, type(None)})
-
-
-class _FileWrapper:
-    """Knows what a ``wsgi.file_wrapper`` made that is a function, as uWSGI's is."""
-
-    def __init__(self, wrapper: Callable[..., Any]) -> None:
-        self._wrapper = wrapper
-        self.made: list[object] = []
-
-    def __call__(self, *args: Any) -> Any:
-        made = self._wrapper(*args)
-        self.made.append(made)
-        return made
-
-
-def note_files(environ: WSGIEnvironment) -> None:
-    """Take note of what a ``wsgi.file_wrapper`` makes that is no class."""
-    wrapper = environ["wsgi.file_wrapper"]
-    if not isinstance(wrapper, (type, _FileWrapper)):
-        environ["wsgi.file_wrapper"] = _FileWrapper(wrapper)
-
-
-def is_odd(body: object) -> bool:
+def _is_odd(body: object) -> bool:
     """Tell whether the server has to see the body as it is, to complain about it."""
     return isinstance(body, (str, bytes)) or not hasattr(body, "__iter__")
+
+
+def is_streamed(body: object, environ: WSGIEnvironment) -> bool:
+    """Tell whether code of the application runs while the server reads the body."""
+    return not (hasattr(type(body), "__len__") or _is_odd(body) or is_file(body, environ))
 
 
 def hand_on(
@@ -90,9 +75,9 @@ def hand_on(
         return ListBody(body, scope, commits) if owns else body
     if kind is GeneratorType:
         return _Body(body, scope, commits, owns)
-    if _is_file(body, environ):
+    if is_file(body, environ):
         return _end_with_file(body, scope, commits) if owns else body
-    if is_odd(body):
+    if _is_odd(body):
         if owns:
             end(scope, *_verdict(scope, commits, is_read=True))
         return body
@@ -220,6 +205,46 @@ class _Body(_Ending):
             yield chunk
 
 
+class GatedBody(_Body):
+    """A `_Body` whose response has not started: the gate decides before its first chunk.
+
+    Args:
+        body: the application's.
+        scope: the request's.
+        gate: holds the response's start back.
+        owns: False where another middleware ends the scope.
+    """
+
+    __slots__ = ("_gate",)
+
+    def __init__(self, body: Any, scope: Scope, gate: Gate, owns: bool) -> None:
+        super().__init__(body, scope, False, owns)
+        self._gate: Gate | None = gate
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in super().__iter__():
+            if self._gate is not None and (instead := self._settle(self._gate)) is not None:
+                yield from instead
+                return
+            yield chunk
+        if self._gate is not None:  # a body without any chunk
+            yield from self._settle(self._gate) or ()
+
+    def _settle(self, gate: Gate) -> list[bytes] | None:
+        """Let the response start, or return what the server gets in its place."""
+        scope = self._scope
+        if scope is None:  # closed
+            return None
+        token = _set_current(scope)
+        try:
+            return gate.announce_or_replace()
+        finally:
+            unbind(token)
+            self._commits = gate.commits
+            if not gate.is_waiting:
+                self._gate = None
+
+
 class _SizedBody(_Body):
     """A `_Body` that knows its length."""
 
@@ -252,3 +277,24 @@ def _end_with_file(body: Any, scope: Scope, commits: bool) -> Iterable[bytes]:
         ending._body = None  # the server will close it
         ending.close()
     return cast("Iterable[bytes]", body)
+
+
+class Begun:
+    """A body whose first chunk has been made already."""
+
+    def __init__(self, body: Iterable[bytes]) -> None:
+        self._body = body
+        self._chunks = iter(body)
+        self._first = list(islice(self._chunks, 1))
+        self._inner = current.get(None)  # an open_scope() around several chunks
+
+    def __iter__(self) -> Iterator[bytes]:
+        current.set(self._inner)  # undone by who asks for the chunk
+        yield from self._first
+        yield from self._chunks
+
+    def close(self) -> None:
+        """Close the app's body."""
+        close = getattr(self._body, "close", None)
+        if close is not None:
+            close()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware import answer
 from rope_middleware.answer import FAILED, HELD, SERVER_ERROR, STARTED, WAITING, Act
-from rope_middleware.scope.context import class_of
+from rope_middleware.scope.context import class_of, logger, traceback_of
 from rope_middleware.scope.ending import commit, end, roll_back
-from rope_middleware.scope.response import doom_rest
+from rope_middleware.scope.response import doom_rest, is_head
 from rope_middleware.scope.scope import Scope
-from rope_middleware.wsgi.body import close_unsent, hand_on, is_odd
+from rope_middleware.wsgi.body import Begun, GatedBody, close_unsent, hand_on, is_streamed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -28,9 +27,9 @@ AGAIN: list[bytes] = []  # no response: the request is to be run again
 class Gate(answer.Gate):
     """Stands between the app and the server's `start_response`.
 
-    The app's call is held back until the app has returned its body, so that a success whose
-    commit fails was never announced. PEP 3333 sends nothing before the first chunk anyway.
-    Where the app starts the response only while its body is read, the gate opens at once.
+    The app's call is held back until its first chunk is made (of a list: until the app returns it),
+    so that a success whose commit fails was never announced, and one whose first chunk fails was
+    never committed. PEP 3333 sends nothing before the first chunk anyway.
 
     Args:
         scope: the request's.
@@ -39,7 +38,7 @@ class Gate(answer.Gate):
         owns: False where another middleware ends the scope.
     """
 
-    __slots__ = ("_call", "_owns", "_returned", "_start_response", "_write_on")
+    __slots__ = ("_call", "_owns", "_replay", "_start_response", "_write_on")
 
     def __init__(
         self,
@@ -55,8 +54,8 @@ class Gate(answer.Gate):
         self.commits = False
         self.why = ""
         self._start_response = start_response
+        self._replay = replay
         self._owns = owns
-        self._returned = False
         self._call: Any = None  # the app's call of start_response, while it is held back
         self._write_on: Callable[[bytes], object] | None = None
 
@@ -69,11 +68,13 @@ class Gate(answer.Gate):
         body: Iterable[bytes] = ()
         try:
             body = app(environ, self.start_response)
-            self._returned = True
-            if self._call is not None:
-                self._announce()
-            elif self.state == WAITING and not is_odd(body):
-                body = _begin(body, self)
+            streamed = self.state == WAITING and is_streamed(body, environ)
+            if streamed and self._may_replay is not None:
+                body = Begun(body)  # its first chunk may fail, and the request be run again
+            if not streamed or self._may_replay is not None:
+                self.announce()
+            if streamed and self.state == WAITING:
+                return GatedBody(body, self._scope, self, self._owns)
         except BaseException as error:
             self.why = class_of(error)
             if not isinstance(error, Exception) or not (
@@ -83,6 +84,8 @@ class Gate(answer.Gate):
                 raise
             if self.state == WAITING:
                 self.state = HELD
+            if not self.may_try_again():
+                self._tell(error)
         if self.state in (WAITING, STARTED):
             return hand_on(body, environ, self._scope, self.commits, self._owns)
         close_unsent(body)
@@ -96,9 +99,12 @@ class Gate(answer.Gate):
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
         """Take the app's call."""
-        if self._call is not None and exc_info is None and self.state == WAITING:
-            self._announce()  # called twice: the server shall say so
         call: Any = (status, headers) if exc_info is None else (status, headers, exc_info)
+        if self._call is not None and exc_info is None and self.state == WAITING:
+            # Called twice, a fatal error (PEP 3333): nothing is committed, the server shall say so.
+            first, self._call = self._call, None
+            self._refuse_success("start_response was called twice")
+            self._start(first)
         if self.state == STARTED:
             write = self._start_response(*call)
             if _code(status) >= 400:
@@ -106,20 +112,24 @@ class Gate(answer.Gate):
             return write
         if self.state != HELD:
             self._call = call
-            if self._returned:
-                self._announce()
         return self._write
 
     def _write(self, data: bytes) -> object:
         """The `write` callable that the app gets."""
-        if self._call is not None and data:
-            self._announce()
+        if data:
+            self.announce()
         # None: this response was replaced, or held back.
         return None if self._write_on is None else self._write_on(data)
 
-    def _announce(self) -> None:
-        """The app wants to start its response: do what that means."""
+    def announce(self) -> None:
+        """The app wants to start its response, if it has said so: do what that means.
+
+        Raises:
+            BaseException: the commit's error; nothing has started.
+        """
         call, self._call = self._call, None
+        if call is None:
+            return
         status = _code(call[0])
         if self.passes(status):
             self._write_on = self._start_response(*call)
@@ -129,15 +139,45 @@ class Gate(answer.Gate):
             self.state = HELD
         elif act is not Act.REPLACE:
             if act is Act.ROLL_BACK:
-                self.state = FAILED  # assumed; corrected below once the response starts
-                doom_rest(self._scope)  # nothing later in the scope commits, either
-                roll_back(self._scope, self.why)
+                self._refuse_success(self.why)
             elif act is Act.COMMIT:
                 self.state = FAILED  # assumed; corrected below when the commit has succeeded
-                commit(self._scope)
-                self.commits = True
-            self.state = STARTED
-            self._write_on = self._start_response(*call)
+                commit(self._scope, self._note_commit)
+            self._start(call)
+
+    def _start(self, call: Any) -> None:
+        self.state = STARTED
+        if self._replay is not None:
+            self._replay.forget()
+        self._write_on = self._start_response(*call)
+
+    def _refuse_success(self, why: str) -> None:
+        self.state = FAILED  # until the response starts
+        doom_rest(self._scope)  # nothing later in the scope commits, either
+        roll_back(self._scope, why)
+
+    def _note_commit(self) -> None:
+        self.commits = True
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the app has not called start_response yet."""
+        return self.state == WAITING
+
+    def announce_or_replace(self) -> list[bytes] | None:
+        """`announce` of a body that the server reads; what it gets in place of it, or None."""
+        try:
+            self.announce()
+        except Exception as error:
+            if self.state != FAILED:
+                raise
+            self.why = class_of(error)
+            self._tell(error)
+        return None if self.state in (WAITING, STARTED) else self._plain_error()
+
+    def _tell(self, error: BaseException) -> None:
+        """Log what nobody else hears of: the framework has done its part already."""
+        logger.error("%r is answered by a plain 500: %s", self._scope.name, traceback_of(error))
 
     def _plain_error(self) -> list[bytes]:
         """Answer a plain 500 instead of a success whose commit failed; return its body."""
@@ -148,38 +188,7 @@ class Gate(answer.Gate):
                 ("Content-Length", str(len(SERVER_ERROR))),
             ],
         )
-        return [SERVER_ERROR]
-
-
-def _begin(body: Iterable[bytes], gate: Gate) -> Iterable[bytes]:
-    """Make chunks of `body` until the app has called start_response, and return all of them.
-
-    PEP 3333 has the app call it before the first chunk that is not empty.
-    """
-    begun = _Begun(body)
-    for chunk in begun.rest:
-        begun.first.append(chunk)
-        if chunk or gate.state != WAITING:
-            break
-    return begun
-
-
-class _Begun:
-    """A body whose first chunks have been made already."""
-
-    def __init__(self, body: Iterable[bytes]) -> None:
-        self._body = body
-        self.first: list[bytes] = []
-        self.rest = iter(body)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return chain(self.first, self.rest)
-
-    def close(self) -> None:
-        """Close the app's body."""
-        close = getattr(self._body, "close", None)
-        if close is not None:
-            close()
+        return [] if is_head(self._scope) else [SERVER_ERROR]
 
 
 def _code(status: object) -> int:

@@ -1,0 +1,378 @@
+"""C2, C3, W1: how a response passes the gate, in the orders in which real applications send it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import logging
+import time
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from sqlalchemy import Engine, event
+from sqlalchemy.orm import Session, sessionmaker
+
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    SessionJenny,
+    WSGIRopeMiddleware,
+    current_scope,
+    open_scope,
+)
+from tests.kit.asgi import ASGIClient, answer, http_scope
+from tests.kit.engines import rows
+from tests.kit.leaks import checked_out
+from tests.kit.models import Row
+from tests.kit.waiting import never
+from tests.kit.wsgi import HEADERS, Server, make_environ
+
+
+@pytest.fixture
+def maker(engine: Engine) -> sessionmaker[Session]:
+    return sessionmaker(engine)
+
+
+@pytest.fixture
+def jenny(maker: sessionmaker[Session]) -> SessionJenny[Session]:
+    return SessionJenny(maker)
+
+
+def refuse_commits(maker: sessionmaker[Session]) -> None:
+    @event.listens_for(maker, "before_commit")
+    def no(session: Session) -> None:
+        raise RuntimeError("a constraint says no")
+
+
+# -- ASGI ----------------------------------------------------------------------------------------
+
+
+def asked(app: Any, method: str = "POST") -> list[Any]:
+    """Return the messages that the server gets, whatever the app raises."""
+    messages: list[Any] = []
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    async def main() -> None:
+        with contextlib.suppress(RuntimeError):
+            await app(http_scope(method=method), never, send)
+
+    asyncio.run(main())
+    return messages
+
+
+def test_A2_start_and_body_sent_from_two_tasks_come_in_order(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """What is sent while the commit is under way waits for it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.add(Row(name="x"))
+        await asyncio.gather(
+            send({"type": "http.response.start", "status": 201, "headers": []}),
+            send({"type": "http.response.body", "body": b"a", "more_body": True}),
+            send({"type": "http.response.body", "body": b"b"}),
+        )
+
+    messages = asked(ASGIRopeMiddleware(app, commit_on_success=True))
+    assert [m.get("status", m.get("body")) for m in messages] == [201, b"a", b"b"]
+    assert rows(engine) == 1
+
+
+@pytest.mark.parametrize("kind", ["body", "pathsend", "zerocopysend", "trailers"])
+def test_C3_what_follows_a_failed_commit_is_the_plain_500(
+    kind: str, maker: sessionmaker[Session], jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """An app that swallows the error may go on with any message of a response."""
+    refuse_commits(maker)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.add(Row(name="x"))
+        with contextlib.suppress(RuntimeError):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": f"http.response.{kind}"})
+
+    messages = asked(ASGIRopeMiddleware(app, commit_on_success=True))
+    assert [m["type"] for m in messages] == ["http.response.start", "http.response.body"]
+    assert messages[0]["status"] == 500
+    assert rows(engine) == 0
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_C3_the_plain_500_of_a_head_has_no_body(
+    method: str, maker: sessionmaker[Session], jenny: SessionJenny[Session]
+) -> None:
+    """RFC 9110 9.3.2: its bytes would be the beginning of the next response."""
+    refuse_commits(maker)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.add(Row(name="x"))
+        with contextlib.suppress(RuntimeError):
+            await answer(send)
+
+    def wsgi_app(environ: Any, start_response: Any) -> Any:
+        jenny.session.add(Row(name="x"))
+        start_response("200 OK", HEADERS)
+        return []
+
+    body = b"Internal Server Error" if method == "GET" else b""
+    messages = asked(ASGIRopeMiddleware(app, commit_on_success=True), method)
+    assert [m["body"] for m in messages[1:]] == [body]
+    environ = make_environ(REQUEST_METHOD=method)
+    seen = Server()(WSGIRopeMiddleware(wsgi_app, commit_on_success=True), environ)
+    assert seen.starts[-1][0].startswith("500")
+    assert dict(seen.starts[-1][1])["Content-Length"] == "21"
+    assert seen.body == body
+
+
+def test_C3_a_commit_that_fails_while_a_time_limit_cancels_is_no_success(
+    maker: sessionmaker[Session], jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """An earlier commit of the application says nothing of this one."""
+
+    @event.listens_for(maker, "before_commit")
+    def slowly(session: Session) -> None:
+        if any(isinstance(row, Row) and row.name == "second" for row in session.new):
+            time.sleep(0.3)
+            raise RuntimeError("no")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.add(Row(name="first"))
+        jenny.session.commit()
+        jenny.session.add(Row(name="second"))
+        await answer(send)
+
+    messages: list[Any] = []
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await ASGIRopeMiddleware(app, commit_on_success=True)(http_scope(), never, send)
+
+    asyncio.run(main())
+    assert messages == []
+    assert rows(engine) == 1
+    assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_Y2_a_commit_that_stands_is_answered_by_its_success(
+    backend: str, jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """A time limit that is up during the commit is felt after the response's start."""
+
+    @event.listens_for(engine, "commit")
+    def slowly(connection: Any) -> None:
+        time.sleep(0.3)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.add(Row(name="x"))
+        await answer(send, 201)
+
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        await anyio.lowlevel.checkpoint()
+        if "status" in message:
+            statuses.append(message["status"])
+
+    async def main() -> None:
+        with anyio.move_on_after(0.1):
+            await ASGIRopeMiddleware(app, commit_on_success=True)(http_scope(), never, send)
+
+    anyio.run(main, backend=backend)
+    assert (statuses, rows(engine)) == ([201], 1)
+
+
+# -- WSGI ----------------------------------------------------------------------------------------
+
+
+def committing(app: Any, **options: Any) -> Any:
+    return WSGIRopeMiddleware(app, commit_on_success=True, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"retries": 2}])
+def test_C2_a_stream_whose_first_chunk_fails_is_not_committed(
+    options: Any, jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """The response starts with its first chunk, and so does the commit."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        jenny.session.add(Row(name="x"))
+        start_response("200 OK", HEADERS)
+
+        def body() -> Iterator[bytes]:
+            raise ValueError("the template has a bug")
+            yield b""
+
+        return body()
+
+    seen = Server()(committing(app, **options))
+    assert seen.error == (ValueError, "the template has a bug")
+    assert not seen.output
+    assert rows(engine) == 0
+
+
+def test_C2_a_stream_is_committed_before_its_first_chunk(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """What the server gets to see of a success is committed."""
+    there: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        jenny.session.add(Row(name="x"))
+        start_response("200 OK", HEADERS)
+        return iter([b"a", b"b"])
+
+    body = iter(committing(app)(make_environ(), lambda *_: there.append(rows(engine))))
+    assert there == []
+    assert next(body) == b"a"
+    assert there == [1]
+    assert list(body) == [b"b"]
+
+
+def test_C3_a_stream_whose_commit_fails_is_the_plain_500(
+    maker: sessionmaker[Session],
+    jenny: SessionJenny[Session],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In place of the whole body; the log has the traceback, once."""
+    refuse_commits(maker)
+
+    def app(environ: Any, start_response: Any) -> Any:
+        jenny.session.add(Row(name="x"))
+        start_response("200 OK", HEADERS)
+        return iter([b"a", b"b"])
+
+    with caplog.at_level(logging.ERROR, "rope_middleware"):
+        seen = Server()(committing(app))
+    assert (seen.starts[-1][0][:3], seen.body) == ("500", b"Internal Server Error")
+    assert sum("a constraint says no" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_C3_a_veto_that_raises_is_a_500_whose_traceback_is_told(
+    jenny: SessionJenny[Session], engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody knows whether it may commit, so nothing is."""
+
+    def veto(status: int, headers: list[tuple[str, str]]) -> bool:
+        return bool(dict(headers)["x-no-such-header"])
+
+    def app(environ: Any, start_response: Any) -> Any:
+        jenny.session.add(Row(name="x"))
+        start_response("200 OK", HEADERS)
+        return [b"a"]
+
+    with caplog.at_level(logging.ERROR, "rope_middleware"):
+        seen = Server()(committing(app, commit_veto=veto))
+    assert seen.starts[-1][0].startswith("500")
+    assert "x-no-such-header" in caplog.text
+    assert rows(engine) == 0
+
+
+def test_W1_a_second_start_response_commits_nothing(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """PEP 3333 calls it a fatal error: the server says so, as without the middleware."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        jenny.session.add(Row(name="x"))
+        start_response("200 OK", HEADERS)
+        start_response("200 OK", HEADERS)
+        return [b""]
+
+    seen = Server()(committing(app))
+    assert seen.error == (AssertionError, "Headers already set!")
+    assert rows(engine) == 0
+
+
+def test_W1_an_empty_chunk_passes_on_at_once(engine: Engine) -> None:
+    """ "Middleware must not block iteration waiting for multiple values" (PEP 3333)."""
+    made: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        for number in range(3):
+            made.append(number)
+            yield b""
+        start_response("200 OK", HEADERS)
+        yield b"done"
+
+    body = committing(app)(make_environ(), lambda *_: None)
+    assert made == []
+    chunks = iter(body)
+    for number in range(3):
+        assert next(chunks) == b""
+        assert made == list(range(number + 1))
+    assert list(chunks) == [b"done"]
+    body.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"commit_on_success": True}, {"retries": 1}])
+def test_S6_a_scope_around_several_chunks_is_current_whatever_the_options(options: Any) -> None:
+    """Each chunk of the generator sees the scope that it is in."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", HEADERS)
+        with open_scope("inner"):
+            for _ in range(3):
+                yield current_scope().name.encode()
+
+    assert Server()(WSGIRopeMiddleware(app, **options)).body == b"inner" * 3
+
+
+class _Silent(io.RawIOBase):
+    """The input of a client that has announced a body and sends nothing."""
+
+    def read(self, size: int = -1) -> bytes:
+        raise AssertionError("the body was asked for")
+
+
+def test_C6_a_body_that_nobody_reads_is_not_asked_for() -> None:
+    """A client that sends no body holds no worker but of an app that reads it."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        return [b"ok"]
+
+    environ = make_environ(CONTENT_LENGTH="10", REQUEST_METHOD="POST")
+    environ["wsgi.input"] = _Silent()
+    assert Server()(WSGIRopeMiddleware(app, retries=2), environ).body == b"ok"
+
+
+def test_C6_many_empty_messages_take_no_memory() -> None:
+    """The replay limit bounds what is kept in memory, not only bytes of body."""
+    left = [20_000]
+
+    async def receive() -> Any:
+        left[0] -= 1
+        return {"type": "http.request", "body": b"", "more_body": left[0] > 0}
+
+    taken: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        tracemalloc.start()
+        while (await receive())["more_body"]:
+            pass
+        taken.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        await answer(send)
+
+    client = ASGIClient()
+
+    async def main() -> None:
+        async def send(message: Any) -> None:
+            client.messages.append(message)
+
+        await ASGIRopeMiddleware(app, retries=1)(http_scope(method="POST"), receive, send)
+
+    asyncio.run(main())
+    assert client.status == 200
+    assert taken[0] < 100_000  # bytes; a message takes some 500
