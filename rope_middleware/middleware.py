@@ -8,12 +8,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from rope_middleware.running.line import Line
 from rope_middleware.scope.context import is_async_callable, logger
-from rope_middleware.scope.options import DEFAULT, options_of
+from rope_middleware.scope.options import DEFAULT, methods_of, options_of
 from rope_middleware.scope.response import options_now, take_in
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.plain import kinds_of
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         commit_veto: Veto | None
         retries: int
         max_active: int | None
+        read_only: Collection[str]
         close_timeout: float
 
 
@@ -65,6 +66,8 @@ class RopeMiddleware:
             nothing is held then. The others wait in line, first come, first served. A good number
             is what the pool has (pool_size + max_overflow, 15 by default). None, the default, for
             no limit. WebSockets are not counted.
+        read_only: methods, as ``("GET", "HEAD")``. Sessions of their requests read without a
+            transaction, from a jenny's `replicas` where it has some, and refuse to write.
         close_timeout: seconds that each async session may take to give its connection back, 10
             by default; past it the connection is invalidated.
 
@@ -76,8 +79,8 @@ class RopeMiddleware:
 
     The open `Scope` stands in the ASGI scope or the WSGI environ under
     ``"rope_middleware.scope"``. Two of these around the same request share one scope, and their
-    options add up: `registries` of both, a commit or a veto that either asks for. `retries`,
-    `max_active` and `close_timeout` are the outer one's.
+    options add up: `registries` and `read_only` of both, a commit or a veto that either asks for.
+    `retries`, `max_active` and `close_timeout` are the outer one's.
     """
 
     _protocols: ClassVar[dict[str, type[RopeMiddleware]]] = {}
@@ -113,6 +116,8 @@ class RopeMiddleware:
             raise TypeError(_NO_APP.format(who, app))
         self.app = app
         self._registries = kinds_of(registries)
+        if "read_only" in options:
+            options["read_only"] = methods_of(options["read_only"])
         self._options = options_of(who, options)
         # Requests of apps without any of these take the short way.
         most = self._options.max_active

@@ -80,7 +80,7 @@ def _end_plainly(scope: Scope) -> None:
     for key, session in list((scope._sessions or {}).items()):
         kind = key.kind
         try:
-            if kind.is_idle(session):
+            if kind.is_idle(session) or (kind.is_async and kind.ends_at_once(session)):
                 kind.discard(session)
             else:
                 kind.close(session)
@@ -127,6 +127,8 @@ async def aend(scope: Scope, commits: bool = False, why: str = "") -> None:
     if _is_plain(scope):
         scope._state = ENDED  # before the look: from here on nothing can begin
     work = open_sessions(scope)
+    if _is_plain(scope) and work:
+        work = [(key, session) for key, session in work if not key.kind.ends_at_once(session)]
     if not work and not (scope._on_commit or scope._on_close or scope._registries):
         end(scope, commits, why)  # nothing waits
         return

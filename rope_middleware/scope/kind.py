@@ -31,6 +31,10 @@ class SessionKind(Protocol):
         """Tell whether `session` has a connection out of its pool."""
         ...
 
+    def ends_at_once(self, session: Any, /) -> bool:
+        """Tell whether ending `session` needs no I/O although it has a connection."""
+        ...
+
     def is_twophase(self, session: Any, /) -> bool:
         """Tell whether `session` commits in two phases."""
         ...

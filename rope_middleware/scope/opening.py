@@ -16,7 +16,7 @@ from rope_middleware.errors import RopeError, no_scope
 from rope_middleware.running.finish import is_async_running
 from rope_middleware.scope.context import class_of, current, is_async_callable, removing
 from rope_middleware.scope.ending import aend, detach, end, end_closing, explain
-from rope_middleware.scope.options import options_of
+from rope_middleware.scope.options import EVERY, options_of
 from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
 
 __all__ = ["current_scope", "open_scope"]
@@ -63,6 +63,7 @@ class open_scope:  # noqa: N801 - used like a function
         name: what error texts and log lines call the scope; the function's name where it is
             used as a decorator.
         commit_on_success: commit when the block ends without an error.
+        read_only: sessions of the scope read without a transaction, and refuse to write.
         close_timeout: seconds that each async session may take to give its connection back, 10
             by default; past it the connection is invalidated.
 
@@ -81,6 +82,7 @@ class open_scope:  # noqa: N801 - used like a function
         name: str | None = None,
         *,
         commit_on_success: bool = False,
+        read_only: bool = False,
         close_timeout: float = 10.0,
     ) -> None:
         if name is not None and not isinstance(name, str):
@@ -89,9 +91,18 @@ class open_scope:  # noqa: N801 - used like a function
                 "brackets: @open_scope()."
             )
         self._name = name
+        if not isinstance(read_only, bool):
+            raise TypeError(
+                f"read_only is True or False, not {read_only!r}. (That of a middleware is a "
+                'collection of methods, as ("GET", "HEAD").)'
+            )
         self._options = options_of(
             "open_scope()",
-            {"commit_on_success": commit_on_success, "close_timeout": close_timeout},
+            {
+                "commit_on_success": commit_on_success,
+                "read_only": EVERY if read_only else (),
+                "close_timeout": close_timeout,
+            },
         )
         self._entering = threading.Lock()
         self._entered: tuple[Scope, Scope | None] | None = None

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 from rope_middleware.protocols import Veto
 from rope_middleware.scope.context import is_async_callable
 
-__all__ = ["DEFAULT", "Options", "options_of"]
+__all__ = ["DEFAULT", "EVERY", "Options", "methods_of", "options_of"]
+
+_METHOD = re.compile(r"[A-Za-z-]+")
+
+EVERY = ("every method",)
+"""As `read_only`: of a scope that is read-only whatever it is for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,7 @@ class Options:
         retries: how often a request is run again when the database refused its transaction as
             one to try again.
         max_active: how many requests may be served at a time; the others wait in line.
+        read_only: the methods whose requests read only (R1), or `EVERY`.
         close_timeout: seconds that each async session may take to give its connection back; past
             it the connection is invalidated.
 
@@ -36,6 +44,7 @@ class Options:
     commit_veto: Veto | None = None
     retries: int = 0
     max_active: int | None = None
+    read_only: tuple[str, ...] = ()
     close_timeout: float = 10.0
 
     def __post_init__(self) -> None:
@@ -57,6 +66,7 @@ class Options:
             self,
             commit_on_success=self.commit_on_success or inner.commit_on_success,
             commit_veto=_either(self.commit_veto, inner.commit_veto),
+            read_only=tuple(dict.fromkeys((*self.read_only, *inner.read_only))),
         )
 
 
@@ -77,6 +87,22 @@ def options_of(who: str, given: dict[str, Any]) -> Options:
                 f"{', '.join(known)}."
             )
     return Options(**given)
+
+
+def methods_of(read_only: object) -> tuple[str, ...]:
+    """Return the methods that a middleware was given as `read_only`.
+
+    Raises:
+        TypeError: it is no collection of methods.
+    """
+    if not isinstance(read_only, str | bytes) and isinstance(read_only, Iterable):
+        names = tuple(cast("Iterable[object]", read_only))
+        if all(isinstance(name, str) and _METHOD.fullmatch(name) for name in names):
+            return tuple(name.upper() for name in cast("tuple[str, ...]", names))
+    raise TypeError(
+        f'read_only is a collection of methods, as ("GET", "HEAD"), not {read_only!r}. Requests '
+        "with one of these methods read only. (That of open_scope() is True or False.)"
+    )
 
 
 def _check_flag(name: str, value: object) -> None:

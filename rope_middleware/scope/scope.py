@@ -10,7 +10,7 @@ from weakref import ReferenceType
 from rope_middleware.errors import RopeError, async_callback, belongs_to_parent, has_ended
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.kind import PlainKind, SessionKey
-from rope_middleware.scope.options import DEFAULT, Options
+from rope_middleware.scope.options import DEFAULT, EVERY, Options
 
 __all__ = [
     "CLOSED",
@@ -26,6 +26,7 @@ __all__ = [
     "keep",
     "note_commit",
     "note_refusal",
+    "reads_only",
     "refusal_of",
     "registries_of",
     "require_open",
@@ -242,6 +243,13 @@ def session_of(scope: Scope, key: SessionKey) -> Any:
 def registries_of(scope: Scope) -> tuple[PlainKind, ...]:
     """Return the plain scoped_sessions whose sessions the scope removes."""
     return scope._registries
+
+
+def reads_only(scope: Scope) -> bool:
+    """Tell whether `scope` is a read-only one (R1)."""
+    methods = scope._options.read_only
+    # Of a request the name begins with its method; of an `open_scope` it is a text.
+    return bool(methods) and (methods is EVERY or scope._name[0] in methods)
 
 
 def is_of_loop(scope: AsyncScope, loop: object) -> bool:

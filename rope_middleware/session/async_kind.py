@@ -44,6 +44,11 @@ class AsyncKind(SyncKind):
             session, _CLOSE
         )
 
+    def ends_at_once(self, session: Any, /) -> bool:
+        return closing.ends_at_once(session.sync_session) and not closing.overrides_close(
+            session, _CLOSE
+        )
+
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.sync_session.twophase)
 
@@ -80,6 +85,9 @@ class ForeignAsyncKind(AsyncKind):
 
     def is_idle(self, session: Any, /) -> bool:
         return isinstance(session, AsyncSession) and super().is_idle(session)
+
+    def ends_at_once(self, session: Any, /) -> bool:
+        return isinstance(session, AsyncSession) and super().ends_at_once(session)
 
     def is_twophase(self, session: Any, /) -> bool:
         return isinstance(session, AsyncSession) and super().is_twophase(session)

@@ -25,6 +25,7 @@ __all__ = [
     "close",
     "detach",
     "discard",
+    "ends_at_once",
     "has_nothing_open",
     "holds_connection",
     "invalidate",
@@ -51,6 +52,12 @@ def holds_connection(session: Session) -> bool:
     """Tell whether `session` has a connection out of its pool."""
     tie = tie_of(session)
     return tie is not None and bool(connections_out(tie))
+
+
+def ends_at_once(session: Session) -> bool:
+    """Tell whether ending `session` needs no I/O although it has a connection: it only reads."""
+    ends = getattr(session, "_rope_middleware_ends_at_once", None)  # see `reading`
+    return ends is not None and bool(ends())
 
 
 def close(session: Session) -> None:

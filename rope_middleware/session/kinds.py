@@ -35,6 +35,9 @@ class SyncKind:
         inner = self.inner(session)
         return inner is not None and closing.holds_connection(inner)
 
+    def ends_at_once(self, session: Any, /) -> bool:
+        return closing.ends_at_once(session) and not closing.overrides_close(session)
+
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.twophase)
 
@@ -80,6 +83,9 @@ class ForeignKind(SyncKind):
 
     def is_idle(self, session: Any, /) -> bool:
         return isinstance(session, Session) and super().is_idle(session)
+
+    def ends_at_once(self, session: Any, /) -> bool:
+        return isinstance(session, Session) and super().ends_at_once(session)
 
     def is_twophase(self, session: Any, /) -> bool:
         return isinstance(session, Session) and super().is_twophase(session)

@@ -72,6 +72,9 @@ class PlainSessions:
         session = self.find()
         return session is not None and closing.holds_connection(session)
 
+    def ends_at_once(self, _: Any, /) -> bool:
+        return False
+
     def is_twophase(self, _: Any, /) -> bool:
         return bool(getattr(self.find(), "twophase", False))
 

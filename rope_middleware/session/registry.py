@@ -7,7 +7,7 @@ scope it hands over to another registry (`outside`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
@@ -16,13 +16,21 @@ from rope_middleware.errors import RopeError, no_scope
 from rope_middleware.scope.context import current, is_async_callable
 from rope_middleware.scope.kind import SessionKind
 from rope_middleware.scope.opening import current_scope
-from rope_middleware.scope.scope import Scope, forget, keep, require_open, session_of
+from rope_middleware.scope.scope import (
+    Scope,
+    forget,
+    keep,
+    reads_only,
+    require_open,
+    session_of,
+)
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.tie import keep_also, listen, tie_of, tie_to
 
 __all__ = ["ScopeRegistry", "StrictRegistry", "check_session", "listen_to_factory"]
 
 _T = TypeVar("_T")
+Place: TypeAlias = Callable[[Session, Scope], None]
 
 
 class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
@@ -33,7 +41,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         outside: the registry that is used where no scope is open.
     """
 
-    __slots__ = ("_listening", "kind", "outside")
+    __slots__ = ("_listening", "kind", "outside", "place")
 
     def __init__(
         self, createfunc: Callable[..., _T], outside: ScopedRegistry[_T], kind: SyncKind = SYNC
@@ -42,6 +50,11 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         self.outside: ScopedRegistry[_T] = outside
         self.kind: SyncKind = kind
         self._listening: type[Session] | None = None
+        self.place: Place = place
+        """Called with each new session and its scope: says which engine the session uses.
+
+        A sandbox (`rope_middleware.testing`) puts its own in place while it is open.
+        """
 
     # ScopedRegistry's interface
 
@@ -109,6 +122,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
                 listen(session_class)
                 self._listening = session_class
             tie_to(inner, scope, self.kind)  # before another thread can see it
+            self.place(inner, scope)
         kept: Any = None
         try:
             kept = keep(scope, self, session)
@@ -131,6 +145,15 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         tie = _tie_of(self.kind, session)
         if tie is not None:
             keep_also(tie, session)
+
+
+def place(session: Session, scope: Scope) -> None:
+    """Say which engine `session`, a new one of `scope`, uses: its own, or one that reads."""
+    if reads_only(scope):
+        # Imported where it is used for the first time: it takes its time.
+        from rope_middleware.session.reading import make_reading
+
+        make_reading(session)
 
 
 def _tie_of(kind: SessionKind, session: Any) -> Any:

@@ -54,7 +54,12 @@ assert_type(WSGIRopeMiddleware(wsgi_app), WSGIRopeMiddleware)
 
 assert_type(
     RopeMiddleware(
-        asgi_app, commit_on_success=True, commit_veto=veto, retries=3, close_timeout=2.5
+        asgi_app,
+        commit_on_success=True,
+        commit_veto=veto,
+        retries=3,
+        read_only=("GET", "HEAD"),
+        close_timeout=2.5,
     ),
     ASGIRopeMiddleware,
 )
@@ -80,7 +85,7 @@ Middleware(ASGIRopeMiddleware)
 Middleware(ASGIRopeMiddleware, commit_on_success=True, commit_veto=veto, retries=3)
 Middleware(RopeMiddleware)
 Middleware(RopeMiddleware, commit_on_success=True, commit_veto=veto, retries=3)
-Starlette(middleware=[Middleware(RopeMiddleware, close_timeout=2.5)])
+Starlette(middleware=[Middleware(RopeMiddleware, close_timeout=2.5, read_only=["GET"])])
 FastAPI(middleware=[Middleware(RopeMiddleware, close_timeout=2.5)])
 
 for app in (Starlette(), FastAPI()):

@@ -27,7 +27,7 @@ async def asynchronous() -> None:
 def block() -> str:
     with open_scope() as scope:
         assert_type(scope, Scope)
-    with open_scope("a name", commit_on_success=True, close_timeout=1.5) as scope:
+    with open_scope("a name", commit_on_success=True, read_only=True, close_timeout=1.5) as scope:
         # A scope passes every error on, so what follows is not optional.
         return scope.name
 
@@ -35,7 +35,9 @@ def block() -> str:
 async def async_block() -> str:
     async with open_scope() as scope:
         assert_type(scope, Scope)
-    async with open_scope("a name", commit_on_success=True, close_timeout=1.5) as scope:
+    async with open_scope(
+        "a name", commit_on_success=True, read_only=True, close_timeout=1.5
+    ) as scope:
         return scope.name
 
 

@@ -46,6 +46,7 @@ async def not_awaited(jenny: AsyncSessionJenny[AsyncSession]) -> None:
 def scopes(scope: Scope) -> None:
     open_scope(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     open_scope(commit_on_success="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    open_scope(read_only=("GET",))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     open_scope("a name", True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     scope.name = "another"  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     scope.closed = True  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
@@ -70,6 +71,7 @@ def middlewares() -> None:
     RopeMiddleware(wsgi_app, commit_on_sucess=True)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     RopeMiddleware(asgi_app, retries="3")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     RopeMiddleware(asgi_app, commit_veto=wsgi_app)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    RopeMiddleware(asgi_app, read_only=True)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     RopeMiddleware(asgi_app, (), True)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     ASGIRopeMiddleware(wsgi_app)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     WSGIRopeMiddleware(asgi_app)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

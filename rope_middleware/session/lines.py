@@ -1,0 +1,229 @@
+"""The application's line: where in the user's code something happens.
+
+A `Line` is a code object and the place of an instruction in it, not a frame: a frame would keep the
+local variables of a request alive, and its line number costs more than the walk. `text_of` turns it
+into ``file.py:12`` where somebody reads it.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import sqlalchemy
+
+__all__ = [
+    "Line",
+    "application_line",
+    "frames_of_task",
+    "is_applications",
+    "is_in_sqlalchemy",
+    "is_ours",
+    "line_of",
+    "text_of",
+]
+
+Line = tuple[CodeType, int]
+"""A code object, and the index of the instruction that runs in it (`FrameType.f_lasti`)."""
+
+# Whose code a file holds. The application's line is the first that is _APPLICATION; where the
+# application itself is installed among the libraries, the first that is _LIBRARY.
+_APPLICATION, _LIBRARY, _BETWEEN = range(3)
+
+# What stands between the application and us: its code calls ours, or is called by it.
+_FRAMEWORKS = frozenset(
+    [
+        *("_pytest", "a2wsgi", "aiohttp", "anyio", "asgiref", "asyncmy", "asyncpg"),
+        *("blacksheep", "bottle", "celery", "channels", "cheroot", "cherrypy", "click"),
+        *("daphne", "django", "dramatiq", "eventlet", "falcon", "fastapi", "flask", "gevent"),
+        *("granian", "greenlet", "gunicorn", "huey", "hypercorn", "litestar", "meinheld"),
+        *("pluggy", "psycopg", "psycopg_pool", "pydantic", "pymysql", "pyramid", "pytest"),
+        *("quart", "responder", "robyn", "rq", "sanic", "sniffio", "starlette", "strawberry"),
+        *("tornado", "trio", "tween", "typer", "uvicorn", "uvloop", "uwsgi", "waitress"),
+        *("webob", "werkzeug", "wsproto", "zope"),
+    ]
+)
+
+_OURS = str(Path(__file__).parents[1]) + "/"
+_SQLALCHEMY = str(Path(sqlalchemy.__file__).parent) + "/"
+_PATHS = sysconfig.get_paths()
+_STANDARD = tuple({f"{_PATHS[name]}/" for name in ("stdlib", "platstdlib", "scripts")})
+
+_kinds: dict[str, int] = {}  # by file name
+_MOST_FILES = 10_000  # a template engine or a notebook may make up names for ever
+
+
+def _kind_of(file: str) -> int:
+    """Tell whose code `file` holds, and remember it."""
+    known = _kinds.get(file)
+    if known is not None:
+        return known
+    if len(_kinds) >= _MOST_FILES:
+        _kinds.clear()
+    kind = _kinds[file] = _look_at(file.replace("\\", "/"))
+    return kind
+
+
+def _look_at(file: str) -> int:
+    if file.startswith("<"):
+        # <stdin>, <python-input-0>, <ipython-input-1-...>, <doctest ...>: somebody types.
+        if file.startswith(("<stdin", "<console", "<python-input", "<ipython", "<doctest")):
+            return _APPLICATION
+        return _BETWEEN if file.startswith("<frozen") else _LIBRARY
+    if file.startswith((_OURS, _SQLALCHEMY)):
+        return _BETWEEN
+    package = _installed_as(file)
+    if package:
+        return _BETWEEN if package in _FRAMEWORKS else _LIBRARY
+    return _BETWEEN if file.startswith(_STANDARD) else _APPLICATION
+
+
+def _installed_as(file: str) -> str:
+    """Return the name of the installed package that `file` belongs to, or an empty string."""
+    for folder in ("/site-packages/", "/dist-packages/"):
+        _, found, rest = file.rpartition(folder)
+        if found:
+            return rest.partition("/")[0].removesuffix(".py")
+    return ""
+
+
+def application_line(depth: int) -> Line:
+    """Return the line of the application's that the running code was called from.
+
+    Args:
+        depth: how many frames, beginning with the caller's, are known not to be the application's.
+            They are passed over without a look, which makes the walk cheap.
+    """
+    frame: FrameType | None = sys._getframe(depth)  # noqa: SLF001 - inspect's is slower
+    kinds = _kinds
+    # The plain case, without the price of a generator: the walk belongs to each transaction.
+    while frame is not None:
+        code = frame.f_code
+        kind = kinds.get(code.co_filename)
+        if kind == _APPLICATION or (kind is None and _kind_of(code.co_filename) == _APPLICATION):
+            return code, frame.f_lasti
+        frame = frame.f_back
+    return _application_line_further(sys._getframe(depth))  # noqa: SLF001
+
+
+def _application_line_further(frame: FrameType) -> Line:
+    """Go on beyond a greenlet; or else name a line of what is installed."""
+    return line_of(_frames_from(frame)) or (frame.f_code, frame.f_lasti)
+
+
+def line_of(frames: Iterable[FrameType], like: Line | None = None) -> Line | None:
+    """Return the application's line in a stack, or None.
+
+    Args:
+        frames: the innermost first.
+        like: a line that is known to be the application's. Where the application is installed among
+            the libraries, only lines of the same package are taken for its own.
+    """
+    package = "" if like is None else _installed_as(like[0].co_filename.replace("\\", "/"))
+    fallback: Line | None = None
+    for frame in frames:
+        file = frame.f_code.co_filename
+        kind = _kind_of(file)
+        if kind == _APPLICATION:
+            return frame.f_code, frame.f_lasti
+        if kind != _LIBRARY or fallback is not None:
+            continue
+        if like is None or (package and _installed_as(file.replace("\\", "/")) == package):
+            fallback = frame.f_code, frame.f_lasti
+    return fallback
+
+
+def _frames_from(frame: FrameType | None) -> Iterator[FrameType]:
+    """Give `frame` and what called it, the innermost first.
+
+    SQLAlchemy's asyncio half runs its sync code in a greenlet: the stack goes on where that was
+    started from.
+    """
+    greenlets: Any = sys.modules.get("greenlet")
+    current = None if greenlets is None else greenlets.getcurrent()
+    while True:
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
+        current = None if current is None else current.parent
+        if current is None:
+            return
+        frame = current.gr_frame
+
+
+def frames_of_task(task: Any) -> list[FrameType]:
+    """Return the frames of what a task of asyncio is awaiting, the innermost first."""
+    frames: list[FrameType] = []
+    awaited: Any = task.get_coro()
+    while awaited is not None and len(frames) < _DEEPEST:
+        frame = _attribute(awaited, "cr_frame", "gi_frame", "ag_frame")
+        if frame is not None:
+            frames.append(frame)
+            awaited = _attribute(awaited, "cr_await", "gi_yieldfrom", "ag_await")
+        else:
+            awaited = _generator_behind(awaited)
+    return frames[::-1]
+
+
+_DEEPEST = 1000
+
+
+def _attribute(thing: object, *names: str) -> Any:
+    for name in names:
+        if hasattr(thing, name):
+            return getattr(thing, name)
+    return None
+
+
+def _generator_behind(awaited: object) -> Any:
+    """Return the async generator whose ``__anext__()`` is awaited, or None.
+
+    A stream's body is such a generator. Nothing but the garbage collector tells it.
+    """
+    if type(awaited).__name__ not in ("async_generator_asend", "coroutine_wrapper"):
+        return None
+    behind: list[Any] = gc.get_referents(awaited)
+    return next(
+        (thing for thing in behind if hasattr(thing, "ag_frame") or hasattr(thing, "cr_frame")),
+        None,
+    )
+
+
+def is_in_sqlalchemy(frames: Iterable[FrameType]) -> bool:
+    """Tell whether a stack is inside of a call of SQLAlchemy's: a statement is running, say."""
+    for frame in frames:
+        file = frame.f_code.co_filename
+        if file.startswith(_SQLALCHEMY):
+            return True
+        if _kind_of(file) == _APPLICATION:
+            return False
+    return False
+
+
+def is_applications(frame: FrameType) -> bool:
+    """Tell whether `frame` runs code of the application's."""
+    return _kind_of(frame.f_code.co_filename) == _APPLICATION
+
+
+def is_ours(frame: FrameType) -> bool:
+    """Tell whether `frame` runs code of this package."""
+    return frame.f_code.co_filename.startswith(_OURS)
+
+
+def text_of(line: Line) -> str:
+    """Return a line as ``file.py:12``."""
+    code, instruction = line
+    number = code.co_firstlineno
+    for start, end, at in code.co_lines():
+        if start <= instruction < end and at is not None:
+            number = at
+            break
+    path = Path(code.co_filename)
+    # Every package has an __init__.py.
+    name = f"{path.parent.name}/{path.name}" if path.stem.startswith("__") else path.name
+    return f"{name}:{number}"

@@ -1,0 +1,139 @@
+"""What a statement would do, told from its text: write, or ask for a transaction.
+
+The text is what goes over the wire, so that one look covers what the ORM flushes, what Core
+compiles, and what the application wrote by hand. What a function or a procedure does inside of
+the database cannot be seen here.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+__all__ = ["READS", "Effect", "effect_of"]
+
+
+class Effect(NamedTuple):
+    """What a statement does beyond reading."""
+
+    writes: str
+    """The words that say so ("INSERT", "FOR UPDATE"); empty for one that reads."""
+    needs_transaction: bool
+    """Means nothing outside of a transaction (``SET LOCAL``, ``DECLARE`` a cursor)."""
+
+
+READS = Effect("", False)
+
+# How a statement begins that writes: DML, DDL and their like.
+_VERBS = (
+    *("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "UPSERT", "TRUNCATE", "LOAD", "IMPORT"),
+    *("CREATE", "ALTER", "DROP", "RENAME", "COMMENT", "GRANT", "REVOKE", "REASSIGN", "SECURITY"),
+    *("LOCK", "VACUUM", "ANALYZE", "ANALYSE", "REINDEX", "CLUSTER", "REPACK", "REFRESH"),
+    "OPTIMIZE",
+)
+
+# A text with none of these words reads. To look for words is a hundred times faster than to take a
+# text apart, and few texts have one.
+_WORDS = (*_VERBS, "COPY", "INTO", "SHARE", "SET", "DECLARE", "XACT_LOCK")
+
+_BEGINS = re.compile(rf"(?:{'|'.join(_VERBS)})\b", re.IGNORECASE)
+_COPY_IN = re.compile(r"COPY\s+(?!\().*?\bFROM\b", re.DOTALL | re.IGNORECASE)
+_EXPLAIN_RUN = re.compile(r"EXPLAIN\b[^;]*?\bANALY[ZS]E\b", re.IGNORECASE)
+_EXPLAINED = re.compile(
+    r"\b(?:INSERT\s+INTO|UPDATE|DELETE\s+FROM|MERGE\s+INTO|CREATE|REFRESH)\b", re.IGNORECASE
+)
+_WITHIN = re.compile(
+    r"""
+    # A CTE that writes, the verb after the CTEs, a new table, locks.
+      \bAS\s+(?:NOT\s+)?(?:MATERIALIZED\s+)?\(\s*(INSERT|UPDATE|DELETE|MERGE)\b
+    | ^WITH\b.*\)\s*(INSERT\s+INTO|UPDATE(?=\s+\w)|DELETE\s+FROM|MERGE\s+INTO|REPLACE\s+INTO)\b
+    | ^(?:SELECT|WITH)\b.*\b(INTO)\b(?!\s*@)
+    | \b(FOR\s+(?:NO\s+KEY\s+)?UPDATE|FOR\s+(?:KEY\s+)?SHARE|LOCK\s+IN\s+SHARE\s+MODE)\b
+    """,
+    re.VERBOSE | re.DOTALL | re.IGNORECASE,
+)
+
+# PostgreSQL's: they last as long as the transaction.
+_NEEDS_TRANSACTION = re.compile(
+    r"^SET\s+(?:LOCAL|TRANSACTION|CONSTRAINTS)\b|^DECLARE\b|\bset_config\s*\(|_xact_lock",
+    re.IGNORECASE,
+)
+
+# What may stand before the first word: parentheses, what is left of an executable comment, and
+# the comments of MariaDB and MySQL that begin with a hash (elsewhere that is an operator).
+_BEFORE = re.compile(r"(?:[\s(]|/\*!\w*|\#[^\n]*(?:\n|$))*", re.ASCII)
+
+# What stands in comments, texts and quoted names is no SQL.
+_QUOTED = re.compile(
+    r"""
+      --[^\n]*
+    | /\*(?!!)                          # see `_end_of_comment`; /*! is SQL to MariaDB and MySQL
+    | \be'(?:[^'\\]|\\.|'')*(?:'|$)
+    | '(?:[^']|'')*(?:'|$)
+    | "(?:[^"]|"")*(?:"|$)
+    | `(?:[^`]|``)*(?:`|$)
+    | \$(?P<tag>[a-z_]\w*)?\$.*?(?:\$(?(tag)(?P=tag))\$|$)
+    """,
+    re.VERBOSE | re.DOTALL | re.IGNORECASE,
+)
+_COMMENT_MARK = re.compile(r"/\*|\*/")
+
+
+@lru_cache(maxsize=512)  # SQLAlchemy keeps as many compiled statements
+def effect_of(text: str) -> Effect:
+    """Return what `text`, one statement or several, does beyond reading."""
+    upper = text.upper()
+    if not any(word in upper for word in _WORDS):
+        return READS
+    needs_transaction = False
+    for statement in _without_quoted(_BEFORE.sub("", text, count=1)).split(";"):
+        statement = _BEFORE.sub("", statement, count=1)
+        words = _what_writes(statement)
+        if words:
+            return Effect(" ".join(words.split()).upper(), False)
+        needs_transaction = needs_transaction or bool(_NEEDS_TRANSACTION.search(statement))
+    return Effect("", True) if needs_transaction else READS
+
+
+def _what_writes(statement: str) -> str:
+    """Return the words of a bare statement that say that it writes."""
+    begins = _BEGINS.match(statement)
+    if begins is not None:
+        return begins[0]
+    if _COPY_IN.match(statement):
+        return "COPY"
+    explain = _EXPLAIN_RUN.match(statement)
+    found = None if explain is None else _EXPLAINED.search(statement, explain.end())
+    if found is not None:
+        return found[0]
+    within = _WITHIN.search(statement)
+    return "" if within is None else next(words for words in within.groups() if words)
+
+
+def _without_quoted(text: str) -> str:
+    """Return `text` without comments, and with a short word for everything that is quoted."""
+    parts: list[str] = []
+    at = 0
+    while (found := _QUOTED.search(text, at)) is not None:
+        parts.append(text[at : found.start()])
+        if found[0] == "/*":
+            at = _end_of_comment(text, found.end())
+            parts.append(" ")
+        else:
+            at = found.end()
+            parts.append(" " if found[0].startswith("--") else " q ")
+    parts.append(text[at:])
+    return "".join(parts)
+
+
+def _end_of_comment(text: str, at: int) -> int:
+    """Return where the comment ends whose text begins at `at`. PostgreSQL nests them."""
+    depth = 1
+    while depth:
+        mark = _COMMENT_MARK.search(text, at)
+        if mark is None:
+            return len(text)
+        depth += 1 if mark[0] == "/*" else -1
+        at = mark.end()
+    return at
