@@ -21,7 +21,7 @@ __all__ = ["AGAIN", "LONG", "Line", "Place", "wait_in_thread"]
 LONG = 5.0  # seconds in line that are worth a word in the log
 AGAIN = 60.0  # seconds until the next one
 
-_logger = logging.getLogger("rope_middleware")
+logger = logging.getLogger("rope_middleware")
 
 
 class Place:
@@ -119,7 +119,7 @@ class Line:
                 return
             self._told = now
             waiting, served = len(self._waiting), len(self._served)
-        _logger.warning(
+        logger.warning(
             "max_active=%d: %d %s in line, the first one for %.1f seconds, while %d %s served. "
             "Requests come faster than they are served, or something keeps its place: holders() "
             "tells who has a connection, and release() gives it back before a wait.",
