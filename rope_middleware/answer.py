@@ -18,8 +18,9 @@ import enum
 from collections.abc import Callable
 
 from rope_middleware.protocols import Veto
+from rope_middleware.scope.outcome import has_refused
 from rope_middleware.scope.response import is_doomed, options_now
-from rope_middleware.scope.scope import Scope, has_refused
+from rope_middleware.scope.scope import Scope
 
 __all__ = [
     "FAILED",

@@ -12,9 +12,11 @@ __all__ = [
     "ReadOnlyError",
     "RopeError",
     "ScopeClosedError",
+    "aborted",
     "async_callback",
     "belongs_to_parent",
     "has_ended",
+    "in_doubt",
     "no_scope",
     "other_loop",
     "sync_scope",
@@ -64,7 +66,11 @@ class PoolDeadlockError(RopeError, PoolTimeout):
 
 
 class CommitInDoubtError(RopeError):
-    """The line broke while a commit was under way, and nobody can tell whether it stands."""
+    """The line broke after COMMIT was sent, and nobody can tell whether it stands.
+
+    Its cause is the driver's error. Look for the rows before the work is done again. With
+    ``retries`` PostgreSQL is asked, and most doubts end there.
+    """
 
 
 # -- texts ---------------------------------------------------------------------------------------
@@ -125,4 +131,28 @@ def async_callback(method: str, fn: object, name: str) -> RopeError:
         f"{method}() was given the async function {fn!r}, and the scope {name!r} "
         "is a sync one (WSGI, or a plain 'with open_scope():'), where nothing can await "
         "it. Give a plain function."
+    )
+
+
+def aborted(name: str) -> RopeError:
+    """Make the error for a commit that the database would answer with a rollback."""
+    return RopeError(
+        f"The commit of {name!r} would be a rollback, and nothing is written: the database has "
+        "aborted the transaction because a statement failed, and the application went on after "
+        "that error. Let the error pass, or put the statement that may fail into "
+        '"with session.begin_nested():".'
+    )
+
+
+def in_doubt(name: str, why: str) -> CommitInDoubtError:
+    """Make the error for a commit whose answer was lost.
+
+    Args:
+        name: of the scope.
+        why: nobody can tell.
+    """
+    return CommitInDoubtError(
+        f"The commit of {name!r} is in doubt: the connection was lost after COMMIT was sent and "
+        f"before its answer came, and {why}. It may stand, or not: look for its rows before you "
+        "do the work again."
     )

@@ -17,7 +17,7 @@ from rope_middleware.scope.options import DEFAULT, methods_of, options_of
 from rope_middleware.scope.response import options_now, take_in
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.plain import kinds_of
-from rope_middleware.session.refusal import listen_for_refusals
+from rope_middleware.session.refusal import listen_for_retries
 
 if TYPE_CHECKING:
     from typing import TypedDict, Unpack
@@ -126,7 +126,7 @@ class RopeMiddleware:
         self._adds = bool(self._registries) or self._options != DEFAULT
         self._has_told = False
         if self._options.retries:
-            listen_for_refusals()
+            listen_for_retries()
 
     def _take_in(self, outer: Scope) -> bool:
         """Add our options to the scope of another middleware around this one (S6).

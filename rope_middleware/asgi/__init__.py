@@ -30,7 +30,8 @@ from rope_middleware.scope.response import (
     shared_scope,
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, OPEN, AsyncScope, Scope
-from rope_middleware.session.refusal import backoff
+from rope_middleware.session.committing import asettle
+from rope_middleware.session.refusal import wait_before_retry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -193,7 +194,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             if failed is None:
                 return
             log_retry(failed, tried + 1, retries)
-            await anyio.sleep(backoff(tried))
+            await anyio.sleep(wait_before_retry(failed, tried))
             replay.rewind()
         await self._serve_try(_copy(scope), replay, send, None, place)
 
@@ -216,7 +217,10 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             await self.app(scope, receive, gate.send)
             await gate.end()
         except BaseException as error:
-            again = isinstance(error, Exception) and gate.may_try_again()
+            again = False
+            if isinstance(error, Exception):
+                await asettle(own)
+                again = gate.may_try_again()
             await aend_failed(own, error)
             if again:
                 return own

@@ -13,6 +13,7 @@ from rope_middleware.running.finish import finish, running_loop
 from rope_middleware.scope.ending import acommit, aend, aroll_back
 from rope_middleware.scope.response import doom_rest, is_head, options_now
 from rope_middleware.scope.scope import Scope
+from rope_middleware.session.committing import asettle
 
 if TYPE_CHECKING:
     from rope_middleware.asgi.replay import Replay
@@ -63,6 +64,7 @@ class Gate(answer.Gate):
         try:
             # The app may have swallowed the error of a commit that failed, and kept quiet.
             if self.state == FAILED:
+                await asettle(self._scope)
                 if self.may_try_again():
                     self.state = HELD
                 else:
@@ -105,6 +107,7 @@ class Gate(answer.Gate):
 
     async def _announce(self, message: Message) -> None:
         """The app wants to start its response: do what that means."""
+        await asettle(self._scope)
         act = self.decide(message["status"], lambda: _headers(message))
         if act is answer.Act.HOLD:
             self.state = HELD

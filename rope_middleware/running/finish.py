@@ -15,7 +15,7 @@ from contextvars import Context
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-__all__ = ["finish", "is_async_running", "running_loop", "to_end", "within"]
+__all__ = ["at_most", "finish", "is_async_running", "pause", "running_loop", "to_end", "within"]
 
 _T = TypeVar("_T")
 
@@ -120,6 +120,25 @@ def _shield() -> AbstractContextManager[object]:
     import anyio
 
     return anyio.CancelScope(shield=True)
+
+
+async def pause(seconds: float) -> None:
+    """Sleep, under asyncio or trio."""
+    import anyio
+
+    await anyio.sleep(seconds)
+
+
+async def at_most(seconds: float, work: Awaitable[_T]) -> _T:
+    """Await `work` for at most `seconds`, in any task; `within` is cheaper, and not for every task.
+
+    Raises:
+        TimeoutError: the time was up.
+    """
+    import anyio
+
+    with anyio.fail_after(seconds):
+        return await work
 
 
 async def within(seconds: float, work: Awaitable[_T]) -> _T:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from rope_middleware.errors import RopeError
+from rope_middleware.errors import CommitInDoubtError, RopeError
 from rope_middleware.scope.context import class_of, logger, removing, traceback_of
 from rope_middleware.scope.hands import Hands, Work
 from rope_middleware.scope.kind import SessionKind
@@ -47,7 +47,7 @@ async def committing(
             work = hands.takes(open_sessions(scope))
             if not work:
                 break
-            await __commit_each(work, hands)
+            await _commit_each(work, hands)
         else:
             raise RopeError(
                 f"The commit of {scope.name!r} does not come to an end: after {MOST_ROUNDS} "
@@ -55,7 +55,9 @@ async def committing(
                 "write by a session that is committed before?"
             )
     except BaseException as error:
-        logger.error("commit of %r failed: %s", scope.name, class_of(error))
+        is_doubt = isinstance(error, CommitInDoubtError)
+        what = "commit of %r in doubt: %s" if is_doubt else "commit of %r failed: %s"
+        logger.error(what, scope.name, class_of(error.__cause__ if is_doubt else error))
         await rolling_back(scope, hands, "its commit failed")
         return error
     if note is not None:
@@ -66,7 +68,7 @@ async def committing(
 MOST_ROUNDS = 10
 
 
-async def __commit_each(work: Work, hands: Hands) -> None:
+async def _commit_each(work: Work, hands: Hands) -> None:
     if len(work) > 1:
         # What the database refuses at a flush must not find half of them committed.
         for key, session in work:

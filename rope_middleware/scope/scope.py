@@ -19,15 +19,10 @@ __all__ = [
     "AsyncScope",
     "Scope",
     "forget",
-    "has_committed",
-    "has_refused",
     "is_of_loop",
     "is_over",
     "keep",
-    "note_commit",
-    "note_refusal",
     "reads_only",
-    "refusal_of",
     "registries_of",
     "require_open",
     "session_of",
@@ -71,8 +66,14 @@ class Scope:
     _is_parents = False  # this process was forked while it was open
     _doomed = False
     _is_counted = False  # its request has come through the line of `max_active`
-    _committed = False  # a session has committed something: see C6
-    _refused: BaseException | None = None  # the database asked to try again: see C6
+    # See `outcome`.
+    _committed = False
+    _refused: BaseException | None = None
+    _is_lost = False
+    _is_committing = False
+    _is_broken = False
+    _suspects: dict[object, BaseException] | None = None
+    _trial: Any = None
 
     def _open(self, name: Any, options: Options = DEFAULT, registries: Any = ()) -> None:
         self._name = name
@@ -257,28 +258,3 @@ def is_of_loop(scope: AsyncScope, loop: object) -> bool:
     if scope._loop is None and scope._thread == threading.get_ident():
         scope._loop = loop
     return scope._loop is loop
-
-
-def note_commit(scope: Scope) -> None:
-    """A session of the scope has committed: from here on nothing may be tried again."""
-    scope._committed = True
-
-
-def note_refusal(scope: Scope, error: BaseException) -> None:
-    """The database refused a transaction of the scope as one to try again."""
-    scope._refused = error
-
-
-def refusal_of(scope: Scope) -> BaseException | None:
-    """Return the error by which the database asked to try again, or None."""
-    return scope._refused
-
-
-def has_committed(scope: Scope) -> bool:
-    """Tell whether a session of the scope has committed something."""
-    return scope._committed
-
-
-def has_refused(scope: Scope) -> bool:
-    """Tell whether the request may be run again: refused, and nothing is committed (C6)."""
-    return scope._refused is not None and not scope._committed

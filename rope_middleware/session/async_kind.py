@@ -19,7 +19,7 @@ except ImportError as _error:
 
 from sqlalchemy.orm import Session
 
-from rope_middleware.session import closing
+from rope_middleware.session import closing, committing
 from rope_middleware.session.kinds import SyncKind
 from rope_middleware.session.sharing import note_shared_session
 
@@ -54,6 +54,9 @@ class AsyncKind(SyncKind):
 
     async def prepare(self, session: Any, /) -> None:
         await session.run_sync(Session.prepare)
+
+    async def commit(self, session: Any, /) -> None:
+        await committing.acommit(session)
 
     async def close(self, session: Any, /) -> None:
         if not closing.overrides_close(session, _CLOSE):
@@ -96,7 +99,10 @@ class ForeignAsyncKind(AsyncKind):
         await _call(session, "flush")
 
     async def commit(self, session: Any, /) -> None:
-        await _call(session, "commit")
+        if isinstance(session, AsyncSession):
+            await super().commit(session)
+        else:
+            await _call(session, "commit")
 
     async def rollback(self, session: Any, /) -> None:
         await _call(session, "rollback")

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from rope_middleware.session import closing
+from rope_middleware.session import closing, committing
 
 __all__ = ["FOREIGN", "SYNC", "ForeignKind", "SyncKind"]
 
@@ -48,7 +48,7 @@ class SyncKind:
         return session.prepare()
 
     def commit(self, session: Any, /) -> Any:
-        return session.commit()
+        return committing.commit(session)
 
     def rollback(self, session: Any, /) -> Any:
         return session.rollback()
@@ -94,6 +94,8 @@ class ForeignKind(SyncKind):
         return _call(session, "flush")
 
     def commit(self, session: Any, /) -> Any:
+        if isinstance(session, Session):
+            return super().commit(session)
         return _call(session, "commit")
 
     def rollback(self, session: Any, /) -> Any:

@@ -15,7 +15,8 @@ from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.kind import PlainKind, SessionKind
-from rope_middleware.session import closing
+from rope_middleware.session import closing, committing
+from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.sharing import note_shared_session
 from rope_middleware.session.tie import listen, tie_of
@@ -41,6 +42,7 @@ class PlainSessions:
         self.registry: ScopedRegistry[Any] = registry
         factory: Any = getattr(scoped, "session_factory", None)
         session_class: Any = getattr(factory, "class_", Session)
+        listen_for_errors()
         # An async_sessionmaker's class is no Session; its sessions' inner one is.
         listen(session_class if issubclass(session_class, Session) else Session)
 
@@ -87,7 +89,8 @@ class PlainSessions:
         return self.registry().prepare()
 
     def commit(self, _: Any, /) -> Any:
-        return self.registry().commit()
+        commit: Any = committing.acommit if self.is_async else committing.commit
+        return commit(self.registry())
 
     def rollback(self, _: Any, /) -> Any:
         return self.registry().rollback()

@@ -1,21 +1,43 @@
-"""Which database errors ask for the transaction to be tried again, and telling the scope of them.
+"""What a scope must know of its database's errors: the engine's events tell it.
 
-Frameworks turn an exception into a 5xx before a middleware sees it. The engine's
-``handle_error`` event sees it first.
+Frameworks turn an exception into a 5xx before a middleware sees it. The engine's ``handle_error``
+event sees it first.
 """
 
 from __future__ import annotations
 
 import random
-from typing import cast
+import threading
+from typing import Any, cast
 
 from sqlalchemy import event
-from sqlalchemy.engine import Engine, ExceptionContext
+from sqlalchemy.engine import Connection, Engine, ExceptionContext
+from sqlalchemy.exc import DBAPIError
 
 from rope_middleware.scope.context import current
-from rope_middleware.scope.scope import note_refusal
+from rope_middleware.scope.outcome import (
+    is_committing,
+    is_loss,
+    note_broken,
+    note_commit,
+    note_loss,
+    note_refusal,
+)
+from rope_middleware.scope.scope import Scope
+from rope_middleware.session.aborted import aborted_by, suspect, tells_of_aborted
+from rope_middleware.session.doubt import can_be_asked, transaction_id
+from rope_middleware.session.lost import is_lost, note_refused_connects, was_sent
+from rope_middleware.session.trial import LOST, Attempt, find_trial, trial_for
+from rope_middleware.session.writes import ends_transaction, may_write
 
-__all__ = ["backoff", "is_refusal", "listen_for_refusals"]
+__all__ = [
+    "backoff",
+    "bridging",
+    "is_refusal",
+    "listen_for_errors",
+    "listen_for_retries",
+    "wait_before_retry",
+]
 
 # SQLSTATE 40001 serialization_failure, 40P01 deadlock_detected:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html (class 40),
@@ -60,20 +82,164 @@ def is_refusal(error: BaseException | None) -> bool:
     return False
 
 
-def listen_for_refusals() -> None:
-    """Note refused transactions on the scope that they happen in. Done once."""
-    if not event.contains(Engine, "handle_error", _on_error):
-        event.listen(Engine, "handle_error", _on_error)
+# -- errors: always -------------------------------------------------------------------------------
+
+_listening = threading.Lock()
+_listens_to: set[str] = set()
+
+
+def listen_for_errors() -> None:
+    """Note on a scope the errors of its database. Done once."""
+    _listen_once("errors", ("handle_error", _on_error))
+
+
+def _listen_once(what: str, *listeners: tuple[str, Any]) -> None:
+    if what in _listens_to:
+        return
+    with _listening:
+        if what not in _listens_to:
+            for identifier, listener in listeners:
+                # First: a listener of the application's that raises ends the line.
+                event.listen(Engine, identifier, listener, insert=True)
+            _listens_to.add(what)
 
 
 def _on_error(context: ExceptionContext) -> None:
     scope = current.get(None)
-    if scope is not None and is_refusal(context.original_exception):
-        note_refusal(scope, context.original_exception)
+    if scope is None:
+        return
+    error = context.original_exception
+    if is_lost(context):
+        if context.connection is not None:
+            # asyncpg's plain ConnectionResetError, an error that announces the end: SQLAlchemy
+            # then throws away this connection, and all others of the pool that are as old.
+            context.is_disconnect = True
+        if not _is_of_commit(scope, context):
+            note_loss(scope, error)
+    elif is_refusal(error):
+        note_refusal(scope, error)
+    else:
+        _note_failed(scope, context)
+    suspect(scope, context)
+
+
+def _is_of_commit(scope: Scope, context: ExceptionContext) -> bool:
+    """A connection is lost: note whether a commit is in doubt now."""
+    error, connection = context.original_exception, context.connection
+    if connection is None or not ends_transaction(context.statement) or not was_sent(error):
+        return False
+    trial = find_trial(scope)
+    attempt = None if trial is None else trial.of(connection)
+    if attempt is not None:
+        attempt.state = LOST
+        attempt.error = error
+    elif is_committing(scope):
+        note_broken(scope)
+    else:
+        return False
+    return True
+
+
+def _note_failed(scope: Scope, context: ExceptionContext) -> None:
+    """A COMMIT that has failed for sure was none."""
+    trial = find_trial(scope)
+    if trial is not None and context.connection is not None and ends_transaction(context.statement):
+        attempt = trial.of(context.connection)
+        if attempt is not None:
+            trial.settle(attempt, failed=True)
+
+
+# -- commits: with `retries` alone -----------------------------------------------------------------
+
+
+def listen_for_retries() -> None:
+    """Note on scopes that may be run again what they have written and committed. Done once."""
+    listen_for_errors()
+    _listen_once(
+        "retries",
+        ("before_cursor_execute", _on_statement),
+        ("commit", _on_commit),
+        ("prepare_twophase", _on_twophase),
+        ("commit_twophase", _on_twophase),
+        ("do_connect", note_refused_connects(_on_refused_connect)),
+    )
+
+
+def _on_refused_connect(error: OSError) -> None:
+    scope = current.get(None)
+    if scope is not None:
+        note_loss(scope, error)
+
+
+def _on_statement(connection: Connection, _: Any, statement: str, *__: Any) -> None:
+    scope = current.get(None)
+    trial = None if scope is None else trial_for(scope)
+    if scope is not None and trial is not None and may_write(statement):
+        trial.writing.add(connection.get_transaction())
+        if _is_autocommit(connection):
+            note_commit(scope)  # it stands at once
+
+
+def _is_autocommit(connection: Connection) -> bool:
+    option = connection.get_execution_options().get("isolation_level")
+    if option is not None:
+        return bool(option == "AUTOCOMMIT")
+    dbapi_connection = connection.connection.dbapi_connection
+    if connection.dialect.name == "sqlite":
+        # The driver's autocommit, with a BEGIN by hand: SQLAlchemy's own recipe.
+        driver_connection: Any = connection.connection.driver_connection
+        return driver_connection.isolation_level is None and not driver_connection.in_transaction
+    detect: Any = getattr(connection.dialect, "detect_autocommit_setting", None)
+    try:
+        return bool(detect is not None and detect(dbapi_connection))
+    except NotImplementedError:
+        return False
+
+
+def _on_commit(connection: Connection) -> None:
+    """A COMMIT is about to be sent: know the transaction by its id."""
+    scope = current.get(None)
+    trial = None if scope is None else trial_for(scope)
+    if scope is None or trial is None:
+        return
+    transaction = connection.get_transaction()
+    attempt = Attempt(connection, transaction, wrote=transaction in trial.writing)
+    if attempt.wrote and can_be_asked(connection):
+        try:
+            attempt.xid = transaction_id(connection)
+            attempt.wrote = attempt.xid is not None
+        except DBAPIError as error:
+            if not tells_of_aborted(error):
+                raise  # a line that broke before COMMIT was sent
+            if is_committing(scope):
+                raise aborted_by(scope, connection)  # noqa: B904 - its cause is the statement that failed
+            return  # the application's own commit of an aborted transaction does what it does
+    trial.attempts.append(attempt)
+
+
+def _on_twophase(connection: Connection, *_: Any) -> None:
+    scope = current.get(None)
+    trial = None if scope is None else trial_for(scope)
+    if trial is not None and trial.of(connection) is None:
+        transaction = connection.get_transaction()
+        trial.attempts.append(Attempt(connection, transaction, wrote=True))
+
+
+# -- waiting --------------------------------------------------------------------------------------
+
+
+def wait_before_retry(scope: Scope, tries: int) -> float:
+    """Return the seconds to wait before the request of `scope` is run again.
+
+    Args:
+        scope: of the last try.
+        tries: how many tries there have been.
+    """
+    return bridging(tries) if is_loss(scope) else backoff(tries)
 
 
 def backoff(tries: int) -> float:
-    """Return the seconds to wait before the next try: "full jitter", at most one second.
+    """Return the seconds to wait for other transactions: "full jitter", at most one second.
 
     Args:
         tries: how many tries there have been.
@@ -81,3 +247,12 @@ def backoff(tries: int) -> float:
     See https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
     return random.uniform(0, min(1.0, 0.005 * 2.0 ** min(tries, 10)))  # noqa: S311 - no secret
+
+
+def bridging(tries: int) -> float:
+    """Return the seconds to wait for a database that is away: five waits are 2.3 to 3.1 seconds.
+
+    Args:
+        tries: how many tries there have been.
+    """
+    return random.uniform(0.75, 1.0) * min(3.0, 0.1 * 2.0 ** min(tries, 10))  # noqa: S311 - no secret

@@ -25,6 +25,7 @@ from rope_middleware.scope.scope import (
     session_of,
 )
 from rope_middleware.session.kinds import SYNC, SyncKind
+from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.tie import keep_also, listen, tie_of, tie_to
 
 __all__ = ["ScopeRegistry", "StrictRegistry", "check_session", "listen_to_factory"]
@@ -55,6 +56,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
 
         A sandbox (`rope_middleware.testing`) puts its own in place while it is open.
         """
+        listen_for_errors()
 
     # ScopedRegistry's interface
 

@@ -20,13 +20,13 @@ from rope_middleware.errors import CrossLoopError, other_loop
 from rope_middleware.running.finish import running_loop
 from rope_middleware.scope.context import current
 from rope_middleware.scope.kind import SessionKind
+from rope_middleware.scope.outcome import note_commit
 from rope_middleware.scope.scope import (
     AsyncScope,
     Scope,
     is_of_loop,
     is_over,
     keep,
-    note_commit,
     registries_of,
     require_open,
 )

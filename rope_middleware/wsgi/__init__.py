@@ -24,7 +24,7 @@ from rope_middleware.scope.response import (
     shared_scope,
 )
 from rope_middleware.scope.scope import OPEN, Scope
-from rope_middleware.session.refusal import backoff
+from rope_middleware.session.refusal import wait_before_retry
 from rope_middleware.wsgi.body import ListBody, hand_on
 from rope_middleware.wsgi.commit import AGAIN, Gate
 from rope_middleware.wsgi.files import CLASS_OR_NONE, note_files
@@ -151,7 +151,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
                 if response is not AGAIN:
                     return scope, response
                 log_retry(scope, tried + 1, self._options.retries)
-                time.sleep(backoff(tried))
+                time.sleep(wait_before_retry(scope, tried))
         return self._serve_try(replay.environ() if replay else environ, start_response)
 
     def _serve_within(

@@ -10,6 +10,7 @@ from rope_middleware.scope.context import class_of, logger, traceback_of
 from rope_middleware.scope.ending import commit, end, roll_back
 from rope_middleware.scope.response import doom_rest, is_head
 from rope_middleware.scope.scope import Scope
+from rope_middleware.session.committing import settle
 from rope_middleware.wsgi.body import Begun, GatedBody, close_unsent, hand_on, is_streamed
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Gate(answer.Gate):
                 return GatedBody(body, self._scope, self, self._owns)
         except BaseException as error:
             self.why = class_of(error)
+            settle(self._scope)
             if not isinstance(error, Exception) or not (
                 self.state == FAILED or self.may_try_again()
             ):
@@ -134,6 +136,7 @@ class Gate(answer.Gate):
         if self.passes(status):
             self._write_on = self._start_response(*call)
             return
+        settle(self._scope)
         act = self.decide(status, lambda: list(call[1]))
         if act is Act.HOLD:
             self.state = HELD

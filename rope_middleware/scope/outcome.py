@@ -1,0 +1,123 @@
+"""What a scope knows of its transactions: what became of them, and whether it may be run again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rope_middleware.scope.scope import Scope
+
+__all__ = [
+    "begin_commit",
+    "end_commit",
+    "has_committed",
+    "has_refused",
+    "is_broken",
+    "is_committing",
+    "is_loss",
+    "note_broken",
+    "note_commit",
+    "note_loss",
+    "note_refusal",
+    "refusal_of",
+    "retries_of",
+    "set_trial",
+    "suspects_of",
+    "timeout_of",
+    "trial_of",
+]
+
+
+def note_commit(scope: Scope) -> None:
+    """A session of the scope has committed: from here on nothing may be tried again."""
+    scope._committed = True
+
+
+def has_committed(scope: Scope) -> bool:
+    """Tell whether a session of the scope has committed something."""
+    return scope._committed
+
+
+def note_refusal(scope: Scope, error: BaseException) -> None:
+    """The database refused a transaction of the scope as one to try again."""
+    scope._refused = error
+    scope._is_lost = False
+
+
+def note_loss(scope: Scope, error: BaseException) -> None:
+    """A connection of the scope was lost, or could not be made."""
+    scope._refused = error
+    scope._is_lost = True
+
+
+def refusal_of(scope: Scope) -> BaseException | None:
+    """Return the error by which the database asked to try again, or None."""
+    return scope._refused
+
+
+def is_loss(scope: Scope) -> bool:
+    """Tell whether that error tells of a lost connection."""
+    return scope._is_lost
+
+
+def has_refused(scope: Scope) -> bool:
+    """Tell whether the request may be run again: refused, and nothing is committed (C6, C8)."""
+    return scope._refused is not None and not scope._committed
+
+
+def retries_of(scope: Scope) -> int:
+    """Return how often the request of the scope may be run again."""
+    return scope._options.retries
+
+
+def timeout_of(scope: Scope) -> float:
+    """Return the seconds for what a session needs of the database when it ends."""
+    return scope._options.close_timeout
+
+
+# -- a commit of ours, not one of the application's ------------------------------------------------
+
+
+def begin_commit(scope: Scope) -> None:
+    """A commit of ours begins."""
+    scope._is_committing = True
+    scope._is_broken = False
+
+
+def end_commit(scope: Scope) -> None:
+    """It has ended, in whatever way."""
+    scope._is_committing = False
+
+
+def is_committing(scope: Scope) -> bool:
+    """Tell whether a commit of ours is under way."""
+    return scope._is_committing
+
+
+def note_broken(scope: Scope) -> None:
+    """The line broke while a COMMIT of ours was under way."""
+    scope._is_broken = True
+
+
+def is_broken(scope: Scope) -> bool:
+    """Tell whether the line broke while the last COMMIT of ours was under way."""
+    return scope._is_broken
+
+
+# -- what the session's floor keeps here -----------------------------------------------------------
+
+
+def suspects_of(scope: Scope) -> dict[object, BaseException]:
+    """Return the transactions in which a statement has failed, with the first error of each."""
+    if scope._suspects is None:
+        scope._suspects = {}
+    return scope._suspects
+
+
+def trial_of(scope: Scope) -> Any:
+    """Return what is known of the transactions of a request that may be run again, or None."""
+    return scope._trial
+
+
+def set_trial(scope: Scope, trial: object) -> None:
+    """Note what is known of the transactions."""
+    scope._trial = trial

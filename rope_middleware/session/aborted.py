@@ -1,0 +1,132 @@
+"""Was the transaction aborted? Then its COMMIT is a ROLLBACK, and no driver says so.
+
+An application may swallow the error of a statement and go on. PostgreSQL has aborted the
+transaction then, answers COMMIT with ROLLBACK, and every driver takes that for success
+(https://github.com/tlocke/pg8000/issues/36). MariaDB rolls the whole transaction back at a
+deadlock, and SQLite at some errors; what follows is then a transaction of its own. So a commit of
+ours looks first: at what psycopg knows (it costs nothing), or, where a statement has failed, by a
+question to the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, ExceptionContext
+from sqlalchemy.exc import DBAPIError
+
+from rope_middleware.errors import RopeError, aborted
+from rope_middleware.scope.context import current
+from rope_middleware.scope.outcome import is_committing, suspects_of
+from rope_middleware.scope.scope import Scope
+from rope_middleware.session.writes import may_write
+
+__all__ = ["aborted_by", "refuse_aborted", "suspect", "tells_of_aborted"]
+
+# https://www.psycopg.org/psycopg3/docs/api/pq.html#psycopg.pq.TransactionStatus, and psycopg2's
+# psycopg2.extensions.TRANSACTION_STATUS_INERROR.
+_IN_ERROR = 3
+
+# https://www.postgresql.org/docs/current/errcodes-appendix.html: in_failed_sql_transaction
+_ABORTED = "25P02"
+
+# 1213 ER_LOCK_DEADLOCK: "InnoDB rolls back the entire transaction"
+# (https://dev.mysql.com/doc/refman/8.4/en/innodb-error-handling.html).
+_DEADLOCK = 1213
+
+# SQLITE_BUSY, NOMEM, INTERRUPT, IOERR, FULL, CONSTRAINT (by ON CONFLICT ROLLBACK):
+# https://www.sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction
+_SQLITE_ENDS = frozenset({5, 7, 9, 10, 13, 19})
+
+
+def suspect(scope: Scope, context: ExceptionContext) -> None:
+    """A statement has failed: have a commit of ours look whether its transaction still stands."""
+    connection = context.connection
+    if connection is None or connection.closed or connection.invalidated:
+        return
+    transaction = connection.get_transaction()
+    suspects = suspects_of(scope)
+    if transaction is None or transaction in suspects:
+        return
+    if connection.dialect.name == "postgresql" or _has_ended(context, connection):
+        suspects[transaction] = context.original_exception
+        # Right before the COMMIT, when the listeners of the application have had their turn.
+        event.listen(connection, "commit", _look)
+        event.listen(connection, "prepare_twophase", _look)
+
+
+def _has_ended(context: ExceptionContext, connection: Connection) -> bool:
+    """Tell whether the database has rolled the whole transaction back already."""
+    error = context.original_exception
+    if connection.dialect.name in ("mysql", "mariadb"):
+        return _DEADLOCK in (getattr(error, "errno", None), *error.args[:1])
+    code = getattr(error, "sqlite_errorcode", None)
+    return (
+        isinstance(code, int)
+        and code & 0xFF in _SQLITE_ENDS
+        and context.statement is not None
+        and may_write(context.statement)
+        and connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT"
+        and getattr(_driver_connection(connection), "in_transaction", True) is False
+    )
+
+
+def _look(connection: Connection, *_: Any) -> None:
+    scope = current.get(None)
+    if scope is None or not is_committing(scope):
+        return  # the application's own commit
+    if connection.get_transaction() in suspects_of(scope) and _is_aborted(connection):
+        raise aborted_by(scope, connection)
+
+
+def aborted_by(scope: Scope, connection: Connection) -> RopeError:
+    """Make the error, with the statement's as its cause."""
+    error = aborted(scope.name)
+    error.__cause__ = suspects_of(scope).get(connection.get_transaction())
+    return error
+
+
+def _is_aborted(connection: Connection) -> bool:
+    if connection.dialect.name != "postgresql":
+        return True  # rolled back: see `_has_ended`
+    status = _status(connection)
+    if status is not None:
+        return status == _IN_ERROR
+    try:  # asyncpg keeps to itself what it knows
+        connection.exec_driver_sql("SELECT 1")
+    except DBAPIError as error:
+        if tells_of_aborted(error):
+            return True
+        raise
+    return False
+
+
+def tells_of_aborted(error: DBAPIError) -> bool:
+    """Tell whether PostgreSQL refused a statement because its transaction is aborted."""
+    return getattr(error.orig, "sqlstate", None) == _ABORTED
+
+
+def refuse_aborted(scope: Scope, connections: Iterable[Connection]) -> None:
+    """Refuse to commit where the driver knows that the transaction is aborted.
+
+    Also by a statement that the application gave to the driver's own connection.
+
+    Raises:
+        RopeError: it is.
+    """
+    for connection in connections:
+        is_usable = not connection.closed and not connection.invalidated
+        if is_usable and _status(connection) == _IN_ERROR:
+            raise aborted_by(scope, connection)
+
+
+def _status(connection: Connection) -> object:
+    """Return what psycopg knows of the transaction; None of another driver."""
+    info = getattr(_driver_connection(connection), "info", None)
+    return getattr(info, "transaction_status", None)
+
+
+def _driver_connection(connection: Connection) -> object:
+    return connection.connection.driver_connection

@@ -1,0 +1,180 @@
+"""A commit of ours, of one session: refused where it would be a rollback, asked for where in doubt.
+
+The order is written once, as a coroutine; for a `Session` it never suspends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from rope_middleware.errors import in_doubt
+from rope_middleware.scope.context import class_of, logger
+from rope_middleware.scope.hands import run_now
+from rope_middleware.scope.outcome import (
+    begin_commit,
+    end_commit,
+    is_broken,
+    note_commit,
+    note_loss,
+    retries_of,
+    timeout_of,
+)
+from rope_middleware.scope.scope import Scope
+from rope_middleware.session.aborted import refuse_aborted
+from rope_middleware.session.connections import made_connections
+from rope_middleware.session.doubt import HERE, Asking, AsyncAsking, Verdict, verdict_on
+from rope_middleware.session.lost import was_sent
+from rope_middleware.session.tie import tie_of
+from rope_middleware.session.trial import Attempt, attempts_lost, find_trial
+from rope_middleware.session.writes import ends_transaction
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+__all__ = ["acommit", "asettle", "commit", "settle"]
+
+ASYNC = AsyncAsking()
+
+
+def commit(session: Session) -> None:
+    """Commit `session`.
+
+    Raises:
+        RopeError: the database would answer with a rollback.
+        CommitInDoubtError: the answer was lost, and nobody can tell.
+        BaseException: what the commit raised.
+    """
+
+    async def commit_here() -> None:
+        session.commit()
+
+    async def adopt_here() -> None:
+        _as_committed(session)
+
+    run_now(_commit(session, commit_here, adopt_here, HERE))
+
+
+async def acommit(session: AsyncSession) -> None:
+    """`commit`, for an AsyncSession."""
+    await _commit(
+        session.sync_session, session.commit, lambda: session.run_sync(_as_committed), ASYNC
+    )
+
+
+async def _commit(
+    session: Session,
+    commit: Callable[[], Awaitable[None]],
+    adopt: Callable[[], Awaitable[None]],
+    asking: Asking,
+) -> None:
+    tie = tie_of(session)
+    scope = None if tie is None else tie.scope
+    if tie is None or scope is None:
+        await commit()
+        return
+    connections = made_connections(tie.transaction)
+    refuse_aborted(scope, connections)
+    begin_commit(scope)
+    try:
+        await commit()
+        return
+    except Exception as error:
+        failure = error
+        if not (is_broken(scope) or attempts_lost(scope) or _broke_at_commit(error)):
+            raise
+    finally:
+        end_commit(scope)
+    verdict = await _verdict(scope, connections, asking)
+    if verdict is Verdict.ABORTED:
+        note_loss(scope, failure)
+        raise failure
+    note_commit(scope)
+    if verdict is Verdict.UNKNOWN:
+        raise in_doubt(scope.name, _why(scope)) from failure
+    logger.warning("the answer to the commit of %r was lost; the commit stands", scope.name)
+    await adopt()
+
+
+def _broke_at_commit(error: BaseException) -> bool:
+    """Tell it from the error alone, where no event did: a thread without the scope's context."""
+    return (
+        isinstance(error, DBAPIError)
+        and error.connection_invalidated
+        and ends_transaction(error.statement)
+        and was_sent(error)
+    )
+
+
+async def _verdict(scope: Scope, connections: Any, asking: Asking) -> Verdict:
+    """Find out what became of a commit of ours, over one connection or over several."""
+    lost = attempts_lost(scope)
+    if not lost:
+        return Verdict.UNKNOWN  # without `retries` nothing is known of it
+    verdicts = {await _settle_one(scope, one, asking) for one in lost}
+    if len(verdicts) > 1 or Verdict.UNKNOWN in verdicts:
+        return Verdict.UNKNOWN
+    (verdict,) = verdicts
+    trial = find_trial(scope)
+    sent = [] if trial is None else [one.connection for one in trial.attempts]
+    stands = [one for one in connections if one in sent]
+    # Over several connections without two-phase commit, a part of them may stand.
+    is_whole = len(stands) == (len(connections) if verdict is Verdict.COMMITTED else 0)
+    return verdict if is_whole else Verdict.UNKNOWN
+
+
+async def _settle_one(scope: Scope, attempt: Attempt, asking: Asking) -> Verdict:
+    verdict = await verdict_on(attempt, asking, timeout_of(scope))
+    trial = find_trial(scope)
+    if trial is not None:
+        trial.settle(attempt, verdict is Verdict.ABORTED)
+    return verdict
+
+
+def _why(scope: Scope) -> str:
+    if not retries_of(scope):
+        return "the database was not asked (that takes retries= and PostgreSQL)"
+    return "the database could not tell"
+
+
+def _as_committed(session: Session) -> None:
+    """Bring the session into the state after a commit: its objects stay in it."""
+    objects = list(session)
+    session.reset()
+    session.add_all(objects)
+    if session.expire_on_commit:
+        session.expire_all()
+
+
+# -- commits of the application's own --------------------------------------------------------------
+
+
+def settle(scope: Scope) -> None:
+    """Find out what became of commits of the application's own, before a request is run again."""
+    if attempts_lost(scope):
+        run_now(_settle(scope, HERE))
+
+
+async def asettle(scope: Scope) -> None:
+    """`settle`, on the event loop."""
+    if attempts_lost(scope):
+        await _settle(scope, ASYNC)
+
+
+async def _settle(scope: Scope, asking: Asking) -> None:
+    for attempt in attempts_lost(scope):
+        verdict = await _settle_one(scope, attempt, asking)
+        if verdict is Verdict.ABORTED:
+            if attempt.error is not None:
+                note_loss(scope, attempt.error)
+            continue
+        note_commit(scope)
+        logger.error(
+            "a commit of %r %s: the application got an error for it (%s)",
+            scope.name,
+            "is in doubt" if verdict is Verdict.UNKNOWN else "was in doubt, and stands",
+            class_of(attempt.error),
+        )

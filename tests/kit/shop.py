@@ -1,0 +1,170 @@
+"""One service on PostgreSQL, served in four ways: what it does is written once, for a `Session`.
+
+An `AsyncSession` runs it by ``run_sync``::
+
+    shop = Shop("asgi-asyncpg", url, commit_on_success=True, retries=5)
+    answer = await shop.ask(7)          # adds row 7
+    assert answer.status == 201
+    await shop.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import URL, create_engine
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    AsyncSessionJenny,
+    SessionJenny,
+    WSGIRopeMiddleware,
+)
+from tests.kit.asgi import http_scope
+from tests.kit.models import Row
+from tests.kit.wsgi import make_environ
+
+SHOPS = {
+    "asgi-asyncpg": "asyncpg",
+    "asgi-psycopg": "psycopg",
+    "asgi-threads": "psycopg",
+    "wsgi": "psycopg",
+}
+"""The ways, each with its driver."""
+
+Work = Callable[[Session, int], int]
+
+
+def add(session: Session, n: int) -> int:
+    """Add row `n`; answer 201."""
+    session.add(Row(n=n))
+    session.flush()
+    return 201
+
+
+def add_and_commit(session: Session, n: int) -> int:
+    """Do as `add`, and commit."""
+    session.add(Row(n=n))
+    session.commit()
+    return 201
+
+
+@dataclass
+class Answer:
+    """What came of one request."""
+
+    status: int
+    """500 for an error that came out of the middleware, as servers have it."""
+    error: BaseException | None = None
+    body: bytes = b""
+
+
+class Shop:
+    """A service.
+
+    Args:
+        kind: one of SHOPS.
+        url: of its database.
+        work: what a request does; it returns the status.
+        engine: options of the engine.
+        options: of the middleware.
+    """
+
+    def __init__(
+        self, kind: str, url: URL, work: Work = add, engine: Any = None, **options: Any
+    ) -> None:
+        self.kind = kind
+        self.work = work
+        told = {"pool_size": 5, "max_overflow": 15, **(engine or {})}
+        if kind in ("asgi-asyncpg", "asgi-psycopg"):
+            self.async_engine = create_async_engine(url, **told)
+            self.engine = self.async_engine.sync_engine
+            self.async_jenny = AsyncSessionJenny(
+                async_sessionmaker(self.async_engine, expire_on_commit=False)
+            )
+            self.app: Any = ASGIRopeMiddleware(self._in_loop, **options)
+        else:
+            self.engine = create_engine(url, **told)
+            self.jenny = SessionJenny(sessionmaker(self.engine, expire_on_commit=False))
+            app: Any = ASGIRopeMiddleware if kind == "asgi-threads" else WSGIRopeMiddleware
+            self.app = app(self._in_threads if kind == "asgi-threads" else self._wsgi, **options)
+
+    def held(self) -> int:
+        """Return how many connections are out."""
+        return int(self.engine.pool.checkedout())  # type: ignore[attr-defined]
+
+    async def close(self) -> None:
+        """Close the pool."""
+        if hasattr(self, "async_engine"):
+            await self.async_engine.dispose()
+        else:
+            self.engine.dispose()
+
+    async def ask(self, n: int) -> Answer:
+        """Send one request."""
+        if self.kind == "wsgi":
+            return await asyncio.to_thread(self._ask_wsgi, n)
+        answer = Answer(0)
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                assert not answer.status, "a second response"
+                answer.status = message["status"]
+            else:
+                answer.body += message.get("body", b"")
+
+        try:
+            await self.app(http_scope(f"/{n}", "POST"), receive, send)
+        except Exception as error:
+            answer.error = error
+            answer.status = answer.status or 500
+        return answer
+
+    def _ask_wsgi(self, n: int) -> Answer:
+        answer = Answer(0)
+
+        def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
+            answer.status = int(status[:3])
+            return lambda data: None
+
+        environ = make_environ(
+            f"/{n}", REQUEST_METHOD="POST", CONTENT_LENGTH="0", **{"wsgi.input": io.BytesIO()}
+        )
+        try:
+            body = self.app(environ, start_response)
+            try:
+                answer.body = b"".join(body)
+            finally:
+                if hasattr(body, "close"):
+                    body.close()
+        except Exception as error:
+            answer.error = error
+            answer.status = answer.status or 500
+        return answer
+
+    async def _in_loop(self, scope: Any, receive: Any, send: Any) -> None:
+        n = int(scope["path"][1:])
+        await _answer(send, await self.async_jenny.session.run_sync(self.work, n))
+
+    async def _in_threads(self, scope: Any, receive: Any, send: Any) -> None:
+        n = int(scope["path"][1:])
+        await _answer(send, await asyncio.to_thread(lambda: self.work(self.jenny.session, n)))
+
+    def _wsgi(self, environ: Any, start_response: Any) -> list[bytes]:
+        status = self.work(self.jenny.session, int(environ["PATH_INFO"][1:]))
+        start_response(f"{status} Told", [("Content-Type", "text/plain")])
+        return [b"of the app"]
+
+
+async def _answer(send: Any, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": b"of the app"})
