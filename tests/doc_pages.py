@@ -276,9 +276,11 @@ class Console:
             words.append("--without-pip")  # which takes seconds, and is not needed here
         elif words[0] == "pytest":
             self._page.collected()
-            # None of the plugins of these tests, which cost more than the tests of a page.
+            # A reader has anyio's plugin and ours. Those of these tests cost more than a page's.
             values = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **values}
-            words = ["pytest", "-q", "-p", "anyio", "-p", "no:cacheprovider", *words[1:]]
+            plugins = ("anyio", "rope_middleware.pytest_plugin", "no:cacheprovider")
+            told = [word for plugin in plugins for word in ("-p", plugin)]
+            words = ["pytest", "-q", *told, *words[1:]]
         elif words[:3] == ["python", "manage.py", "test"]:
             self._page.collected()
         return self._run(words, values)

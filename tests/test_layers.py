@@ -80,7 +80,6 @@ HOUSE = (
     "testing.postgresql",
     "testing.sqlite",
     "testing.lanes",
-    "testing.lines",
     "testing.cursor",
     "testing.shared",
     "testing.virtual",

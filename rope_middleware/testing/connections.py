@@ -38,14 +38,6 @@ class SandboxEngine(OptionEngine):
         super().__init__(engine, {})
         self.__dict__["pool"] = pool
         event.listen(self, "handle_error", _hand_notes_on)
-        for name in ("checkout", "checkin", "reset"):
-            listeners = getattr(engine.pool.dispatch, name)
-            if listeners:  # those of "connect" hear of the real connection
-                event.listen(pool, name, partial(_hand_on, listeners))
-
-
-def _hand_on(listeners: Any, *args: Any) -> None:
-    listeners(*args)
 
 
 def _hand_notes_on(context: ExceptionContext) -> None:
@@ -53,6 +45,10 @@ def _hand_notes_on(context: ExceptionContext) -> None:
     if context.sqlalchemy_exception is not None:
         for note in getattr(context.original_exception, "__notes__", ()):
             context.sqlalchemy_exception.add_note(note)
+
+
+def _hand_on(listeners: Any, *args: Any) -> None:
+    listeners(*args)
 
 
 class Opened:
@@ -73,7 +69,18 @@ class Opened:
         self._is_busy = False
         self._is_ended = False
         self._virtual = virtual_class(engine.dialect.name)
+        self._heard: set[str] = set()
         self.pool = NullPool(self.connect, dialect=engine.dialect)
+
+    def engine(self, engine: Engine) -> SandboxEngine:
+        """Return an engine that stands for `engine`, which has the pool of this one's."""
+        for name in ("checkout", "checkin", "reset"):
+            listeners = getattr(engine.pool.dispatch, name)
+            if listeners and name not in self._heard:
+                # Those of "connect" hear of the real connection.
+                self._heard.add(name)
+                event.listen(self.pool, name, partial(_hand_on, listeners))
+        return SandboxEngine(engine, self.pool)
 
     def connect(self, *_: Any) -> Any:
         """Return a virtual connection; the first one opens the real one."""

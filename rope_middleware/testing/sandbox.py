@@ -95,6 +95,7 @@ class Sandbox:
     def __init__(self, *jennies: Any, name: str | None = None, wait: float = 5.0) -> None:
         _check(jennies, name, wait)
         self.name: str = name or _running_test()
+        """What error texts call it."""
         self.token: str = secrets.token_urlsafe(32)
         """By what a request names it; random."""
         self.jennies: tuple[Any, ...] = tuple(dict.fromkeys(jennies))
@@ -146,7 +147,7 @@ class Sandbox:
                 opened = self._opened.get(root)
                 if opened is None:
                     opened = self._opened[root] = Opened(root, self.name, self._wait)
-                made = self._engines[engine] = SandboxEngine(engine, opened.pool)
+                made = self._engines[engine] = opened.engine(engine)
             return made
 
     def scope_here(self) -> Scope:

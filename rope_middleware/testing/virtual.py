@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from rope_middleware.session.lines import application_line, text_of
 from rope_middleware.session.release import HAS_WRITTEN
 from rope_middleware.testing.cursor import WRITE, VirtualCursor, refuse
-from rope_middleware.testing.lines import line_of_the_application
 from rope_middleware.testing.shared import SharedConnection
 from rope_middleware.testing.statement import Statement
 from rope_middleware.testing.text import Kind, Said
@@ -151,7 +151,7 @@ class VirtualConnection:
         shared = self._shared
         line = ""
         if said.kind is not Kind.READ and shared.writer is not self:
-            line = line_of_the_application()
+            line = text_of(application_line(1))
         statement = Statement(said, text, parameters, run, line or "a SELECT that writes")
         return shared.lane.call(partial(shared.say, self, statement))
 

@@ -20,6 +20,7 @@ from rope_middleware.errors import RopeError
 from rope_middleware.rope.registry import RopeRegistry
 from rope_middleware.scope.context import current
 from rope_middleware.scope.scope import Scope, session_of
+from rope_middleware.session.reading import Reading, reading_bind
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry
 from rope_middleware.session.tie import tie_of
 from rope_middleware.testing.words import closed
@@ -177,7 +178,13 @@ class _Way:
 
     def _get_bind(self, *args: Any, **kw: Any) -> Engine | Connection:
         session, its_class = self._lookup()
-        return self._engine(its_class.get_bind(session, *args, **kw))
+        if self._sandbox is None or not issubclass(its_class, Reading):
+            return self._engine(its_class.get_bind(session, *args, **kw))
+        # It would read from a replica, which knows nothing of the sandbox.
+        bases: tuple[Any, ...] = its_class.__mro__
+        plain = next(one for one in bases if not issubclass(one, Reading))
+        bind = plain.get_bind(session, *args, **kw)
+        return self._engine(reading_bind(bind, kw.get("clause")))
 
     def _connection(
         self, bind_arguments: dict[str, Any] | None = None, execution_options: Any = None

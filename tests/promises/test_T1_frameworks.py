@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from rope_middleware import RopeError, RopeMiddleware, current_scope, open_scope
+from rope_middleware import ReadOnlyError, RopeError, RopeMiddleware, current_scope, open_scope
 from rope_middleware.testing import Sandbox
 from tests.kit.sandboxes import COUNT, Place, Row, open_place
 from tests.kit.sessions import in_thread
@@ -387,3 +387,47 @@ async def test_T1_release_gives_back_what_this_session_has_only_read(place: Plac
             await place.ajenny.session.scalar(COUNT)
             await place.ajenny.release()
             assert await place.ajenny.session.scalar(COUNT) == 1
+
+
+@pytest.mark.anyio
+async def test_T1_read_only_scopes_read_the_same_transaction(place: Place) -> None:
+    """They see what is committed in the sandbox, hold nobody up, and refuse to write."""
+    async with Sandbox(place.jenny, place.ajenny, wait=0.2):
+        place.jenny.session.add(Row(n=1))
+        place.jenny.session.commit()
+        place.ajenny.session.add(Row(n=2))
+        await place.ajenny.session.commit()
+        with open_scope(read_only=True):
+            assert place.jenny.session.scalar(COUNT) == 1
+            with pytest.raises(ReadOnlyError):
+                place.jenny.session.execute(text("DELETE FROM row"))
+            with open_scope():
+                place.jenny.session.add(Row(n=3))
+                place.jenny.session.commit()
+            assert place.jenny.session.scalar(COUNT) == 2
+        async with open_scope(read_only=True):
+            assert await place.ajenny.session.scalar(COUNT) == 1
+            result = await place.ajenny.session.stream_scalars(select(Row))
+            assert [row.n async for row in result] == [2]
+            place.ajenny.session.add(Row(n=4))
+            with pytest.raises(ReadOnlyError):
+                await place.ajenny.session.flush()
+        assert place.jenny.session.scalar(COUNT) == 2
+
+
+def test_T1_a_listener_of_the_pool_hears_each_checkout_once(place: Place) -> None:
+    """Also where a read-only scope has an engine of its own on the same pool."""
+    heard: list[str] = []
+
+    def hear(*_: object) -> None:
+        heard.append("checkout")
+
+    event.listen(place.engine, "checkout", hear)
+    try:
+        with Sandbox(place.jenny):
+            for read_only in (True, False):
+                with open_scope(read_only=read_only):
+                    place.jenny.session.scalar(COUNT)
+    finally:
+        event.remove(place.engine, "checkout", hear)
+    assert heard == ["checkout", "checkout"]

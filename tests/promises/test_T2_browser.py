@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import create_engine, select
+from sqlalchemy.pool import NullPool
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
@@ -19,8 +23,9 @@ from starlette.websockets import WebSocket
 from rope_middleware import RopeMiddleware, open_scope
 from rope_middleware.testing import Sandbox, SandboxMiddleware
 from tests.kit.chromium import MISSING, PROGRAM, browser
-from tests.kit.sandboxes import COUNT, Place, Row, open_place
+from tests.kit.sandboxes import COUNT, Base, Place, Row, open_place
 from tests.servers.asgi import Server, serve
+from tests.servers.postgres import postgres_server
 
 pytestmark = pytest.mark.slow
 
@@ -143,16 +148,41 @@ async def _write(place: Place) -> None:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_T2_by_curl_from_a_shell(server: Server, tmp_path: Any) -> None:
-    """Four lines of a shell script."""
-    script = f"""
-set -eu
-curl --silent --fail --cookie-jar jar --request POST {server.url}/rope-sandbox >opened.json
-curl --silent --cookie jar --data 'n=1&name=Emma' --location {server.url}/ | grep -o '<li>Emma'
-curl --silent --fail --cookie jar --request DELETE {server.url}/rope-sandbox
-curl --silent {server.url}/ | grep -c '<li>' || true
-curl --silent --output /dev/null --write-out '%{{http_code}}' --cookie jar {server.url}/
-"""
+    """The lines of the documentation, and what is seen between and after them."""
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "testing.md").read_text()
+    opened, asked, ended = re.findall(r"^curl .+$", page, re.MULTILINE)
+    asked = asked.replace("/notes/milk", "/ --data 'n=1&name=Emma'")
+    show = f"curl --cookie jar {server.url}/ | grep -o '<li>[A-Za-z]*' || true"
+    script = "\n".join([opened, asked, show, ended, show.replace("--cookie jar ", "")])
+    script = re.sub(r"http://127.0.0.1:8000", server.url, script)
+    script = script.replace("curl ", "curl --silent --show-error ")
     done = subprocess.run(
-        ["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+        ["sh", "-euc", script], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
     )
-    assert done.stdout.split() == ["<li>Emma", "0", "410"], done
+    told, *shown = done.stdout.split("}}")
+    assert json.loads(told + "}}")["name"] == "by curl"
+    assert shown == ["<li>Emma\n"]
+
+
+def test_T4_the_recipe_with_a_template(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database for each worker, by the block of the documentation."""
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "testing.md").read_text()
+    (block,) = re.findall(r":caption: template.py\n\n(.+?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "template.py", "exec"), names)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw3")
+    with postgres_server().new_database() as template:
+        url = template.url("psycopg")
+        engine = create_engine(url)
+        Base.metadata.create_all(engine)
+        engine.dispose()
+        found = names["database_of_this_worker"](url.set(database="postgres"), template.name)
+        assert found.database == f"{template.name}_gw3"
+        own = create_engine(found)
+        with own.begin() as connection:
+            assert connection.scalar(COUNT) == 0
+        own.dispose()
+        with create_engine(
+            url.set(database="postgres"), isolation_level="AUTOCOMMIT", poolclass=NullPool
+        ).connect() as connection:
+            connection.exec_driver_sql(f'DROP DATABASE "{found.database}"')
