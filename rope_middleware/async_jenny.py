@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 from rope_middleware.errors import sync_scope
 from rope_middleware.jenny import check_callables, get_or_make
@@ -19,9 +20,14 @@ from rope_middleware.scope.scope import AsyncScope, Scope, is_over, session_of
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, check_session
 from rope_middleware.session.release import has_connection, inner_session, release
-from rope_middleware.session.tie import check_loop
+from rope_middleware.session.tie import check_loop, listen
 
-from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session  # isort: skip
+from sqlalchemy.ext.asyncio import (  # isort: skip
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+)
+from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
 
 __all__ = ["AsyncSessionJenny"]
@@ -34,6 +40,31 @@ _NO_ASYNC_ROPE = (
     " Nothing can await the end of an AsyncSession that hangs on a frame, so there is no rope "
     "for it."
 )
+
+
+_own_classes: WeakKeyDictionary[type[Session], type[Session]] = WeakKeyDictionary()
+
+
+def _with_own_class(factory: Any, kw: dict[str, Any]) -> dict[str, Any]:
+    """Let an async_sessionmaker's sessions have an inner class of ours.
+
+    By itself it is `Session`, the base of everybody's sessions: listening to that would cost all
+    of them.
+    """
+    if (
+        not isinstance(factory, async_sessionmaker)
+        or factory.class_.__init__ is not AsyncSession.__init__
+    ):
+        return kw
+    base: type[Session] = kw.get("sync_session_class") or factory.kw.get(
+        "sync_session_class", factory.class_.sync_session_class
+    )
+    own = _own_classes.get(base)
+    if own is None:
+        own = type(base.__name__, (base,), {"__module__": base.__module__})
+        listen(own)
+        own = _own_classes.setdefault(base, own)
+    return {**kw, "sync_session_class": own}
 
 
 class AsyncScopeRegistry(ScopeRegistry[_T]):
@@ -93,7 +124,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
 
         def create(**kw: Any) -> _AS:
             # Looked up on each use: the factory may be replaced later.
-            session = self.session_factory(**kw)
+            session = self.session_factory(**_with_own_class(self.session_factory, kw))
             made: object = session  # a factory of the user's may return anything
             if not isinstance(made, AsyncSession):
                 check_session(made, AsyncSession, self.session_factory, _ASYNC_EXAMPLE)

@@ -100,8 +100,8 @@ class RopeMiddleware:
     ) -> WSGIRopeMiddleware: ...
     def __new__(cls, app: Any = None, *_: Any, **__: Any) -> Any:
         """Choose the class by the protocol of `app`."""
-        if cls is RopeMiddleware:
-            cls = cls._protocols[_protocol_of(app)]
+        if not any(issubclass(cls, chosen) for chosen in cls._protocols.values()):
+            cls = _choose(cls, cls._protocols[_protocol_of(app)])
         return object.__new__(cls)
 
     if not TYPE_CHECKING:
@@ -155,6 +155,18 @@ class RopeMiddleware:
                 " and ".join(f"{name}={getattr(self._options, name)!r}" for name in dropped),
                 outer.name,
             )
+
+
+_chosen: dict[tuple[type, type], type] = {}
+
+
+def _choose(cls: type, protocol: type) -> Any:
+    """Return the class of the protocol, of which a user's own subclass has one more."""
+    if cls is RopeMiddleware:
+        return protocol
+    if (cls, protocol) not in _chosen:
+        _chosen[cls, protocol] = type(cls.__name__, (cls, protocol), {"__module__": cls.__module__})
+    return _chosen[cls, protocol]
 
 
 _NO_APP = "{} takes an ASGI or WSGI application, not {!r}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 __all__ = ["calling_frame", "held_by", "hold"]
@@ -18,9 +18,16 @@ _SCOPING = "sqlalchemy.orm.scoping"
 _COMPREHENSIONS = frozenset({"<dictcomp>", "<listcomp>", "<setcomp>"})
 
 
+# Threads and event loops that call what they are given: their frames never return. Where they call
+# a method of the facade itself (``to_thread.run_sync(jenny.scalar, ...)``), its own frame is the
+# caller's.
+_LOOPS = ("anyio.", "asyncio.", "concurrent.futures.", "multiprocessing.", "threading", "trio.")
+
+
 def calling_frame() -> FrameType:
     """Return the first frame outside the facade that is there to hold something."""
     frame: FrameType | None = sys._getframe(1)
+    method: FrameType | None = None  # the outermost one of scoped_session's
     while frame is not None:
         code = frame.f_code
         module: object = frame.f_globals.get("__name__")
@@ -32,7 +39,11 @@ def calling_frame() -> FrameType:
             # (and an Enum makes members of them): the frame around it is the one that goes.
             or (not code.co_flags & inspect.CO_OPTIMIZED and _is_class_body(frame))
         ):
+            if method is not None and isinstance(module, str) and module.startswith(_LOOPS):
+                return method
             return frame
+        if module == _SCOPING:
+            method = frame
         frame = frame.f_back
     raise RuntimeError("A rope needs a Python frame to hang on, and there is none.")
 
@@ -65,21 +76,17 @@ def hold(frame: FrameType, name: str, rope: object) -> None:
     """Set `rope` as a local variable of `frame`."""
     variables = frame.f_locals
     variables[_hidden(frame, name)] = rope
-    if (
-        _COPIES
-        and frame.f_code.co_flags & inspect.CO_OPTIMIZED
-        # Of very many variables only where there is an error to be found among them.
-        and (len(variables) < 30 or sys.exception() is not None)
-    ):
-        for key in [key for key, value in variables.items() if isinstance(value, _CYCLIC)]:
-            del variables[key]
+    code = frame.f_code
+    if _COPIES and code.co_flags & inspect.CO_OPTIMIZED:
+        for key in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
+            variables.pop(key, None)
 
 
 # Before Python 3.13 the local variables of a function are copied into the frame when they are
-# read, and stay there until they are read again. What refers to the frame would keep it after
-# the function's end, although the function has deleted its variable, as "except ... as" does.
+# read, and stay there until they are read again. What refers to the frame (an error, a list with
+# one) would keep it after the function's end, although the function has deleted its variable, as
+# "except ... as" does. Who reads them next gets them from the function itself again.
 _COPIES = sys.version_info < (3, 13)
-_CYCLIC = (BaseException, TracebackType, FrameType)
 
 
 def held_by(frame: FrameType, name: str) -> object:

@@ -18,7 +18,7 @@ from sqlalchemy.util import ScopedRegistry
 from rope_middleware.scope.context import logger
 from rope_middleware.session.closing import close, detach
 from rope_middleware.session.registry import ScopeRegistry
-from rope_middleware.session.tie import listen, tie_of, tie_to
+from rope_middleware.session.tie import listen_to, tie_of, tie_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,7 +186,7 @@ def _watched(session: _T) -> _T:
     """Tie `session` to no scope: its connections are known if it cannot be closed."""
     made: object = session
     if isinstance(made, Session):  # and no mock or wrapper: that is kept and closed
-        listen(type(made))
+        listen_to(made)
         tie = tie_of(made)
         if tie is None or tie.scope is not None:
             tie_to(made)

@@ -62,7 +62,7 @@ class open_scope:  # noqa: N801 - used like a function
     Args:
         name: what error texts and log lines call the scope; the function's name where it is
             used as a decorator.
-        commit_on_success: commit when the block ends without an error.
+        commit_on_success: commit when the block ends without an error; ``sys.exit(0)`` is none.
         read_only: sessions of the scope read without a transaction, and refuse to write.
         close_timeout: seconds that each async session may take to give its connection back, 10
             by default; past it the connection is invalidated.
@@ -135,7 +135,9 @@ class open_scope:  # noqa: N801 - used like a function
         scope, _ = self._entered
         if error is not None:
             explain(scope, error)
-        commits = self._options.commit_on_success and error is None and not scope._doomed
+        # A program that ends by sys.exit(0) has succeeded (click, argparse, Django's commands).
+        is_success = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
+        commits = self._options.commit_on_success and is_success and not scope._doomed
         return scope, commits, "doomed" if error is None else class_of(error)
 
     def _restore(self) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.kind import PlainKind, SessionKind
+from rope_middleware.scope.opening import current_scope
 from rope_middleware.session import closing, committing
 from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.registry import ScopeRegistry
@@ -35,6 +36,12 @@ class PlainSessions:
             raise TypeError(
                 f"registries= takes scoped_session objects, not {scoped!r}. Make each with "
                 "scopefunc=current_scope and give them in a list."
+            )
+        if getattr(registry, "scopefunc", None) is not current_scope:
+            raise TypeError(
+                f"registries= was given {scoped!r}, whose sessions do not belong to a scope: no "
+                "end of a request would find them. Make it with scopefunc=current_scope (from "
+                "rope_middleware)."
             )
         self.scoped = scoped
         # As async_scoped_session's is.

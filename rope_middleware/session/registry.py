@@ -26,7 +26,7 @@ from rope_middleware.scope.scope import (
 )
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.refusal import listen_for_errors
-from rope_middleware.session.tie import keep_also, listen, tie_of, tie_to
+from rope_middleware.session.tie import keep_also, listen, listen_to, tie_of, tie_to
 
 __all__ = ["ScopeRegistry", "StrictRegistry", "check_session", "listen_to_factory"]
 
@@ -120,8 +120,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         inner = self.kind.inner(session)
         if inner is not None:
             session_class = cast("type[Session]", type(inner))
-            if session_class is not self._listening:
-                listen(session_class)
+            if session_class is not self._listening and listen_to(inner):
                 self._listening = session_class
             tie_to(inner, scope, self.kind)  # before another thread can see it
             self.place(inner, scope)

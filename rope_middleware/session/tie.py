@@ -33,7 +33,16 @@ from rope_middleware.scope.scope import (
 from rope_middleware.session.connections import connections_out, made_connections
 from rope_middleware.session.written import watch, watch_binds
 
-__all__ = ["Tie", "check_loop", "keep_also", "listen", "refuse_late", "tie_of", "tie_to"]
+__all__ = [
+    "Tie",
+    "check_loop",
+    "keep_also",
+    "listen",
+    "listen_to",
+    "refuse_late",
+    "tie_of",
+    "tie_to",
+]
 
 _TIE = "_rope_middleware_tie"
 
@@ -94,15 +103,40 @@ def keep_also(tie: Tie, session: Any) -> None:
 
 def listen(session_class: type[Session]) -> None:
     """Listen to the events of `session_class`, once."""
-    if session_class in _listening_to:
-        return
     with _listening:
         if session_class not in _listening_to:
-            event.listen(session_class, "after_transaction_create", _on_begin)
-            event.listen(session_class, "after_commit", _on_commit)
+            _listen(session_class)
             if session_class.get_bind is not Session.get_bind:
                 watch_binds(session_class)
             _listening_to.add(session_class)
+
+
+def _listen(target: type[Session] | Session) -> None:
+    event.listen(target, "after_transaction_create", _on_begin)
+    event.listen(target, "after_commit", _on_commit)
+
+
+MOST_CLASSES = 8  # that are listened to only because a session of theirs came along
+_found: list[None] = []  # one for each of them
+
+
+def listen_to(session: Session) -> bool:
+    """Listen to the events of `session`.
+
+    Returns:
+        Whether its class is listened to now, so that the next one needs nothing.
+    """
+    session_class = type(session)
+    if any(base in _listening_to for base in session_class.__mro__):
+        return True
+    # `Session` itself is the class of everybody's sessions. And a factory that makes a sessionmaker
+    # each time makes a class each time: SQLAlchemy keeps a listener's entry for each of them.
+    if session_class is Session or len(_found) >= MOST_CLASSES:
+        _listen(session)
+        return False
+    _found.append(None)
+    listen(session_class)
+    return True
 
 
 def _on_begin(session: Session, transaction: SessionTransaction) -> None:
