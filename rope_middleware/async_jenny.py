@@ -51,13 +51,13 @@ def _with_own_class(factory: Any, kw: dict[str, Any]) -> dict[str, Any]:
     By itself it is `Session`, the base of everybody's sessions: listening to that would cost all
     of them.
     """
-    if (
-        not isinstance(factory, async_sessionmaker)
-        or factory.class_.__init__ is not AsyncSession.__init__
-    ):
+    if not isinstance(factory, async_sessionmaker):
         return kw
-    base: type[Session] = kw.get("sync_session_class") or factory.kw.get(
-        "sync_session_class", factory.class_.sync_session_class
+    async_class: Any = cast("Any", factory).class_
+    if async_class.__init__ is not AsyncSession.__init__:
+        return kw  # it may take other arguments
+    base: type[Session] = kw.get("sync_session_class") or cast("Any", factory).kw.get(
+        "sync_session_class", async_class.sync_session_class
     )
     own = _own_classes.get(base)
     if own is None:

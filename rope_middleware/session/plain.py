@@ -8,7 +8,7 @@ is given.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
@@ -37,7 +37,7 @@ class PlainSessions:
                 f"registries= takes scoped_session objects, not {scoped!r}. Make each with "
                 "scopefunc=current_scope and give them in a list."
             )
-        if getattr(registry, "scopefunc", None) is not current_scope:
+        if getattr(cast("Any", registry), "scopefunc", None) is not current_scope:
             raise TypeError(
                 f"registries= was given {scoped!r}, whose sessions do not belong to a scope: no "
                 "end of a request would find them. Make it with scopefunc=current_scope (from "

@@ -119,11 +119,11 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
     def _adopt(self, scope: Scope, session: _T) -> _T:
         inner = self.kind.inner(session)
         if inner is not None:
+            self.place(inner, scope)  # first: it may change the class
             session_class = cast("type[Session]", type(inner))
             if session_class is not self._listening and listen_to(inner):
                 self._listening = session_class
             tie_to(inner, scope, self.kind)  # before another thread can see it
-            self.place(inner, scope)
         kept: Any = None
         try:
             kept = keep(scope, self, session)
