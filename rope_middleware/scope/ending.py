@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from rope_middleware.running.finish import finish
@@ -105,6 +106,7 @@ def commit(scope: Scope, note: Callable[[], None]) -> None:
     if scope._sessions is None:
         note()
         return
+    _note_results(scope)
     failure = run_now(committing(scope, HERE, note))
     if failure is not None:
         raise failure
@@ -173,6 +175,7 @@ async def acommit(scope: Scope, note: Callable[[], None]) -> None:
     if scope._sessions is None or not (open_sessions(scope) or scope._on_commit):
         note()
         return
+    _note_results(scope)
     timeout = scope._options.close_timeout
     failure = await finish(committing(scope, Async(timeout), note), timeout)
     if failure is not None:
@@ -229,6 +232,23 @@ def explain(scope: Scope, error: BaseException) -> None:
     """Let the kinds of the scope's sessions add notes to an error that leaves the scope."""
     for key in list(scope._sessions or ()):
         key.kind.explain(error)
+    if scope._cuts_results and isinstance(error, Exception):
+        with suppress(Exception):  # an error that takes no note
+            if _CUT not in getattr(error, "__notes__", ()):
+                error.add_note(_CUT)
+
+
+_CUT = (
+    "commit_on_success has committed before the response started, and that has closed a result "
+    "that was still being read. Read it to its end before the response starts, with all(), or open "
+    "it in the body that reads it (rope_middleware)."
+)
+
+
+def _note_results(scope: Scope) -> None:
+    """Note, before the commit of a scope that goes on, that it will close open results."""
+    if any(key.kind.has_open_result(session) for key, session in open_sessions(scope)):
+        scope._cuts_results = True
 
 
 def detach(scope: Scope) -> None:

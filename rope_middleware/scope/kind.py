@@ -35,6 +35,10 @@ class SessionKind(Protocol):
         """Tell whether ending `session` needs no I/O although it has a connection."""
         ...
 
+    def has_open_result(self, session: Any, /) -> bool:
+        """Tell whether a result of `session` is still being read."""
+        ...
+
     def is_twophase(self, session: Any, /) -> bool:
         """Tell whether `session` commits in two phases."""
         ...

@@ -65,6 +65,7 @@ class Scope:
     _left: tuple[Scope | None] | None = None  # see `opening.restore`
     _is_parents = False  # this process was forked while it was open
     _doomed = False
+    _cuts_results = False  # its commit before the response started has closed open results
     _is_counted = False  # its request has come through the line of `max_active`
     # See `outcome`.
     _committed = False

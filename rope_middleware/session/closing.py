@@ -20,6 +20,7 @@ from rope_middleware.running.finish import running_loop
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.session.connections import connections_out, invalidate_all
 from rope_middleware.session.tie import Tie, refuse_late, tie_of
+from rope_middleware.session.written import notes_of
 
 __all__ = [
     "close",
@@ -27,6 +28,7 @@ __all__ = [
     "discard",
     "ends_at_once",
     "has_nothing_open",
+    "has_open_result",
     "holds_connection",
     "invalidate",
     "overrides_close",
@@ -58,6 +60,12 @@ def ends_at_once(session: Session) -> bool:
     """Tell whether ending `session` needs no I/O although it has a connection: it only reads."""
     ends = getattr(session, "_rope_middleware_ends_at_once", None)  # see `reading`
     return ends is not None and bool(ends())
+
+
+def has_open_result(session: Session) -> bool:
+    """Tell whether a result of `session` is still being read."""
+    tie = tie_of(session)
+    return tie is not None and any(notes_of(one).has_unread() for one in connections_out(tie))
 
 
 def close(session: Session) -> None:

@@ -38,6 +38,10 @@ class SyncKind:
     def ends_at_once(self, session: Any, /) -> bool:
         return closing.ends_at_once(session) and not closing.overrides_close(session)
 
+    def has_open_result(self, session: Any, /) -> bool:
+        inner = self.inner(session)
+        return inner is not None and closing.has_open_result(inner)
+
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.twophase)
 

@@ -19,7 +19,7 @@ from rope_middleware.scope.opening import current_scope
 from rope_middleware.session import closing, committing
 from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.registry import ScopeRegistry
-from rope_middleware.session.sharing import note_shared_session
+from rope_middleware.session.sharing import note_reason
 from rope_middleware.session.tie import listen, tie_of
 
 __all__ = ["PlainSessions", "kinds_of"]
@@ -84,6 +84,10 @@ class PlainSessions:
     def ends_at_once(self, _: Any, /) -> bool:
         return False
 
+    def has_open_result(self, _: Any, /) -> bool:
+        session = self.find()
+        return session is not None and closing.has_open_result(session)
+
     def is_twophase(self, _: Any, /) -> bool:
         return bool(getattr(self.find(), "twophase", False))
 
@@ -132,7 +136,7 @@ class PlainSessions:
 
     def explain(self, error: BaseException, /) -> None:
         if self.is_async:
-            note_shared_session(error)
+            note_reason(error)
 
 
 def _forget(session: Session | None) -> None:

@@ -1,11 +1,16 @@
-"""Two tasks in one AsyncSession: the note that says so (Y3)."""
+"""Errors of an AsyncSession that say what is wrong, and not why: the notes that do.
+
+Two tasks have shared it (Y3), or an object that a commit has expired was read.
+"""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from typing import cast
 
-__all__ = ["note_shared_session"]
+from sqlalchemy.exc import MissingGreenlet
+
+__all__ = ["note_reason"]
 
 _SHARED_SESSION = (
     "Two tasks have probably used one AsyncSession at the same time, which SQLAlchemy does not "
@@ -13,14 +18,21 @@ _SHARED_SESSION = (
     "its work, or @open_scope() on its function (rope_middleware)."
 )
 
+_EXPIRED = (
+    "An AsyncSession cannot load anything while an attribute is read. A commit expires what was "
+    "loaded before, also that of commit_on_success before the response starts: make the sessions "
+    "by async_sessionmaker(..., expire_on_commit=False). A relationship is loaded with its object: "
+    "selectinload() (rope_middleware)."
+)
 
-def note_shared_session(error: BaseException) -> None:
-    """Add to `error`, where it tells of a session shared by tasks, a note that says so."""
+
+def note_reason(error: BaseException) -> None:
+    """Add to `error` a note that says why, where it tells of what is misunderstood often."""
     with suppress(Exception):  # an error that has no text, or takes no note
-        _note_shared_session(error)
+        _add_note(error)
 
 
-def _note_shared_session(error: BaseException) -> None:
+def _add_note(error: BaseException) -> None:
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     while pending:
@@ -28,13 +40,19 @@ def _note_shared_session(error: BaseException) -> None:
         if inner is None or id(inner) in seen:
             continue
         seen.add(id(inner))
-        if _tells_of_sharing(inner):
-            for told in (inner, error):
-                if _SHARED_SESSION not in getattr(told, "__notes__", ()):
-                    told.add_note(_SHARED_SESSION)
+        note = _note_for(inner)
+        for told in (inner, error) if note else ():
+            if note not in getattr(told, "__notes__", ()):
+                told.add_note(note)
         pending += (inner.__cause__, inner.__context__)
         if isinstance(inner, BaseExceptionGroup):
             pending += cast("BaseExceptionGroup[BaseException]", inner).exceptions
+
+
+def _note_for(error: BaseException) -> str:
+    if _tells_of_sharing(error):
+        return _SHARED_SESSION
+    return _EXPIRED if isinstance(error, MissingGreenlet) else ""
 
 
 # The drivers' own errors of this kind: asyncpg's InterfaceError, psycopg's OperationalError.

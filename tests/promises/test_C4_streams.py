@@ -1,0 +1,100 @@
+"""C4: after the commit before its start a response holds nothing, and what that breaks says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, insert, select
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import sessionmaker
+
+from rope_middleware import ASGIRopeMiddleware, AsyncSessionJenny, SessionJenny, open_scope
+from tests.kit.asgi import ask
+from tests.kit.models import Base, Row
+from tests.kit.sessions import Jenny
+from tests.kit.stores import Store
+from tests.kit.wsgi import serve_wsgi
+from tests.servers.postgres import postgres_server
+
+HELD_OPEN = select(Row).order_by(Row.n).execution_options(yield_per=10)
+
+
+@pytest.fixture
+def postgres_engine() -> Iterator[Engine]:
+    with postgres_server().new_database() as found:
+        engine = create_engine(found.url("psycopg"))
+        Base.metadata.create_all(engine)
+        with engine.begin() as connection:
+            connection.execute(insert(Row.__table__), [{"n": n} for n in range(100)])
+        yield engine
+        engine.dispose()
+
+
+def notes_of(error: BaseException) -> str:
+    return " ".join(getattr(error, "__notes__", ()))
+
+
+@pytest.mark.anyio
+async def test_C4_a_result_that_the_commit_has_closed_says_so(postgres_engine: Engine) -> None:
+    """The error of a stream names the cause and two cures; in both protocols."""
+    jenny: Jenny = SessionJenny(sessionmaker(postgres_engine))
+
+    async def asgi(scope: Any, receive: Any, send: Any) -> None:
+        rows = jenny.session.scalars(HELD_OPEN)
+        assert next(rows).n == 0
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for row in rows:
+            await send({"type": "http.response.body", "body": b"%d" % row.n, "more_body": True})
+
+    with pytest.raises(Exception, match="does not exist") as caught:
+        await ask(ASGIRopeMiddleware(asgi, commit_on_success=True))
+    assert "commit_on_success has committed before" in notes_of(caught.value)
+    assert "all()" in notes_of(caught.value)
+
+    def wsgi(environ: Any, start_response: Any) -> Iterator[bytes]:
+        rows = jenny.session.scalars(HELD_OPEN)
+        assert next(rows).n == 0
+        start_response("200 OK", [])
+        return (b"%d" % row.n for row in rows)
+
+    with pytest.raises(Exception, match="does not exist") as caught:
+        serve_wsgi(wsgi, commit_on_success=True)
+    assert "commit_on_success has committed before" in notes_of(caught.value)
+
+
+@pytest.mark.anyio
+async def test_C4_another_error_of_a_stream_has_no_such_note(postgres_engine: Engine) -> None:
+    """Where every result was read, the commit has closed none."""
+    jenny: Jenny = SessionJenny(sessionmaker(postgres_engine))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        rows = jenny.session.scalars(HELD_OPEN).all()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError(f"{len(rows)} rows")
+
+    with pytest.raises(RuntimeError, match="100 rows") as caught:
+        await ask(ASGIRopeMiddleware(app, commit_on_success=True))
+    assert notes_of(caught.value) == ""
+
+
+# What SQLAlchemy leaves behind where it finds that nothing can be awaited.
+@pytest.mark.filterwarnings("ignore:coroutine .Connection.cursor. was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*coroutine object Connection.cursor:pytest.PytestWarning")
+@pytest.mark.anyio
+async def test_C4_an_object_that_the_commit_has_expired_says_so(store: Store) -> None:
+    """An AsyncSession cannot load it again: MissingGreenlet names expire_on_commit."""
+    jenny = AsyncSessionJenny(async_sessionmaker(store.async_engine))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        row = await jenny.session.get_one(Row, 1)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": row.name.encode()})
+
+    async with open_scope():
+        await store.add(1)
+        await store.commit()
+    with pytest.raises(Exception, match="greenlet_spawn") as caught:
+        await ask(ASGIRopeMiddleware(app, commit_on_success=True))
+    assert "expire_on_commit=False" in notes_of(caught.value)
