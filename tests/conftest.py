@@ -19,7 +19,7 @@ from tests.kit.sessions import Jenny
 from tests.kit.waiting import eventually
 
 HERE = Path(__file__).parent
-NOT_QUICK = {"test_docs.py", "test_migration_docs.py", "test_package.py"}
+NOT_QUICK = {"test_docs.py", "test_make.py", "test_migration_docs.py", "test_package.py"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,10 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick is what lies here and in promises/, but what says that it is slow."""
+    """Quick is what lies here and in promises/, but what is slow or on a server."""
     for item in items:
         is_here = item.path.parent in (HERE, HERE / "promises")
-        if is_here and item.path.name not in NOT_QUICK and not item.get_closest_marker("slow"):
+        has_server = any(name in item.nodeid for name in ("postgres", "mariadb"))
+        is_slow = has_server or item.path.name in NOT_QUICK or item.get_closest_marker("slow")
+        if is_here and not is_slow:
             item.add_marker("quick")
 
 
