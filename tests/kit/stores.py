@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import create_engine, event
 from sqlalchemy.ext.asyncio import async_sessionmaker
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import AsyncSessionJenny, SessionJenny
 from tests.kit.engines import create_tables, small_async_engine, trust_the_disk
@@ -35,14 +36,21 @@ class Store:
         self.path, self.is_async = path, is_async
         told: dict[str, Any] = {"connect_args": {"timeout": patience}} | options
         make: Any
+
+        class OwnSession(Session):
+            """The application's class: what listens to it hears of this store alone."""
+
+        self.session_class = OwnSession
         if is_async:
             self.async_engine = small_async_engine(path, **told)
             self.engine = self.async_engine.sync_engine
-            make = async_sessionmaker(self.async_engine, expire_on_commit=False)
+            make = async_sessionmaker(
+                self.async_engine, sync_session_class=OwnSession, expire_on_commit=False
+            )
         else:
             told = {"pool_size": 2, "max_overflow": 0, "pool_timeout": PATIENCE} | told
             self.engine = create_engine(f"sqlite:///{path}", **told)
-            make = sessionmaker(self.engine, expire_on_commit=False)
+            make = sessionmaker(self.engine, class_=OwnSession, expire_on_commit=False)
 
         @event.listens_for(self.engine, "connect")
         def enforce(connection: Any, record: object) -> None:
@@ -117,6 +125,11 @@ class Store:
             await self.async_engine.dispose()
         else:
             self.engine.dispose()
+
+
+def connections_at_work(before: set[threading.Thread]) -> list[threading.Thread]:
+    """Return the threads of aiosqlite's connections; their last word needs an open loop."""
+    return [t for t in set(threading.enumerate()) - before if "_connection_worker" in t.name]
 
 
 @asynccontextmanager

@@ -9,7 +9,9 @@ becomes visible.
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
+import threading
 import types
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,8 +20,8 @@ from typing import Any
 
 from rope_middleware import ASGIRopeMiddleware, WSGIRopeMiddleware
 from tests.kit.asgi import http_scope
-from tests.kit.stores import Store
-from tests.kit.waiting import PATIENCE, never
+from tests.kit.stores import Store, connections_at_work
+from tests.kit.waiting import PATIENCE, never, poll
 from tests.kit.wsgi import make_environ
 
 KINDS = ["asgi-async", "asgi-sync", "wsgi"]
@@ -84,6 +86,7 @@ class Web:
         self.kind = kind
         self.wsgi = kind == "wsgi"
         self.loop = asyncio.Runner()
+        self.before = set(threading.enumerate())
         self.store = Store(path, is_async=kind == "asgi-async", patience=0.05)
 
     def other_store(self, path: Path) -> Store:
@@ -91,6 +94,9 @@ class Web:
 
     def close(self) -> None:
         self.loop.run(self.store.dispose())
+        if connections_at_work(self.before):
+            gc.collect()  # ends those that were cut off
+            self.loop.run(poll(lambda: not connections_at_work(self.before)))
         self.loop.close()
 
     def ask(

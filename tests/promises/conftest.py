@@ -6,16 +6,18 @@ import gc
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from rope_middleware import open_scope
 from tests.kit.sessions import Around
-from tests.kit.stores import Lock, Store, open_store
+from tests.kit.stores import Lock, Store, connections_at_work, open_store
 from tests.kit.waiting import poll
 from tests.kit.ways import WAYS, Way
 from tests.kit.web import KINDS, Web
+from tests.kit.wsgi import WRAPS, Wrap, wrapped
 
 # Python 3.13, and aiosqlite, warn of every connection that nobody closed. Those that are cut off in
 # tests on purpose (cancelled while they connect, invalidated) are left to their finaliser by the
@@ -48,6 +50,12 @@ def around(request: pytest.FixtureRequest) -> Around:
     return request.param  # type: ignore[no-any-return]
 
 
+@pytest.fixture(params=WRAPS)
+def wrap(request: pytest.FixtureRequest) -> Wrap:
+    """The middleware with one of the sets of options that change the path of a request."""
+    return partial(wrapped, request.param)
+
+
 @pytest.fixture
 async def store(tmp_path: Path, anyio_backend: str) -> AsyncIterator[Store]:
     """A database file and a jenny of AsyncSessions."""
@@ -56,15 +64,7 @@ async def store(tmp_path: Path, anyio_backend: str) -> AsyncIterator[Store]:
         yield found
         gc.collect()
         assert found.held() == 0, "a connection is still out of its pool"
-    # The last word of the thread of a connection that was invalidated needs an open loop.
-    await poll(
-        lambda: (
-            not any(
-                "_connection_worker" in thread.name
-                for thread in set(threading.enumerate()) - before
-            )
-        )
-    )
+    await poll(lambda: not connections_at_work(before))
 
 
 @pytest.fixture(params=KINDS)

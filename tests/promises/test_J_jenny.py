@@ -20,7 +20,6 @@ from rope_middleware import (
     RopeError,
     ScopeClosedError,
     SessionJenny,
-    WSGIRopeMiddleware,
     current_scope,
     open_scope,
 )
@@ -29,7 +28,7 @@ from tests.kit.leaks import checked_out
 from tests.kit.models import Data
 from tests.kit.ropes import Seen, is_over, ropes_in, variables
 from tests.kit.sessions import Around, Jenny, touch, use
-from tests.kit.wsgi import HEADERS, Probe, Server, make_environ
+from tests.kit.wsgi import HEADERS, Probe, Server, Wrap, make_environ
 
 
 def test_J2_a_session_is_made_on_first_use(engine: Engine) -> None:
@@ -395,7 +394,9 @@ def test_J4_with_a_scopefunc_or_strict_there_are_no_ropes(engine: Engine) -> Non
         strict.set_rope()
 
 
-def test_J2_a_request_that_does_not_touch_the_database_makes_no_session(engine: Engine) -> None:
+def test_J2_a_request_that_does_not_touch_the_database_makes_no_session(
+    wrap: Wrap, engine: Engine
+) -> None:
     """A session is made on first use, once per request."""
     made: list[Session] = []
 
@@ -412,14 +413,14 @@ def test_J2_a_request_that_does_not_touch_the_database_makes_no_session(engine: 
             touch(jenny)
         yield b""
 
-    Server()(WSGIRopeMiddleware(app))
+    Server()(wrap(app))
     assert made == []
-    Server()(WSGIRopeMiddleware(app), make_environ("/use"))
+    Server()(wrap(app), make_environ("/use"))
     assert len(made) == 1
 
 
 def test_J3_remove_closes_the_session_and_the_next_use_makes_another(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """All in the same scope; nothing is left of either."""
 
@@ -435,16 +436,18 @@ def test_J3_remove_closes_the_session_and_the_next_use_makes_another(
         assert touch(jenny) is second
         yield b"b"
 
-    seen = Server()(WSGIRopeMiddleware(app))
+    seen = Server()(wrap(app))
     assert (seen.error, seen.body) == (None, b"ab")
     assert checked_out(engine) == 0
 
 
-def test_J4_a_strict_jenny_works_in_a_request_and_not_between_chunks(engine: Engine) -> None:
+def test_J4_a_strict_jenny_works_in_a_request_and_not_between_chunks(
+    wrap: Wrap, engine: Engine
+) -> None:
     """The server's thread is outside of the scope between chunks, as W2 says."""
     jenny = SessionJenny(sessionmaker(engine), strict=True)
     probe = Probe(jenny)
-    result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+    result = wrap(probe)(make_environ(), lambda *args: print)
     with pytest.raises(NoScopeError, match="RopeMiddleware"):
         _ = jenny.session
     assert b"".join(result) == b"123"
@@ -454,7 +457,7 @@ def test_J4_a_strict_jenny_works_in_a_request_and_not_between_chunks(engine: Eng
     assert probe.scope.closed
 
 
-def test_J6_threads_of_one_request_race_for_the_first_use(engine: Engine) -> None:
+def test_J6_threads_of_one_request_race_for_the_first_use(wrap: Wrap, engine: Engine) -> None:
     """They get the same session, whoever comes first."""
     made: list[Session] = []
 
@@ -488,12 +491,12 @@ def test_J6_threads_of_one_request_race_for_the_first_use(engine: Engine) -> Non
         return [b"same"]
 
     for _ in range(10):
-        seen = Server()(WSGIRopeMiddleware(app))
+        seen = Server()(wrap(app))
         assert (seen.error, seen.body) == (None, b"same")
     assert checked_out(engine) == 0
 
 
-def test_J6_a_factory_that_raises_leaves_the_scope_as_it_was(engine: Engine) -> None:
+def test_J6_a_factory_that_raises_leaves_the_scope_as_it_was(wrap: Wrap, engine: Engine) -> None:
     """The next use in the same request tries again."""
     attempts: list[None] = []
 
@@ -512,5 +515,5 @@ def test_J6_a_factory_that_raises_leaves_the_scope_as_it_was(engine: Engine) -> 
         start_response("200 OK", HEADERS)
         return [b"fine"]
 
-    assert Server()(WSGIRopeMiddleware(app)).body == b"fine"
+    assert Server()(wrap(app)).body == b"fine"
     assert checked_out(engine) == 0

@@ -27,7 +27,6 @@ from rope_middleware import (
     NoScopeError,
     Scope,
     SessionJenny,
-    WSGIRopeMiddleware,
     current_scope,
     open_scope,
 )
@@ -39,7 +38,7 @@ from tests.kit.sessions import SELECT, Jenny, errors_in, touch, use
 from tests.kit.stores import Store
 from tests.kit.waiting import PATIENCE, eventually, poll
 from tests.kit.ways import Way, by_decorator, by_with
-from tests.kit.wsgi import BODIES, HEADERS, Probe, Server
+from tests.kit.wsgi import BODIES, HEADERS, Probe, Server, Wrap, served
 
 pytestmark = pytest.mark.anyio
 
@@ -625,9 +624,10 @@ def _failing_sessions(engine: Engine, error: type[BaseException]) -> Any:
     return sessionmaker(engine, class_=Failing)
 
 
+@served("commit")  # after which there is no connection to invalidate
 @pytest.mark.parametrize("fail", ["", "before start", "chunk 2", "close"])
 def test_S3_a_failing_close_of_a_session_is_logged_only(
-    fail: str, tmp_path: Any, engine: Engine, caplog: pytest.LogCaptureFixture
+    wrap: Wrap, fail: str, tmp_path: Any, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It replaces neither answer nor error, strands no other session, and frees the connection."""
     first = small_engine(tmp_path / "first.db")
@@ -646,7 +646,7 @@ def test_S3_a_failing_close_of_a_session_is_logged_only(
 
     probe = All(bad, fail=fail)
     with caplog.at_level(logging.ERROR, logger="rope_middleware"):
-        seen = Server()(WSGIRopeMiddleware(probe))
+        seen = Server()(wrap(probe))
     if fail in ("before start", "chunk 2"):
         assert seen.error == (ValueError, f"failed: {fail}")
     else:
@@ -661,8 +661,9 @@ def test_S3_a_failing_close_of_a_session_is_logged_only(
     last.dispose()
 
 
+@served("commit")  # which fails then, and is an error response
 def test_S3_a_lost_connection_is_no_leak(
-    jenny: SessionJenny[Session], engine: Engine, caplog: pytest.LogCaptureFixture
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A driver that fails at rollback: the answer stands, the connection is gone from the pool."""
     broken: list[Any] = []
@@ -678,14 +679,14 @@ def test_S3_a_lost_connection_is_no_leak(
         return [b"fine"]
 
     with caplog.at_level(logging.ERROR):
-        seen = Server()(WSGIRopeMiddleware(app))
+        seen = Server()(wrap(app))
     assert seen.body == b"fine"
     assert seen.error is None and seen.close_error is None
     assert checked_out(engine) == 0
     assert rows(engine) == 0
 
 
-def test_S3_after_any_path_the_next_request_is_served(tmp_path: Any) -> None:
+def test_S3_after_any_path_the_next_request_is_served(wrap: Wrap, tmp_path: Any) -> None:
     """A pool of one connection survives every way a request can end, one after the other."""
     engine = small_engine(tmp_path / "one.db", pool_size=1)
     jenny = SessionJenny(sessionmaker(engine))
@@ -696,7 +697,7 @@ def test_S3_after_any_path_the_next_request_is_served(tmp_path: Any) -> None:
                 probe = Probe(jenny, kind, fail)
                 if fail == "close" and not server.close:
                     continue  # an unraisable error, see W3
-                seen = server(WSGIRopeMiddleware(probe))
+                seen = server(wrap(probe))
                 assert all(isinstance(session, Session) for session in probe.sessions)
                 assert probe.sessions, (kind, fail, seen.error)
                 del seen

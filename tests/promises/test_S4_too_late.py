@@ -23,7 +23,6 @@ from rope_middleware import (
     RopeError,
     ScopeClosedError,
     SessionJenny,
-    WSGIRopeMiddleware,
     current_scope,
     open_scope,
 )
@@ -35,7 +34,7 @@ from tests.kit.sessions import SELECT, Jenny, touch, use
 from tests.kit.stores import Store
 from tests.kit.waiting import poll
 from tests.kit.ways import Way
-from tests.kit.wsgi import HEADERS, Probe, Server, make_environ
+from tests.kit.wsgi import HEADERS, Probe, Server, Wrap, make_environ
 
 pytestmark = pytest.mark.anyio
 
@@ -488,7 +487,7 @@ async def test_S4_async_a_call_under_way_when_the_scope_ends_leaves_nothing_behi
 
 
 def test_S4_a_session_kept_beyond_its_request_raises(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """Each use says which scope it was and what to do, and checks nothing out."""
     kept: list[Session] = []
@@ -498,7 +497,7 @@ def test_S4_a_session_kept_beyond_its_request_raises(
         start_response("200 OK", HEADERS)
         return [b""]
 
-    Server()(WSGIRopeMiddleware(app), make_environ("/shop", QUERY_STRING="q=1"))
+    Server()(wrap(app), make_environ("/shop", QUERY_STRING="q=1"))
     session = kept[0]
     uses: list[Callable[[], Any]] = [
         lambda: session.execute(text("select 1")),
@@ -523,7 +522,7 @@ def test_S4_a_session_kept_beyond_its_request_raises(
 
 
 @pytest.mark.slow
-def test_S4_holds_for_every_session_factory_of_a_long_process(engine: Engine) -> None:
+def test_S4_holds_for_every_session_factory_of_a_long_process(wrap: Wrap, engine: Engine) -> None:
     """sessionmaker makes a class each time; the ids of those that are gone are used again."""
 
     def keep_one() -> Session:
@@ -535,7 +534,7 @@ def test_S4_holds_for_every_session_factory_of_a_long_process(engine: Engine) ->
             start_response("200 OK", HEADERS)
             return [b""]
 
-        Server()(WSGIRopeMiddleware(app))
+        Server()(wrap(app))
         return kept[0]
 
     for _ in range(30):
@@ -546,7 +545,7 @@ def test_S4_holds_for_every_session_factory_of_a_long_process(engine: Engine) ->
 
 
 def test_S4_a_thread_that_outlives_its_request(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """jenny.session and current_scope() raise there; a scope of the thread's own works."""
     ended = threading.Event()
@@ -576,7 +575,7 @@ def test_S4_a_thread_that_outlives_its_request(
         start_response("200 OK", HEADERS)
         return [b""]
 
-    Server()(WSGIRopeMiddleware(app), make_environ("/outlived"))
+    Server()(wrap(app), make_environ("/outlived"))
     ended.set()
     threads[0].join(15)
     assert len(found) == 4
@@ -585,10 +584,12 @@ def test_S4_a_thread_that_outlives_its_request(
     assert checked_out(engine) == 0
 
 
-def test_S4_a_body_used_after_its_close(jenny: SessionJenny[Session], engine: Engine) -> None:
+def test_S4_a_body_used_after_its_close(
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+) -> None:
     """A server that goes on after close() gets an error or nothing, and opens no scope again."""
     probe = Probe(jenny, "iterable")
-    result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+    result = wrap(probe)(make_environ(), lambda *args: print)
     chunks = iter(result)
     next(chunks)
     result.close()

@@ -30,7 +30,7 @@ from tests.kit.stores import Store
 from tests.kit.waiting import cancel_again_and_again, poll
 from tests.kit.ways import Way
 from tests.kit.web import Exchange, Web
-from tests.kit.wsgi import HEADERS, KEY, Server, make_environ
+from tests.kit.wsgi import HEADERS, KEY, Server, Wrap, make_environ, scope_of
 
 pytestmark = pytest.mark.anyio
 
@@ -257,7 +257,7 @@ async def test_S5_on_close_finishes_though_the_request_is_cancelled(store: Store
 
 
 def test_S5_on_close_runs_once_newest_first_after_the_sessions(
-    jenny: SessionJenny[Session], engine: Engine, caplog: pytest.LogCaptureFixture
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A failing one is logged, and the others still run."""
     ran: list[Any] = []
@@ -267,7 +267,7 @@ def test_S5_on_close_runs_once_newest_first_after_the_sessions(
         raise ValueError("in on_close")
 
     def app(environ: Any, start_response: Any) -> Any:
-        scope = environ[KEY]
+        scope = scope_of(environ)
         scope.on_close(lambda: ran.append(("first", checked_out(engine))))
         scope.on_close(fail)
         touch(jenny)
@@ -279,7 +279,7 @@ def test_S5_on_close_runs_once_newest_first_after_the_sessions(
         scope.on_close(lambda: ran.append(("last", checked_out(engine))))
 
     with caplog.at_level(logging.ERROR, logger="rope_middleware"):
-        result = WSGIRopeMiddleware(app)(make_environ(), lambda *args: print)
+        result = wrap(app)(make_environ(), lambda *args: print)
         assert list(result) == [b"x"]
         assert ran == []
         result.close()

@@ -20,7 +20,6 @@ from rope_middleware import (
     RopeMiddleware,
     Scope,
     SessionJenny,
-    WSGIRopeMiddleware,
     current_scope,
     open_scope,
 )
@@ -31,7 +30,7 @@ from tests.kit.models import Data
 from tests.kit.sessions import Jenny, in_thread, touch, use
 from tests.kit.stores import Store
 from tests.kit.ways import Way
-from tests.kit.wsgi import HEADERS, Probe, Server, make_environ
+from tests.kit.wsgi import HEADERS, Probe, Server, Wrap, make_environ, served
 
 pytestmark = pytest.mark.anyio
 
@@ -170,7 +169,7 @@ async def test_S7_three_hundred_requests_share_a_pool_of_two(
 
 
 def test_S1_every_request_has_a_scope_and_sessions_of_its_own(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """Ids are reused from request to request; nothing of one request shows in the next."""
     keep: list[str] = []
@@ -184,14 +183,14 @@ def test_S1_every_request_has_a_scope_and_sessions_of_its_own(
         start_response("200 OK", HEADERS)
         return [b""]
 
-    middleware = WSGIRopeMiddleware(app)
+    middleware = wrap(app)
     for number in range(200):
         assert Server()(middleware, make_environ(f"/{number}")).error is None
     assert keep == [f"/{number}" for number in range(200)]
     assert checked_out(engine) == 0
 
 
-def test_S1_the_scope_has_the_name_of_its_request() -> None:
+def test_S1_the_scope_has_the_name_of_its_request(wrap: Wrap) -> None:
     """Method and path, with the part where the app is mounted, without the query string."""
     names: list[str] = []
 
@@ -200,14 +199,14 @@ def test_S1_the_scope_has_the_name_of_its_request() -> None:
         start_response("200 OK", HEADERS)
         return [b""]
 
-    middleware = WSGIRopeMiddleware(app)
+    middleware = wrap(app)
     Server()(middleware, make_environ("/a/b", QUERY_STRING="secret=1"))
     Server()(middleware, make_environ("/b", SCRIPT_NAME="/a", REQUEST_METHOD="POST"))
     assert names == ["GET /a/b", "POST /a/b"]
 
 
 def test_S2_a_session_made_in_a_worker_thread_is_closed_with_the_request(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """The session is kept in the scope, not in the thread."""
     sessions: list[Session] = []
@@ -222,11 +221,13 @@ def test_S2_a_session_made_in_a_worker_thread_is_closed_with_the_request(
         start_response("200 OK", HEADERS)
         return [b""]
 
-    assert Server()(WSGIRopeMiddleware(app)).error is None
+    assert Server()(wrap(app)).error is None
     assert checked_out(engine) == 0
 
 
-def test_S7_several_databases_and_apps_side_by_side(tmp_path: Any, engine: Engine) -> None:
+def test_S7_several_databases_and_apps_side_by_side(
+    wrap: Wrap, tmp_path: Any, engine: Engine
+) -> None:
     """Each jenny has its own session in one scope, and all of them are closed with it."""
     other = small_engine(tmp_path / "other.db")
     one, two, three = (SessionJenny(sessionmaker(each)) for each in (engine, other, engine))
@@ -240,15 +241,16 @@ def test_S7_several_databases_and_apps_side_by_side(tmp_path: Any, engine: Engin
         start_response("200 OK", HEADERS)
         return [b""]
 
-    for middleware in (WSGIRopeMiddleware(app), RopeMiddleware(app)):
+    for middleware in (wrap(app), RopeMiddleware(app)):
         assert Server()(middleware).error is None
     assert calls == [3, 3]
     assert checked_out(engine) == checked_out(other) == 0
     other.dispose()
 
 
+@served("commit")  # after which a second transaction begins
 def test_S2_events_of_the_session_still_reach_their_listeners(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """after_begin and friends fire for the request's session as they always do."""
     begun: list[Session] = []
@@ -259,7 +261,7 @@ def test_S2_events_of_the_session_still_reach_their_listeners(
     event.listen(Session, "after_begin", note)
     try:
         probe = Probe(jenny)
-        Server()(WSGIRopeMiddleware(probe))
+        Server()(wrap(probe))
     finally:
         event.remove(Session, "after_begin", note)
     assert begun == [probe.sessions[0]]

@@ -17,17 +17,17 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from rope_middleware import Scope, SessionJenny, WSGIRopeMiddleware, current_scope
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.sessions import touch
-from tests.kit.wsgi import BODIES, HEADERS, KEY, Probe, Server, make_environ
+from tests.kit.wsgi import BODIES, HEADERS, KEY, Probe, Server, Wrap, make_environ, scope_of, served
 from tests.kit.wsgi_apps import APPS, GOOD
 
 
 @pytest.mark.parametrize("kind", BODIES)
 def test_W1_exhausted_body_is_closed_once(
-    kind: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """After the last chunk the scope is still open; the server's close() ends it."""
     probe = Probe(jenny, kind)
-    result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+    result = wrap(probe)(make_environ(), lambda *args: print)
     assert b"".join(result) == b"123"
     # A generator has run to its end and with it its `finally`; the others wait for close().
     assert probe.closes == (kind == "generator")
@@ -41,11 +41,11 @@ def test_W1_exhausted_body_is_closed_once(
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("take", [1, 2, 3])
 def test_W1_abandoned_body_is_closed_once(
-    kind: str, take: int, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, take: int, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """A client that goes away after some chunks: one close(), and the scope has ended."""
     probe = Probe(jenny, kind)
-    seen = Server(take=take)(WSGIRopeMiddleware(probe))
+    seen = Server(take=take)(wrap(probe))
     assert seen.body == b"123"[:take]
     assert seen.error is None and seen.close_error is None
     assert probe.closes == 1
@@ -53,25 +53,63 @@ def test_W1_abandoned_body_is_closed_once(
     assert checked_out(engine) == 0
 
 
+@pytest.mark.xfail(
+    reason="W1: `yield from` in wsgi.body.Begun closes the iterator; where that is mended, WRAPS "
+    "in tests/kit/wsgi.py gets `retries` back, under which many tests fail by it today",
+    strict=True,
+)
+def test_W1_with_retries_the_iterator_of_a_body_is_not_closed() -> None:
+    """PEP 3333: close() of the iterable is called once; its iterator's is nobody's business."""
+    closed: list[str] = []
+
+    class Chunks:
+        def __iter__(self) -> Iterator[bytes]:
+            return self
+
+        def __next__(self) -> bytes:
+            return b"chunk"
+
+        def close(self) -> None:
+            closed.append("iterator")
+
+    class Body:
+        def __iter__(self) -> Iterator[bytes]:
+            return Chunks()
+
+        def close(self) -> None:
+            closed.append("iterable")
+
+    def app(environ: Any, start_response: Any) -> Body:
+        start_response("200 OK", HEADERS)
+        return Body()
+
+    seen = Server(take=2)(WSGIRopeMiddleware(app, retries=2))
+    assert seen.body == b"chunkchunk"
+    del seen
+    gc.collect()
+    assert closed == ["iterable"]
+
+
 @pytest.mark.parametrize("kind", ["iterable", "iterator"])
 def test_W1_body_closed_before_its_first_chunk(
-    kind: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """A HEAD request: the server takes no chunk at all and closes."""
     probe = Probe(jenny, kind)
-    result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+    result = wrap(probe)(make_environ(), lambda *args: print)
     result.close()
     assert probe.closes == 1
     assert probe.scope.closed
     assert checked_out(engine) == 0
 
 
+@served("retries")  # which takes the first chunk before it returns
 def test_W1_generator_closed_before_its_first_chunk(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """A generator that never started has nothing to run; the scope ends all the same."""
     probe = Probe(jenny, "generator")
-    result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+    result = wrap(probe)(make_environ(), lambda *args: print)
     result.close()
     assert probe.closes == 0
     assert probe.scope.closed
@@ -79,11 +117,13 @@ def test_W1_generator_closed_before_its_first_chunk(
 
 
 @pytest.mark.parametrize("where", ["before start", "after start"])
-def test_W1_error_in_the_app(where: str, jenny: SessionJenny[Session], engine: Engine) -> None:
+def test_W1_error_in_the_app(
+    wrap: Wrap, where: str, jenny: SessionJenny[Session], engine: Engine
+) -> None:
     """The app's own error comes out as it is, and the scope has ended by then."""
     probe = Probe(jenny, fail=where)
     with pytest.raises(ValueError, match=f"^failed: {where}$"):
-        WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+        wrap(probe)(make_environ(), lambda *args: print)
     assert probe.closes == 0
     assert probe.scope.closed
     assert no_scope_here()
@@ -92,7 +132,7 @@ def test_W1_error_in_the_app(where: str, jenny: SessionJenny[Session], engine: E
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError])
 def test_W1_what_is_no_ordinary_error_ends_the_scope_too(
-    error: type[BaseException], jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, error: type[BaseException], jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """Whatever leaves the app (a worker's time-out raises SystemExit) ends the scope."""
     scopes: list[Scope] = []
@@ -111,9 +151,9 @@ def test_W1_what_is_no_ordinary_error_ends_the_scope_too(
         raise raised
 
     with pytest.raises(error) as caught:
-        WSGIRopeMiddleware(app)(make_environ(), lambda *args: print)
+        wrap(app)(make_environ(), lambda *args: print)
     assert caught.value is raised
-    seen = Server()(WSGIRopeMiddleware(late))
+    seen = Server()(wrap(late))
     assert seen.raised is raised
     assert [scope.closed for scope in scopes] == [True, True]
     assert checked_out(engine) == 0
@@ -122,11 +162,11 @@ def test_W1_what_is_no_ordinary_error_ends_the_scope_too(
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("where", ["chunk 1", "chunk 2", "chunk 3"])
 def test_W1_error_in_the_middle_of_the_body(
-    kind: str, where: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, where: str, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """The error reaches the server; close() is called once and the scope has ended."""
     probe = Probe(jenny, kind, fail=where)
-    seen = Server()(WSGIRopeMiddleware(probe))
+    seen = Server()(wrap(probe))
     assert seen.error == (ValueError, f"failed: {where}")
     assert seen.close_error is None
     assert probe.closes == 1
@@ -137,11 +177,11 @@ def test_W1_error_in_the_middle_of_the_body(
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("take", [1, None])
 def test_W1_error_in_close(
-    kind: str, take: int | None, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, take: int | None, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """An error in the app's close() reaches the server, and the scope has ended."""
     probe = Probe(jenny, kind, fail="close")
-    seen = Server(take=take)(WSGIRopeMiddleware(probe))
+    seen = Server(take=take)(wrap(probe))
     # An exhausted generator fails in its `finally`, that is in its last chunk.
     late = seen.error if kind == "generator" and take is None else seen.close_error
     assert late == (ValueError, "failed: close")
@@ -153,17 +193,19 @@ def test_W1_error_in_close(
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("fail", ["", "close"])
 def test_W1_close_called_twice(
-    kind: str, fail: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, fail: str, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """A server that closes again, also after a failed close(), closes the app's body once."""
     probe = Probe(jenny, kind, fail=fail)
-    Server(take=1, close=3)(WSGIRopeMiddleware(probe))
+    Server(take=1, close=3)(wrap(probe))
     assert probe.closes == 1
     assert probe.scope.closed
     assert checked_out(engine) == 0
 
 
-def test_W1_a_failing_iter_ends_the_scope(jenny: SessionJenny[Session], engine: Engine) -> None:
+def test_W1_a_failing_iter_ends_the_scope(
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+) -> None:
     """A body whose __iter__ raises: the server sees its error, and close() is called once."""
     closes: list[Scope] = []
 
@@ -180,7 +222,7 @@ def test_W1_a_failing_iter_ends_the_scope(jenny: SessionJenny[Session], engine: 
         return Body()
 
     environ = make_environ()
-    seen = Server()(WSGIRopeMiddleware(app), environ)
+    seen = Server()(wrap(app), environ)
     assert seen.error == (ValueError, "no iterator")
     assert len(closes) == 1
     assert closes[0].closed
@@ -261,7 +303,9 @@ def test_W1_wsgiref_validate_is_silent_on_both_sides(
     assert checked_out(engine) == 0
 
 
-def test_W1_an_environ_with_empty_variables_left_out(jenny: SessionJenny[Session]) -> None:
+def test_W1_an_environ_with_empty_variables_left_out(
+    wrap: Wrap, jenny: SessionJenny[Session]
+) -> None:
     """PEP 3333 lets a server omit SCRIPT_NAME, PATH_INFO and QUERY_STRING where they are empty."""
     for missing in (["SCRIPT_NAME"], ["PATH_INFO"], ["SCRIPT_NAME", "QUERY_STRING"]):
         environ = make_environ("/mounted" if "SCRIPT_NAME" in missing else "")
@@ -270,7 +314,7 @@ def test_W1_an_environ_with_empty_variables_left_out(jenny: SessionJenny[Session
         for name in missing:
             del environ[name]
         probe = Probe(jenny)
-        seen = Server()(WSGIRopeMiddleware(probe), environ)
+        seen = Server()(wrap(probe), environ)
         assert (seen.error, seen.body) == (None, b"123")
         assert probe.scope.name == "GET /mounted"
 
@@ -286,11 +330,11 @@ def test_W1_an_environ_with_empty_variables_left_out(jenny: SessionJenny[Session
     ],
 )
 def test_W1_wsgiref_validate_finds_the_apps_faults_through_the_middleware(
-    name: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, name: str, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """A checker in front of the middleware finds what it finds in the bare app."""
     bare = Server()(validator(APPS[name](lambda: None)))
-    served = Server()(validator(WSGIRopeMiddleware(APPS[name](lambda: touch(jenny)))))
+    served = Server()(validator(wrap(APPS[name](lambda: touch(jenny)))))
     assert bare.error is not None and bare.error[0] is AssertionError
     assert served.error == bare.error
     del bare, served
@@ -310,7 +354,7 @@ def serve_with_wsgiref(app: Any, **environ: Any) -> bytes:
 
 
 def test_W1_length_of_a_list_of_one_gives_the_content_length(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """Servers take the Content-Length from a body of one element; they still can."""
 
@@ -324,15 +368,17 @@ def test_W1_length_of_a_list_of_one_gives_the_content_length(
         touch(jenny)
         yield b"hello"
 
-    assert b"Content-Length: 5\r\n" in serve_with_wsgiref(WSGIRopeMiddleware(one))
-    assert b"Content-Length" not in serve_with_wsgiref(WSGIRopeMiddleware(stream))
-    result = WSGIRopeMiddleware(stream)(make_environ(), lambda *args: print)
+    assert b"Content-Length: 5\r\n" in serve_with_wsgiref(wrap(one))
+    assert b"Content-Length" not in serve_with_wsgiref(wrap(stream))
+    result = wrap(stream)(make_environ(), lambda *args: print)
     assert not hasattr(result, "__len__")
     result.close()
     assert checked_out(engine) == 0
 
 
-def test_W1_arguments_are_handed_on_as_they_are() -> None:
+# The app's environ is a copy for each try.
+@served("retries")
+def test_W1_arguments_are_handed_on_as_they_are(wrap: Wrap) -> None:
     """The app gets the server's own environ; the server gets the app's own arguments."""
     seen: list[Any] = []
     headers = [("Content-Type", "text/plain"), ("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]
@@ -349,14 +395,14 @@ def test_W1_arguments_are_handed_on_as_they_are() -> None:
 
     environ = make_environ()
     before = dict(environ)
-    WSGIRopeMiddleware(app)(environ, start_response).close()
+    wrap(app)(environ, start_response).close()
     assert seen[0] is environ
     assert seen[1][:2] == (status, headers)
     assert seen[1][2:] in ((), (None,))
     assert {key: value for key, value in environ.items() if key != KEY} == before
 
 
-def test_W1_the_body_of_the_request_is_left_alone(jenny: SessionJenny[Session]) -> None:
+def test_W1_the_body_of_the_request_is_left_alone(wrap: Wrap, jenny: SessionJenny[Session]) -> None:
     """Nothing is read from wsgi.input before the app reads it."""
 
     class Input(io.BytesIO):
@@ -373,12 +419,12 @@ def test_W1_the_body_of_the_request_is_left_alone(jenny: SessionJenny[Session]) 
         start_response("200 OK", HEADERS)
         return [environ["wsgi.input"].read(6)]
 
-    seen = Server()(WSGIRopeMiddleware(app), make_environ(**{"wsgi.input": data}))
+    seen = Server()(wrap(app), make_environ(**{"wsgi.input": data}))
     assert seen.body == b"name=x"
     assert data.reads == 1
 
 
-def test_W1_write_reaches_the_client_at_once(jenny: SessionJenny[Session]) -> None:
+def test_W1_write_reaches_the_client_at_once(wrap: Wrap, jenny: SessionJenny[Session]) -> None:
     """PEP 3333: write() must send what it is given before it returns."""
     sent: list[bytes] = []
 
@@ -392,14 +438,16 @@ def test_W1_write_reaches_the_client_at_once(jenny: SessionJenny[Session]) -> No
         return [b"third"]
 
     environ = make_environ()
-    result = WSGIRopeMiddleware(app)(environ, lambda *args: sent.append)
-    assert not environ[KEY].closed
+    result = wrap(app)(environ, lambda *args: sent.append)
+    assert not scope_of(environ).closed
     assert list(result) == [b"third"]
     result.close()
-    assert environ[KEY].closed
+    assert scope_of(environ).closed
 
 
-def test_W1_chunks_come_one_by_one(jenny: SessionJenny[Session]) -> None:
+def test_W1_chunks_come_one_by_one(
+    wrap: Wrap, jenny: SessionJenny[Session], request: pytest.FixtureRequest
+) -> None:
     """PEP 3333: middleware must not wait for a further chunk before it gives one."""
     made: list[int] = []
 
@@ -410,8 +458,10 @@ def test_W1_chunks_come_one_by_one(jenny: SessionJenny[Session]) -> None:
             yield b"%d" % number
 
     started: list[Any] = []
-    result = WSGIRopeMiddleware(app)(make_environ(), lambda *args: started.append(args) or print)
-    assert made == [] and started == []  # late: at the first chunk
+    result = wrap(app)(make_environ(), lambda *args: started.append(args) or print)
+    # Late: at the first chunk, which retries have to see before the server sees anything.
+    early = request.node.callspec.params["wrap"] == "retries"
+    assert len(made) == early and len(started) <= early
     chunks = iter(result)
     for number in range(3):
         assert next(chunks) == b"%d" % number
@@ -450,15 +500,15 @@ def function_wrapper(file: Any, size: int = 8192) -> Any:
 @pytest.mark.parametrize("wrapper", [ClassWrapper, function_wrapper], ids=["class", "function"])
 @pytest.mark.parametrize("take", [None, 1, 0], ids=["all", "abandoned", "sendfile"])
 def test_W1_what_the_file_wrapper_made_is_handed_on(
-    wrapper: Any, take: int | None, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, wrapper: Any, take: int | None, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """The server gets its own object, can send the file itself, and close() ends the scope."""
     file, made = File(b"abcdefgh"), []
     environ = make_environ(**{"wsgi.file_wrapper": wrapper})
-    result = WSGIRopeMiddleware(file_app(jenny, file, made))(environ, lambda *args: print)
+    result = wrap(file_app(jenny, file, made))(environ, lambda *args: print)
     assert result is made[0]
     assert type(result) is ClassWrapper
-    assert not environ[KEY].closed
+    assert not scope_of(environ).closed
     assert file.closes == 0
     if take == 0:
         assert result.filelike is file
@@ -470,14 +520,14 @@ def test_W1_what_the_file_wrapper_made_is_handed_on(
             assert list(chunks) == [b"efgh"]
     result.close()
     assert file.closes == 1
-    assert environ[KEY].closed
+    assert scope_of(environ).closed
     assert checked_out(engine) == 0
     result.close()
     assert environ["wsgi.file_wrapper"] is wrapper or callable(environ["wsgi.file_wrapper"])
 
 
 def test_W1_a_file_wrapper_may_return_the_file_itself(
-    tmp_path: Any, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, tmp_path: Any, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """uwsgi's wrapper returns the very file and knows it again by its identity."""
     (tmp_path / "file").write_bytes(b"abcdefgh")
@@ -490,12 +540,12 @@ def test_W1_a_file_wrapper_may_return_the_file_itself(
     made: list[Any] = []
     environ = make_environ(**{"wsgi.file_wrapper": wrapper})
     with (tmp_path / "file").open("rb") as file:
-        result = WSGIRopeMiddleware(file_app(jenny, file, made))(environ, lambda *args: print)
+        result = wrap(file_app(jenny, file, made))(environ, lambda *args: print)
         assert result is remembered[0] is file
         assert b"".join(result) == b"abcdefgh"
         result.close()
         assert file.closed
-    assert environ[KEY].closed
+    assert scope_of(environ).closed
     assert checked_out(engine) == 0
 
 
@@ -515,28 +565,29 @@ class SlotsWrapper:
 
 
 def test_W1_a_file_wrapper_that_takes_no_attribute(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """It is handed on all the same; the scope ends when the app returns."""
     file, made = File(b"abcdefgh"), []
     environ = make_environ(**{"wsgi.file_wrapper": SlotsWrapper})
-    result = WSGIRopeMiddleware(file_app(jenny, file, made))(environ, lambda *args: print)
+    result = wrap(file_app(jenny, file, made))(environ, lambda *args: print)
     assert result is made[0]
-    assert environ[KEY].closed
+    assert scope_of(environ).closed
     assert checked_out(engine) == 0
     assert list(result) == [b"abcd", b"efgh"]
     result.close()
     assert file.closes == 1
 
 
+@served("commit")  # which gives the connection back before the body
 def test_W1_a_file_wrapper_dropped_without_close(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """A server that forgets to close what its wrapper made leaks nothing either."""
     file, made = File(b"abcdefgh"), []
     environ = make_environ(**{"wsgi.file_wrapper": ClassWrapper})
-    result = WSGIRopeMiddleware(file_app(jenny, file, made))(environ, lambda *args: print)
-    scope = environ.pop(KEY)
+    result = wrap(file_app(jenny, file, made))(environ, lambda *args: print)
+    scope = scope_of(environ)
     assert next(iter(result)) == b"abcd"
     assert checked_out(engine) == 1
     made.clear()
@@ -546,7 +597,9 @@ def test_W1_a_file_wrapper_dropped_without_close(
     assert checked_out(engine) == 0
 
 
-def test_W1_a_file_wrapper_whose_close_fails(jenny: SessionJenny[Session], engine: Engine) -> None:
+def test_W1_a_file_wrapper_whose_close_fails(
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+) -> None:
     """Its error reaches the server, and the scope has ended."""
 
     class Failing:
@@ -561,15 +614,15 @@ def test_W1_a_file_wrapper_whose_close_fails(jenny: SessionJenny[Session], engin
 
     environ = make_environ(**{"wsgi.file_wrapper": Failing})
     app = file_app(jenny, io.BytesIO(b"abcd"), [])
-    result = WSGIRopeMiddleware(app)(environ, lambda *args: print)
+    result = wrap(app)(environ, lambda *args: print)
     with pytest.raises(OSError, match=r"^close$"):
         result.close()
-    assert environ[KEY].closed
+    assert scope_of(environ).closed
     assert checked_out(engine) == 0
 
 
 def test_W1_a_file_wrapper_of_the_apps_own_is_an_ordinary_body(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """Where the server offers no wrapper, or the app uses another, nothing is special."""
     file = File(b"abcdefgh")
@@ -581,15 +634,15 @@ def test_W1_a_file_wrapper_of_the_apps_own_is_an_ordinary_body(
         return FileWrapper(file, 4)
 
     environ = make_environ(**{"wsgi.file_wrapper": SlotsWrapper})
-    seen = Server()(WSGIRopeMiddleware(app), environ)
+    seen = Server()(wrap(app), environ)
     assert seen.body == b"abcdefgh"
     assert file.closes == 1
-    assert environ[KEY].closed
+    assert scope_of(environ).closed
     assert checked_out(engine) == 0
 
 
 def test_W1_wsgirefs_server_sends_the_file_itself(
-    tmp_path: Any, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, tmp_path: Any, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """A server that looks for its wrapper's type finds it and takes its short way."""
     (tmp_path / "file").write_bytes(b"abcdefgh")
@@ -607,6 +660,6 @@ def test_W1_wsgirefs_server_sends_the_file_itself(
 
     environ = make_environ()
     handler = Handler(io.BytesIO(), io.BytesIO(), io.StringIO(), environ)
-    handler.run(WSGIRopeMiddleware(app))
+    handler.run(wrap(app))
     assert sent == [b"abcdefgh"]
     assert checked_out(engine) == 0

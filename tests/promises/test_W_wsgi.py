@@ -25,7 +25,17 @@ from tests.kit.engines import rows, small_engine
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Row
 from tests.kit.sessions import touch
-from tests.kit.wsgi import BODIES, HEADERS, KEY, Probe, Seen, Server, make_environ
+from tests.kit.wsgi import (
+    BODIES,
+    HEADERS,
+    Probe,
+    Seen,
+    Server,
+    Wrap,
+    make_environ,
+    scope_of,
+    served,
+)
 
 
 class ClassWrapper(FileWrapper):
@@ -39,7 +49,7 @@ def function_wrapper(file: Any, size: int = 8192) -> Any:
 
 @pytest.mark.parametrize("wrapper", [ClassWrapper, function_wrapper], ids=["class", "function"])
 def test_W2_a_body_that_can_be_read_is_no_file_of_the_servers(
-    wrapper: Any, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, wrapper: Any, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """An app's own body with a read() makes its chunks within the scope, as any other does."""
     sessions: list[Session] = []
@@ -59,22 +69,22 @@ def test_W2_a_body_that_can_be_read_is_no_file_of_the_servers(
         return Export()
 
     environ = make_environ(**{"wsgi.file_wrapper": wrapper})
-    seen = Server()(WSGIRopeMiddleware(app), environ)
+    seen = Server()(wrap(app), environ)
     assert (seen.error, seen.body) == (None, b"012")
     assert len(sessions) == 4
     assert all(session is sessions[0] for session in sessions)
-    assert environ[KEY].closed
+    assert scope_of(environ).closed
     assert checked_out(engine) == 0
 
 
 @pytest.mark.parametrize("kind", BODIES)
 def test_W2_the_scope_shows_in_the_app_its_chunks_and_its_close_only(
-    kind: str, jenny: SessionJenny[Session]
+    wrap: Wrap, kind: str, jenny: SessionJenny[Session]
 ) -> None:
     """The server's thread sees nothing before, between and after."""
     probe = Probe(jenny, kind)
     assert no_scope_here()
-    result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+    result = wrap(probe)(make_environ(), lambda *args: print)
     assert no_scope_here()
     chunks = iter(result)
     for number in (1, 2):
@@ -87,21 +97,23 @@ def test_W2_the_scope_shows_in_the_app_its_chunks_and_its_close_only(
 
 
 @pytest.mark.parametrize("where", ["before start", "chunk 1", "close"])
-def test_W2_nothing_shows_after_an_error(where: str, jenny: SessionJenny[Session]) -> None:
+def test_W2_nothing_shows_after_an_error(
+    wrap: Wrap, where: str, jenny: SessionJenny[Session]
+) -> None:
     """An error anywhere undoes the ContextVar on its way out."""
     probe = Probe(jenny, fail=where)
-    Server(take=1)(WSGIRopeMiddleware(probe))
+    Server(take=1)(wrap(probe))
     assert no_scope_here()
 
 
 @pytest.mark.parametrize("kind", BODIES)
 def test_W2_two_bodies_advanced_in_turn_on_one_thread(
-    kind: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """Each sees its own session, whichever was advanced or closed last."""
     one, two = Probe(jenny, kind), Probe(jenny, kind)
-    first = WSGIRopeMiddleware(one)(make_environ("/1"), lambda *args: print)
-    second = WSGIRopeMiddleware(two)(make_environ("/2"), lambda *args: print)
+    first = wrap(one)(make_environ("/1"), lambda *args: print)
+    second = wrap(two)(make_environ("/2"), lambda *args: print)
     a, b = iter(first), iter(second)
     assert [next(a), next(b), next(b), next(a), next(a)] == [b"1", b"1", b"2", b"2", b"3"]
     assert one.scope is not two.scope
@@ -118,7 +130,7 @@ def test_W2_two_bodies_advanced_in_turn_on_one_thread(
 
 
 def test_W2_each_chunk_may_come_from_another_thread(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """A server may call the app, take each chunk and close the body in different threads."""
     probe = Probe(jenny)
@@ -137,7 +149,7 @@ def test_W2_each_chunk_may_come_from_another_thread(
         thread.join(15)
         return results.pop()
 
-    middleware = WSGIRopeMiddleware(probe)
+    middleware = wrap(probe)
     result = in_thread(lambda: middleware(make_environ(), lambda *args: print))
     chunks = in_thread(lambda: iter(result))
     assert [in_thread(lambda: next(chunks)) for _ in range(3)] == [b"1", b"2", b"3"]
@@ -149,12 +161,12 @@ def test_W2_each_chunk_may_come_from_another_thread(
 
 
 def test_W2_each_chunk_may_come_from_another_context(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """As a bridge does that copies the context for each step."""
     probe = Probe(jenny)
     run = contextvars.copy_context().run
-    result = run(WSGIRopeMiddleware(probe), make_environ(), lambda *args: print)
+    result = run(wrap(probe), make_environ(), lambda *args: print)
     chunks = contextvars.copy_context().run(iter, result)
     for number in (b"1", b"2", b"3"):
         assert contextvars.copy_context().run(next, chunks) == number
@@ -164,12 +176,12 @@ def test_W2_each_chunk_may_come_from_another_context(
     assert checked_out(engine) == 0
 
 
-def test_W2_the_server_has_a_scope_of_its_own(jenny: SessionJenny[Session]) -> None:
+def test_W2_the_server_has_a_scope_of_its_own(wrap: Wrap, jenny: SessionJenny[Session]) -> None:
     """What was current before is current again after each step, and is not taken for ours."""
     probe = Probe(jenny)
     with open_scope("the server's") as outer:
         mine = touch(jenny)
-        result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+        result = wrap(probe)(make_environ(), lambda *args: print)
         assert current_scope() is outer
         chunks = iter(result)
         next(chunks)
@@ -182,7 +194,9 @@ def test_W2_the_server_has_a_scope_of_its_own(jenny: SessionJenny[Session]) -> N
         assert touch(jenny) is mine
 
 
-def test_W2_the_apps_own_context_variables_are_left_alone(jenny: SessionJenny[Session]) -> None:
+def test_W2_the_apps_own_context_variables_are_left_alone(
+    wrap: Wrap, jenny: SessionJenny[Session]
+) -> None:
     """What the app sets in its call is there in its chunks, as without the middleware."""
     mark: contextvars.ContextVar[str] = contextvars.ContextVar("mark", default="nothing")
 
@@ -200,7 +214,7 @@ def test_W2_the_apps_own_context_variables_are_left_alone(jenny: SessionJenny[Se
         return Server()(app).body, mark.get()
 
     bare = contextvars.copy_context().run(serve, app)
-    served = contextvars.copy_context().run(serve, WSGIRopeMiddleware(app))
+    served = contextvars.copy_context().run(serve, wrap(app))
     assert served == bare == (b"calledstreaming", "streaming")
 
 
@@ -227,8 +241,9 @@ def test_W3_a_dropped_body_is_closed_once(
     assert checked_out(engine) == 0
 
 
+@served("commit")  # which gives the connection back before the body
 def test_W3_a_dropped_list_gives_back_the_connection(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """A body without a close() of its own."""
 
@@ -238,20 +253,20 @@ def test_W3_a_dropped_list_gives_back_the_connection(
         return [b"a", b"b"]
 
     environ = make_environ()
-    result = WSGIRopeMiddleware(app)(environ, lambda *args: print)
+    result = wrap(app)(environ, lambda *args: print)
     assert checked_out(engine) == 1
     del result
     gc.collect()
-    assert environ[KEY].closed
+    assert scope_of(environ).closed
     assert checked_out(engine) == 0
 
 
 def test_W3_a_body_in_a_cycle_is_closed_when_collected(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """The collector finds it, in whatever state it is."""
     probe = Probe(jenny)
-    result = WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)
+    result = wrap(probe)(make_environ(), lambda *args: print)
     chunks = iter(result)
     next(chunks)
     cycle: list[Any] = [result, chunks]
@@ -264,11 +279,11 @@ def test_W3_a_body_in_a_cycle_is_closed_when_collected(
 
 
 def test_W3_an_exhausted_body_kept_without_close_ends_when_dropped(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """The last chunk is no close(): the scope waits for the one or for the collector."""
     probe = Probe(jenny)
-    seen = Server(close=0)(WSGIRopeMiddleware(probe))
+    seen = Server(close=0)(wrap(probe))
     assert seen.body == b"123"
     assert probe.closes == 0
     assert not probe.scope.closed
@@ -301,10 +316,12 @@ def test_W3_nothing_is_committed_on_collection(
     assert rows(engine) == 1
 
 
-def test_W3_collection_in_another_thread(jenny: SessionJenny[Session], engine: Engine) -> None:
+def test_W3_collection_in_another_thread(
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+) -> None:
     """The last reference may go anywhere; that thread's own scope is untouched."""
     probe = Probe(jenny)
-    held = [WSGIRopeMiddleware(probe)(make_environ(), lambda *args: print)]
+    held = [wrap(probe)(make_environ(), lambda *args: print)]
     next(iter(held[0]))
     found: list[bool] = []
 
@@ -326,10 +343,12 @@ def test_W3_collection_in_another_thread(jenny: SessionJenny[Session], engine: E
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_W3_a_close_that_fails_on_collection(jenny: SessionJenny[Session], engine: Engine) -> None:
+def test_W3_a_close_that_fails_on_collection(
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+) -> None:
     """Nobody is there to hear of it; the scope has ended all the same."""
     probe = Probe(jenny, fail="close")
-    seen = Server(take=1, close=0)(WSGIRopeMiddleware(probe))
+    seen = Server(take=1, close=0)(wrap(probe))
     del seen
     gc.collect()
     assert probe.closes == 1
@@ -337,7 +356,7 @@ def test_W3_a_close_that_fails_on_collection(jenny: SessionJenny[Session], engin
     assert checked_out(engine) == 0
 
 
-def test_W4_each_thread_has_a_scope_of_its_own(tmp_path: Any) -> None:
+def test_W4_each_thread_has_a_scope_of_its_own(wrap: Wrap, tmp_path: Any) -> None:
     """Eight requests at once, each with its own session from the first call to close()."""
     engine = small_engine(tmp_path / "threads.db", pool_size=8)
     jenny = SessionJenny(sessionmaker(engine))
@@ -352,7 +371,7 @@ def test_W4_each_thread_has_a_scope_of_its_own(tmp_path: Any) -> None:
     errors: list[BaseException | None] = []
 
     def run(probe: Probe) -> None:
-        seen = Server(take=2)(WSGIRopeMiddleware(probe))
+        seen = Server(take=2)(wrap(probe))
         errors.append(seen.raised)
         assert seen.close_error is None
 
@@ -370,7 +389,7 @@ def test_W4_each_thread_has_a_scope_of_its_own(tmp_path: Any) -> None:
 
 
 def test_W4_greenlets_switched_in_the_middle_of_everything(
-    jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
 ) -> None:
     """Two greenlets of one thread that switch inside the app, inside a chunk, inside close()."""
 
@@ -385,7 +404,7 @@ def test_W4_greenlets_switched_in_the_middle_of_everything(
     probes = [Switching(jenny, "iterable"), Switching(jenny, "iterable")]
     done: list[Seen] = []
     workers = [
-        greenlet.greenlet(lambda probe=probe: done.append(Server()(WSGIRopeMiddleware(probe))))
+        greenlet.greenlet(lambda probe=probe: done.append(Server()(wrap(probe))))
         for probe in probes
     ]
     turns = 0
@@ -405,7 +424,9 @@ def test_W4_greenlets_switched_in_the_middle_of_everything(
     assert checked_out(engine) == 0
 
 
-def test_W4_a_killed_greenlet_leaves_nothing(jenny: SessionJenny[Session], engine: Engine) -> None:
+def test_W4_a_killed_greenlet_leaves_nothing(
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+) -> None:
     """GreenletExit in mid-request ends the scope as any other error does."""
     probe = Probe(jenny)
 
@@ -416,7 +437,7 @@ def test_W4_a_killed_greenlet_leaves_nothing(jenny: SessionJenny[Session], engin
         parent.switch()
         raise AssertionError("never reached")
 
-    worker = greenlet.greenlet(lambda: WSGIRopeMiddleware(app)(make_environ(), lambda *args: print))
+    worker = greenlet.greenlet(lambda: wrap(app)(make_environ(), lambda *args: print))
     worker.switch()
     assert checked_out(engine) == 1
     worker.throw()

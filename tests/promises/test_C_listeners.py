@@ -1,0 +1,309 @@
+"""C, S: listeners of the application's own, registered before ours and after ours.
+
+They raise, they write, they are slow: the promises hold all the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
+
+from rope_middleware import ScopeClosedError, open_scope
+from tests.kit.models import Row
+from tests.kit.stores import Lock
+from tests.kit.web import Answer, Exchange, Web
+
+Listen = Callable[[str, Callable[..., object]], None]
+
+
+class ListenerError(Exception):
+    """The application's own."""
+
+
+@pytest.fixture(params=["before ours", "after ours"])
+def listen(request: pytest.FixtureRequest, web: Web) -> Listen:
+    """Register a listener on the application's session class, before its first use or after it."""
+
+    def register(what: str, function: Callable[..., object]) -> None:
+        if request.param == "after ours":
+
+            async def first_use(exchange: Exchange) -> None:
+                await web.store.read()
+                await exchange.answer(200)
+
+            assert web.ask(first_use).status == 200
+        event.listen(web.store.session_class, what, function)
+
+    return register
+
+
+def write_and_answer(web: Web, **options: Any) -> tuple[Answer, list[int]]:
+    """Ask for a row once; the answer, and how often the handler ran."""
+    runs: list[int] = []
+
+    async def handler(exchange: Exchange) -> None:
+        runs.append(len(runs))
+        await web.store.add(1)
+        await exchange.answer(200)
+
+    return web.ask(handler, **{"commit_on_success": True} | options), runs
+
+
+# -- they raise --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["before_flush", "after_flush", "before_commit"])
+def test_C3_a_listener_that_raises_before_the_commit_is_one_error_response(
+    web: Web, listen: Listen, what: str
+) -> None:
+    """No row, and no success."""
+
+    def fail(*told: Any) -> None:
+        raise ListenerError
+
+    listen(what, fail)
+    answer, _ = write_and_answer(web)
+    assert answer.seen == 500
+    assert answer.whole
+    assert web.store.rows() == []
+
+
+def test_C3_a_listener_that_raises_after_the_commit_leaves_one_row(
+    web: Web, listen: Listen
+) -> None:
+    """It cannot be taken back; the client gets one complete response, whichever."""
+
+    def fail(*told: Any) -> None:
+        raise ListenerError
+
+    listen("after_commit", fail)
+    answer, runs = write_and_answer(web, retries=2)
+    assert answer.whole
+    assert runs == [0]
+    assert web.store.rows() == [1]
+
+
+def test_C6_what_a_session_committed_is_not_written_again(
+    web: Web, listen: Listen, tmp_path: Path
+) -> None:
+    """Also where a listener fails after the commit, of a database that says "try again"."""
+    other = web.other_store(tmp_path / "second.db")
+    lock = Lock(other.path)
+
+    def audit(session: Any) -> None:
+        with other.engine.begin() as connection:
+            connection.execute(Row.__table__.insert())
+
+    listen("after_commit", audit)
+    written: list[int] = []
+
+    async def handler(exchange: Exchange) -> None:
+        written.append(len(written))
+        await web.store.add(len(written))
+        await exchange.answer(200)
+
+    try:
+        answer = web.ask(handler, commit_on_success=True, retries=2)
+    finally:
+        lock.close()
+        web.loop.run(other.dispose())
+    assert answer.whole
+    assert web.store.rows() == [1]
+    assert answer.error is None or isinstance(answer.error, OperationalError)
+
+
+@pytest.mark.parametrize("what", ["after_begin", "after_transaction_create"])
+def test_S3_a_listener_that_raises_when_a_transaction_begins_leaves_nothing_out(
+    web: Web, listen: Listen, what: str
+) -> None:
+    """The request fails by it, and the next one has its connection."""
+
+    def fail(*told: Any) -> None:
+        raise ListenerError
+
+    listen(what, fail)
+    answer, _ = write_and_answer(web)
+    assert answer.seen == 500
+    event.remove(web.store.session_class, what, fail)
+    answer, _ = write_and_answer(web)
+    assert answer.status == 200
+    assert web.store.rows() == [1]
+
+
+def test_S3_a_listener_that_raises_while_the_scope_ends_leaves_nothing_out(
+    web: Web, listen: Listen
+) -> None:
+    """The answer has gone out; the connection comes back."""
+    what = "after_transaction_end"
+    raised: list[int] = []
+
+    def fail(*told: Any) -> None:
+        raised.append(1)
+        raise ListenerError
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(200)
+        event.listen(web.store.session_class, what, fail)
+
+    listen("after_begin", lambda *told: None)
+    try:
+        assert web.ask(handler).status == 200
+    finally:
+        if event.contains(web.store.session_class, what, fail):
+            event.remove(web.store.session_class, what, fail)
+    assert raised
+    assert web.store.held() == 0
+    assert web.store.rows() == []
+
+
+# -- they write --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["before_flush", "before_commit"])
+def test_C2_what_a_listener_writes_is_committed_with_the_rest(
+    web: Web, listen: Listen, what: str
+) -> None:
+    """The client that sees the success sees both rows."""
+    seen: list[list[int]] = []
+
+    def write(session: Any, *told: Any) -> None:
+        if not session.info.setdefault("audited", 0):
+            session.info["audited"] = 1
+            session.add(Row(n=2))
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(200)
+
+    listen(what, write)
+    answer = web.ask(
+        handler, commit_on_success=True, at_start=lambda status: seen.append(web.store.rows())
+    )
+    assert answer.status == 200
+    assert seen == [[1, 2]]
+
+
+def test_C2_what_a_listener_writes_by_another_jenny_is_committed_with_the_rest(
+    web: Web, listen: Listen, tmp_path: Path
+) -> None:
+    """A session that first gets something to commit during the commit is committed with it."""
+    other = web.other_store(tmp_path / "second.db")
+    seen: list[list[int]] = []
+
+    def audit(session: Any, context: Any) -> None:
+        for row in session.new:
+            other.jenny.session.add(Row(n=row.n + 10))
+
+    listen("after_flush", audit)
+
+    async def handler(exchange: Exchange) -> None:
+        web.store.jenny.session.add(Row(n=1))
+        await exchange.answer(200)
+
+    answer = web.ask(
+        handler, commit_on_success=True, at_start=lambda status: seen.append(other.rows())
+    )
+    web.loop.run(other.dispose())
+    assert answer.status == 200
+    assert web.store.rows() == [1]
+    assert seen == [[11]]
+
+
+def test_C2_in_open_scope_what_a_listener_writes_by_another_jenny_is_committed(
+    web: Web, listen: Listen, tmp_path: Path
+) -> None:
+    """The same, where the block ends."""
+    other = web.other_store(tmp_path / "second.db")
+
+    def audit(session: Any, context: Any) -> None:
+        for row in session.new:
+            other.jenny.session.add(Row(n=row.n + 10))
+
+    listen("after_flush", audit)
+
+    async def script() -> None:
+        async with open_scope(commit_on_success=True):
+            web.store.jenny.session.add(Row(n=1))
+
+    web.loop.run(script())
+    web.loop.run(other.dispose())
+    assert (web.store.rows(), other.rows()) == ([1], [11])
+
+
+# -- they are slow -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["before_commit", "after_commit"])
+def test_C2_a_slow_listener_holds_the_success_back(web: Web, listen: Listen, what: str) -> None:
+    """The client sees nothing before the commit and its listeners are over."""
+    order: list[str] = []
+
+    def slow(session: Any) -> None:
+        time.sleep(0.05)
+        order.append("listener")
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(200)
+
+    listen(what, slow)
+    answer = web.ask(handler, commit_on_success=True, at_start=lambda status: order.append("start"))
+    assert answer.status == 200
+    assert order == ["listener", "start"]
+    assert web.store.rows() == [1]
+
+
+def test_S3_a_slow_listener_of_the_rollback_is_waited_for(web: Web) -> None:
+    """When the request is over, so is its rollback."""
+    order: list[str] = []
+
+    def slow(connection: Any) -> None:
+        time.sleep(0.05)
+        order.append("rolled back")
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        await exchange.answer(200)
+
+    event.listen(web.store.engine, "rollback", slow)
+    assert web.ask(handler).status == 200
+    assert order == ["rolled back"]
+    assert web.store.held() == 0
+
+
+# -- ours hears as before ----------------------------------------------------------------------
+
+
+def test_S4_a_captured_session_raises_beside_listeners_of_the_application(
+    web: Web, listen: Listen
+) -> None:
+    """Whoever listens first: no connection is checked out after the end."""
+    heard: list[str] = []
+    kept: list[Any] = []
+    listen("after_transaction_create", lambda *told: heard.append("create"))
+    listen("after_begin", lambda *told: heard.append("begin"))
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        kept.append(web.store.jenny.session)
+        await exchange.answer(200)
+
+    assert web.ask(handler).status == 200
+    assert "begin" in heard
+
+    async def too_late() -> None:
+        for _ in range(2):
+            with pytest.raises(ScopeClosedError):
+                found = kept[0].execute(text("SELECT 1"))
+                if web.store.is_async:
+                    await found
+
+    web.loop.run(too_late())
+    assert web.store.held() == 0
