@@ -6,7 +6,7 @@ install.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -18,11 +18,17 @@ from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over, session_of
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
-from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, check_session
+from rope_middleware.session.registry import (
+    ScopeRegistry,
+    StrictRegistry,
+    check_session,
+    use_replicas,
+)
 from rope_middleware.session.release import has_connection, inner_session, release
 from rope_middleware.session.tie import check_loop, listen
 
 from sqlalchemy.ext.asyncio import (  # isort: skip
+    AsyncEngine,
     AsyncSession,
     async_scoped_session,
     async_sessionmaker,
@@ -103,9 +109,13 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         scopefunc: called outside of scopes; its hashable result is the key of the session.
             Call ``await jenny.remove()`` yourself there.
         strict: raise `NoScopeError` outside of scopes, whatever the scopefunc.
+        replicas: one `AsyncEngine` for each server that replicates the factory's. Sessions of
+            read-only scopes read from one of them.
 
     Raises:
-        TypeError: `session_factory` or `scopefunc` is not callable.
+        TypeError: `session_factory` or `scopefunc` is not callable, or `replicas` holds something
+            else than engines.
+        RopeError: there are replicas, and `binds=` or a get_bind() of the factory's chooses, too.
 
     See the SQLAlchemy chapter "Using asyncio scoped session".
     """
@@ -118,6 +128,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         scopefunc: Callable[[], Any] | None = None,
         *,
         strict: bool = False,
+        replicas: Iterable[AsyncEngine] = (),
     ) -> None:
         check_callables(session_factory, scopefunc, _ASYNC_EXAMPLE)
         super().__init__(cast("Any", session_factory), scopefunc or current_scope)
@@ -139,6 +150,8 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         self.registry = AsyncScopeRegistry(  # pyright: ignore[reportIncompatibleVariableOverride]
             create, outside
         )
+        if replicas != ():
+            use_replicas(self.registry, replicas, AsyncEngine, session_factory)
 
     @property
     def session(self) -> _AS:

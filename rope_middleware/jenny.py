@@ -6,11 +6,12 @@ registry. Its async twin stands in `async_jenny`, because it cannot be imported 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakValueDictionary
 
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util import ScopedRegistry
 
@@ -23,6 +24,7 @@ from rope_middleware.session.registry import (
     StrictRegistry,
     check_session,
     listen_to_factory,
+    use_replicas,
 )
 from rope_middleware.session.release import inner_session, release
 
@@ -46,9 +48,13 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         session_factory: a `sessionmaker`, or any callable that returns a new `Session`.
         scopefunc: called outside of scopes; its hashable result is the key of the session.
         strict: raise `NoScopeError` outside of scopes, whatever the scopefunc.
+        replicas: one `Engine` for each server that replicates the factory's. Sessions of read-only
+            scopes read from one of them.
 
     Raises:
-        TypeError: `session_factory` or `scopefunc` is not callable.
+        TypeError: `session_factory` or `scopefunc` is not callable, or `replicas` holds something
+            else than engines.
+        RopeError: there are replicas, and `binds=` or a get_bind() of the factory's chooses, too.
 
     See the SQLAlchemy chapter "Contextual/Thread-local Sessions".
     """
@@ -61,6 +67,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         scopefunc: Callable[[], Any] | None = None,
         *,
         strict: bool = False,
+        replicas: Iterable[Engine] = (),
     ) -> None:
         check_callables(session_factory, scopefunc, "sessionmaker(engine)")
         listen_to_factory(session_factory)  # now: later its sessions may be in use
@@ -88,6 +95,8 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         self.registry = ScopeRegistry(  # pyright: ignore[reportIncompatibleVariableOverride]
             create, outside
         )
+        if replicas != ():
+            use_replicas(self.registry, replicas, Engine, session_factory)
         self._unbound_rope = ScopeRope(self.registry)
 
     @property

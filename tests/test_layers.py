@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "rope_middleware"
 HOUSE = (
     "errors",
     "protocols",
+    "position",
     "running",
     "running.finish",
     "running.line",
@@ -26,6 +27,7 @@ HOUSE = (
     "scope.options",
     "scope.kind",
     "scope.scope",
+    "scope.reading",
     "scope.outcome",
     "scope.response",
     "scope.hands",
@@ -38,6 +40,7 @@ HOUSE = (
     "session.tie",
     "session.lines",
     "session.statements",
+    "session.switches",
     "session.autocommit",
     "session.reading",
     "session.closing",
@@ -51,6 +54,9 @@ HOUSE = (
     "session.kinds",
     "session.sharing",
     "session.async_kind",
+    "session.positions",
+    "session.replicas",
+    "session.failover",
     "session.registry",
     "session.release",
     "session.plain",
@@ -116,6 +122,7 @@ MODULES = _modules()
 FOREIGN: dict[str, set[str]] = {
     "errors": {"sqlalchemy"},  # an error of ours is a TimeoutError of SQLAlchemy's
     "protocols": set(),
+    "position": set(),
     "running": {"anyio"},
     "scope": set(),
     "answer": set(),

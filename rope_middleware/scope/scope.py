@@ -8,9 +8,10 @@ from typing import Any, NoReturn, TypeVar, cast
 from weakref import ReferenceType
 
 from rope_middleware.errors import RopeError, async_callback, belongs_to_parent, has_ended
+from rope_middleware.position import Carried
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.kind import PlainKind, SessionKey
-from rope_middleware.scope.options import DEFAULT, EVERY, Options
+from rope_middleware.scope.options import DEFAULT, Options
 
 __all__ = [
     "CLOSED",
@@ -22,7 +23,6 @@ __all__ = [
     "is_of_loop",
     "is_over",
     "keep",
-    "reads_only",
     "registries_of",
     "require_open",
     "session_of",
@@ -63,6 +63,8 @@ class Scope:
     _outer: ReferenceType[Scope] | None = None  # what `open_scope` found open
     _gate: Any = None  # of a middleware inside, where the outermost one has none: see `answer`
     _left: tuple[Scope | None] | None = None  # see `opening.restore`
+    _carried: Carried | None = None  # of a request that is followed: see R3
+    _choices: dict[SessionKey, Any] | None = None  # what its sessions read from: see R2
     _is_parents = False  # this process was forked while it was open
     _doomed = False
     _cuts_results = False  # its commit before the response started has closed open results
@@ -245,13 +247,6 @@ def session_of(scope: Scope, key: SessionKey) -> Any:
 def registries_of(scope: Scope) -> tuple[PlainKind, ...]:
     """Return the plain scoped_sessions whose sessions the scope removes."""
     return scope._registries
-
-
-def reads_only(scope: Scope) -> bool:
-    """Tell whether `scope` is a read-only one (R1)."""
-    methods = scope._options.read_only
-    # Of a request the name begins with its method; of an `open_scope` it is a text.
-    return bool(methods) and (methods is EVERY or scope._name[0] in methods)
 
 
 def is_of_loop(scope: AsyncScope, loop: object) -> bool:

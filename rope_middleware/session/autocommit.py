@@ -21,13 +21,12 @@ from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.pool import (
     ConnectionPoolEntry,
     PoolProxiedConnection,
-    SingletonThreadPool,
-    StaticPool,
 )
 
 from rope_middleware.session.statements import READS, Effect, effect_of
+from rope_middleware.session.switches import Switch, switch_of
 
-__all__ = ["connection_ends_at_once", "reading_engine"]
+__all__ = ["ask_outside_transaction", "connection_ends_at_once", "reading_engine"]
 
 _READING = "_rope_middleware_reading"
 
@@ -56,7 +55,7 @@ def reading_engine(engine: Engine, refuse: Refuse) -> Engine:
 def _make(engine: Engine, refuse: Refuse) -> Engine:
     reading = engine.execution_options()
     reading.__dict__[_READING] = reading  # it reads already
-    switch = _switch_of(engine)
+    switch = switch_of(engine)
     reading.dialect = _ReadingDialect(engine.dialect, switch, refuse).copy
     if switch is not None:
         # On the pool, whatever gives the connection back: also the garbage collector.
@@ -72,10 +71,32 @@ def connection_ends_at_once(connection: Connection) -> bool:
     return dialect.ends_at_once(connection)
 
 
+def ask_outside_transaction(connection: Connection, statement: str) -> Any:
+    """Execute a statement on a connection whose transaction has just ended; return its one row.
+
+    By the driver's means: for SQLAlchemy the connection has ended its work. One round trip.
+    """
+    real: Any = connection.connection.dbapi_connection
+    switch = switch_of(connection.engine)
+    before = None if switch is None else switch.on(real)
+    try:
+        cursor = real.cursor()
+        try:
+            cursor.execute(statement)
+            return cursor.fetchone()
+        finally:
+            cursor.close()
+    finally:
+        if switch is None:
+            real.rollback()
+        elif before is not None:
+            switch.off(real, before)
+
+
 class _ReadingDialect:
     """Makes the copy of a dialect that begins nothing and executes what reads."""
 
-    def __init__(self, dialect: Dialect, switch: _Switch | None, refuse: Refuse) -> None:
+    def __init__(self, dialect: Dialect, switch: Switch | None, refuse: Refuse) -> None:
         self._dialect: Any = dialect
         self._switch = switch
         self._refuse = refuse
@@ -151,7 +172,7 @@ class _ReadingDialect:
             self._switch.off(connection.dbapi_connection, before)
 
 
-def _restore(switch: _Switch, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+def _restore(switch: Switch, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
     before = record.info.pop(_BEFORE, None)
     if dbapi_connection is None:
         return  # thrown away already
@@ -159,121 +180,3 @@ def _restore(switch: _Switch, dbapi_connection: Any, record: ConnectionPoolEntry
         record.invalidate()  # a task goes on with it: nobody else may have it
     elif before is not None:
         switch.off(dbapi_connection, before)
-
-
-# How the drivers enter and leave autocommit.
-
-
-class _Switch:
-    """Through the dialect: what SQLAlchemy does for ``isolation_level="AUTOCOMMIT"``."""
-
-    skips_rollback = True
-    told_in_use = False
-    """Whether it takes a note at each statement to tell that one is running."""
-
-    def __init__(self, dialect: Dialect) -> None:
-        self._dialect: Any = dialect
-
-    def on(self, connection: Any, /) -> Any:
-        """Enter autocommit; return what `off` must know, or None where nothing was changed."""
-        try:
-            if self._dialect.detect_autocommit_setting(connection):
-                return None
-            self._dialect.set_isolation_level(connection, "AUTOCOMMIT")
-        except NotImplementedError:
-            return None  # a dialect without autocommit, or one that cannot tell
-        return True
-
-    def off(self, connection: Any, _: Any, /) -> None:
-        """Leave autocommit again."""
-        self._dialect.reset_isolation_level(connection)
-
-    def ends_at_once(self, _: Any, __: bool, /) -> bool:
-        """Tell whether rollback and `off` say nothing to the database, and wait for nothing."""
-        return False
-
-
-class _AutocommitAttribute(_Switch):
-    """Through the driver's ``autocommit``: nothing but that is changed."""
-
-    skips_rollback = False  # without a transaction, rollback() of these drivers says nothing
-
-    def on(self, connection: Any, /) -> Any:
-        if connection.autocommit:
-            return None
-        try:
-            connection.autocommit = True
-        except self._dialect.loaded_dbapi.Error:
-            return None  # a listener of the application's has begun a transaction: it stays
-        return True
-
-    def off(self, connection: Any, _: Any, /) -> None:
-        connection.autocommit = False
-
-    def ends_at_once(self, connection: Any, is_on: bool, /) -> bool:
-        # No statement is running, which would hold the driver's lock.
-        return is_on and not self._dialect.is_async and not _is_active(connection)
-
-
-def _is_active(connection: Any) -> bool:
-    # psycopg, psycopg2: https://www.postgresql.org/docs/current/libpq-status.html (PQTRANS_ACTIVE)
-    return int(connection.info.transaction_status) == 1
-
-
-class _Asyncpg(_Switch):
-    """SQLAlchemy's adapter begins before the first statement, if at all."""
-
-    skips_rollback = False
-    told_in_use = True
-
-    def on(self, connection: Any, /) -> Any:
-        before = connection.isolation_level
-        if before == "autocommit" or connection.driver_connection.is_in_transaction():
-            return None
-        connection.isolation_level = "autocommit"
-        return (before,)  # which may be None
-
-    def off(self, connection: Any, before: Any, /) -> None:
-        (connection.isolation_level,) = before
-
-    def ends_at_once(self, _: Any, is_on: bool, /) -> bool:
-        return is_on
-
-
-class _Sqlite(_Switch):
-    """By default, and through aiosqlite, nothing begins before a statement that writes."""
-
-    skips_rollback = False
-
-    def on(self, connection: Any, /) -> Any:
-        # False is PEP 249's way, from Python 3.12 on: there is always a transaction.
-        if getattr(connection, "autocommit", None) is not False:
-            return None
-        connection.autocommit = True
-        return True
-
-    def off(self, connection: Any, _: Any, /) -> None:
-        connection.autocommit = False
-
-    def ends_at_once(self, connection: Any, _: bool, /) -> bool:
-        return not self._dialect.is_async and not connection.in_transaction
-
-
-_SWITCHES: dict[str, type[_Switch]] = {
-    "psycopg": _AutocommitAttribute,
-    "psycopg2": _AutocommitAttribute,
-    "asyncpg": _Asyncpg,
-    "pysqlite": _Sqlite,
-    "aiosqlite": _Sqlite,
-}
-
-
-def _switch_of(engine: Engine) -> _Switch | None:
-    """Return how connections of `engine` enter autocommit; None where they must not.
-
-    The pools that hand one connection to several at once would switch it for all of them.
-    """
-    if isinstance(engine.pool, StaticPool | SingletonThreadPool):
-        return None
-    dialect: Any = engine.dialect
-    return _SWITCHES.get(dialect.driver, _Switch)(dialect)

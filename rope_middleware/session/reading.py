@@ -41,6 +41,8 @@ def make_reading(session: Session, mixin: type[Reading] | None = None) -> None:
         session: what the application's factory made.
         mixin: what the session becomes besides; `Reading` or a class of it.
     """
+    if isinstance(session, Reading):
+        return  # somebody has put one session in two scopes
     session.__class__ = _reading_class(type(session), mixin or Reading)
     session.twophase = False  # there is nothing to prepare
 

@@ -7,7 +7,7 @@ scope it hands over to another registry (`outside`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
@@ -16,11 +16,11 @@ from rope_middleware.errors import RopeError, no_scope
 from rope_middleware.scope.context import current, is_async_callable
 from rope_middleware.scope.kind import SessionKind
 from rope_middleware.scope.opening import current_scope
+from rope_middleware.scope.reading import reads_only
 from rope_middleware.scope.scope import (
     Scope,
     forget,
     keep,
-    reads_only,
     require_open,
     session_of,
 )
@@ -28,10 +28,9 @@ from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.tie import keep_also, listen, listen_to, tie_of, tie_to
 
-__all__ = ["ScopeRegistry", "StrictRegistry", "check_session", "listen_to_factory"]
+__all__ = ["ScopeRegistry", "StrictRegistry", "check_session", "listen_to_factory", "use_replicas"]
 
 _T = TypeVar("_T")
-Place: TypeAlias = Callable[[Session, Scope], None]
 
 
 class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
@@ -42,7 +41,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         outside: the registry that is used where no scope is open.
     """
 
-    __slots__ = ("_listening", "kind", "outside", "place")
+    __slots__ = ("_listening", "kind", "outside", "replicas")
 
     def __init__(
         self, createfunc: Callable[..., _T], outside: ScopedRegistry[_T], kind: SyncKind = SYNC
@@ -51,11 +50,8 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         self.outside: ScopedRegistry[_T] = outside
         self.kind: SyncKind = kind
         self._listening: type[Session] | None = None
-        self.place: Place = place
-        """Called with each new session and its scope: says which engine the session uses.
-
-        A sandbox (`rope_middleware.testing`) puts its own in place while it is open.
-        """
+        self.replicas: Any = None
+        """The `Replicas` that sessions of read-only scopes read from, or None."""
         listen_for_errors()
 
     # ScopedRegistry's interface
@@ -119,11 +115,14 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
     def _adopt(self, scope: Scope, session: _T) -> _T:
         inner = self.kind.inner(session)
         if inner is not None:
-            self.place(inner, scope)  # first: it may change the class
+            if reads_only(scope):
+                self._place(inner, scope)  # first: it may change the class
             session_class = cast("type[Session]", type(inner))
             if session_class is not self._listening and listen_to(inner):
                 self._listening = session_class
-            tie_to(inner, scope, self.kind)  # before another thread can see it
+            tie = tie_to(inner, scope, self.kind)  # before another thread can see it
+            if self.replicas is not None:
+                self.replicas.follow(tie, scope)
         kept: Any = None
         try:
             kept = keep(scope, self, session)
@@ -132,6 +131,18 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
                 self.kind.invalidate(session)
                 self.kind.discard(session)
         return kept  # type: ignore[no-any-return]  # cast() is a call for every request
+
+    def _place(self, session: Session, scope: Scope) -> None:
+        """Let a new session of a read-only scope read: from its own engine, or from a replica."""
+        # Imported where they are used for the first time: they take their time.
+        if self.replicas is None:
+            from rope_middleware.session.reading import make_reading
+
+            make_reading(session)
+        else:
+            from rope_middleware.session.failover import place
+
+            place(session, scope, self, self.replicas)
 
     def _remove_from(self, scope: Scope) -> _T | None:
         """Take the session out of its scope; return it, or None."""
@@ -146,15 +157,6 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         tie = _tie_of(self.kind, session)
         if tie is not None:
             keep_also(tie, session)
-
-
-def place(session: Session, scope: Scope) -> None:
-    """Say which engine `session`, a new one of `scope`, uses: its own, or one that reads."""
-    if reads_only(scope):
-        # Imported where it is used for the first time: it takes its time.
-        from rope_middleware.session.reading import make_reading
-
-        make_reading(session)
 
 
 def _tie_of(kind: SessionKind, session: Any) -> Any:
@@ -182,6 +184,16 @@ class StrictRegistry(ScopedRegistry[_T]):
 
     def clear(self) -> None:
         pass
+
+
+def use_replicas(registry: ScopeRegistry[Any], given: Any, expected: type, factory: object) -> None:
+    """Let the sessions of read-only scopes read from replicas; see `replicas.replicas_of`."""
+    from rope_middleware.session.failover import check_factory
+    from rope_middleware.session.replicas import replicas_of
+
+    registry.replicas = replicas_of(given, expected)
+    if registry.replicas is not None:
+        check_factory(factory)
 
 
 def listen_to_factory(factory: object) -> None:

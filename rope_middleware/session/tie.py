@@ -8,7 +8,7 @@ of a small request.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -55,7 +55,15 @@ _listening = threading.Lock()
 class Tie:
     """What a session must know of where it comes from; an attribute of the session."""
 
-    __slots__ = ("connections", "flush", "is_removed", "kind", "scope", "transaction")
+    __slots__ = (
+        "connections",
+        "flush",
+        "follow",
+        "is_removed",
+        "kind",
+        "scope",
+        "transaction",
+    )
 
     scope: Scope | None
     kind: SessionKind | None  # None where no jenny has made it
@@ -63,6 +71,7 @@ class Tie:
     transaction: SessionTransaction | None  # the last one that the session began
     connections: Sequence[Connection]  # of earlier ones, where an end has failed
     flush: tuple[SessionTransaction, int] | None  # the last one, and the thread it ran in
+    follow: Callable[[Collection[Connection]], None] | None  # called after each commit: see R3
 
 
 def tie_to(session: Session, scope: Scope | None = None, kind: SessionKind | None = None) -> Tie:
@@ -77,6 +86,7 @@ def tie_to(session: Session, scope: Scope | None = None, kind: SessionKind | Non
     tie.transaction = session.get_transaction()  # a factory may have begun one
     tie.connections = ()
     tie.flush = None
+    tie.follow = None
     return tie
 
 
@@ -214,5 +224,8 @@ def _on_commit(session: Session) -> None:
     tie: Tie | None = session.__dict__.get(_TIE)
     if tie is None or tie.scope is None or session.in_nested_transaction():
         return
-    if tie.connections or made_connections(tie.transaction):
+    made = made_connections(tie.transaction)
+    if tie.connections or made:
         note_commit(tie.scope)
+        if tie.follow is not None:
+            tie.follow(made)

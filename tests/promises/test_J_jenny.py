@@ -253,10 +253,11 @@ def test_J4_strict_wins_over_the_scopefunc(engine: Engine) -> None:
 
 
 def test_J4_strict_and_scopefunc_are_as_documented() -> None:
-    """`scopefunc` may be given by place as in SQLAlchemy, `strict` by name only."""
+    """`scopefunc` may be given by place as in SQLAlchemy, `strict` and `replicas` by name only."""
     parameters = inspect.signature(SessionJenny).parameters
-    assert list(parameters) == ["session_factory", "scopefunc", "strict"]
-    assert parameters["strict"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(parameters) == ["session_factory", "scopefunc", "strict", "replicas"]
+    for name in ("strict", "replicas"):
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
     with pytest.raises(TypeError):
         SessionJenny(sessionmaker(), None, True)  # type: ignore[misc]
 

@@ -1,0 +1,52 @@
+"""What a scope keeps of reading: is it read-only, from where, and what the client has written."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from rope_middleware.position import Carried
+from rope_middleware.scope.kind import SessionKey
+from rope_middleware.scope.options import EVERY
+from rope_middleware.scope.scope import Scope
+
+__all__ = ["carried_of", "carry", "choice_of", "reads_only"]
+
+_T = TypeVar("_T")
+
+# Held for the instant in which a scope gets its choice: two threads may race for it.
+_first_use = threading.Lock()
+
+
+def reads_only(scope: Scope) -> bool:
+    """Tell whether `scope` is a read-only one (R1)."""
+    methods = scope._options.read_only
+    # Of a request the name begins with its method; of an `open_scope` it is a text.
+    return bool(methods) and (methods is EVERY or scope._name[0] in methods)
+
+
+def choice_of(scope: Scope, key: SessionKey, make: Callable[[], _T]) -> _T:
+    """Return what the sessions of `key` read from: one choice for a scope (R2)."""
+    with _first_use:
+        if scope._choices is None:
+            scope._choices = {}
+        found: _T | None = scope._choices.get(key)
+        if found is None:
+            found = scope._choices[key] = make()
+        return found
+
+
+def carry(scope: Scope, carried: Carried) -> None:
+    """Note what the request of `scope` carries of log positions (R3)."""
+    scope._carried = carried
+
+
+def carried_of(scope: Scope) -> Carried | None:
+    """Return what the request around `scope` carries of log positions (R3), if it is followed."""
+    found: Scope | None = scope
+    while found is not None:
+        if found._carried is not None:
+            return found._carried
+        found = None if found._outer is None else found._outer()
+    return None
