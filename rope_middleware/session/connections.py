@@ -10,14 +10,21 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import SessionTransaction
 
-from rope_middleware.scope.context import logger
+from rope_middleware.scope.context import class_of, logger
 
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
-__all__ = ["connections_out", "invalidate_all", "lent_connections", "made_connections"]
+__all__ = [
+    "connections_out",
+    "end_transaction",
+    "invalidate_all",
+    "lent_connections",
+    "made_connections",
+]
 
 
 def made_connections(transaction: SessionTransaction | None) -> Collection[Connection]:
@@ -53,6 +60,30 @@ def connections_out(tie: Tie) -> list[Connection]:
     if transaction is None and not tie.connections:
         return []
     return [c for c in (*tie.connections, *made_connections(transaction)) if not c.closed]
+
+
+def end_transaction(transaction: SessionTransaction, made: Collection[Connection]) -> None:
+    """End a transaction that has written nothing; its session keeps all that it has loaded.
+
+    `SessionTransaction.close()` touches no object and not the identity map. A connection that
+    cannot be given back is invalidated.
+
+    Args:
+        transaction: the session's.
+        made: its `made_connections`, which it forgets before it fails.
+
+    Raises:
+        IllegalStateChangeError: another task or thread is inside of a call on the session.
+    """
+    try:
+        transaction.close()
+    except IllegalStateChangeError:
+        raise
+    except BaseException as error:
+        invalidate_all([connection for connection in made if not connection.closed])
+        if not isinstance(error, Exception):
+            raise
+        logger.error("a connection could not be given back, it is invalidated: %s", class_of(error))
 
 
 def invalidate_all(connections: Collection[Connection]) -> None:

@@ -13,12 +13,12 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 from rope_middleware.errors import RopeError
-from rope_middleware.scope.context import class_of, logger
-from rope_middleware.session.connections import invalidate_all, lent_connections, made_connections
+from rope_middleware.scope.context import logger
+from rope_middleware.session.connections import end_transaction, lent_connections, made_connections
 from rope_middleware.session.tie import tie_of
 from rope_middleware.session.written import is_watched, notes_of
 
@@ -71,7 +71,10 @@ def release(session: Session) -> None:
     for connection in made:
         _refuse_unseen(connection)
     if made:
-        _end(session, transaction, made)
+        end_transaction(transaction, made)
+        tie = tie_of(session)
+        if tie is not None and tie.transaction is transaction:
+            tie.transaction = tie.flush = None  # they refer to the session: a cycle
 
 
 # -- what must not be lost -------------------------------------------------------------------------
@@ -172,22 +175,3 @@ def _refuse_unseen(connection: Connection) -> None:
             "release() rolls back what was written by text: %s. Call commit() before it.",
             ", ".join(written),
         )
-
-
-# -- the end of the transaction --------------------------------------------------------------------
-
-
-def _end(session: Session, transaction: SessionTransaction, made: Collection[Connection]) -> None:
-    try:
-        transaction.close()
-    except IllegalStateChangeError:
-        raise  # another task or thread is inside a call on the session
-    except BaseException as error:
-        # SQLAlchemy has forgotten its connections already.
-        invalidate_all([one for one in made if not one.closed])
-        if not isinstance(error, Exception):
-            raise
-        logger.error("release() failed, the connection is invalidated: %s", class_of(error))
-    tie = tie_of(session)
-    if tie is not None and tie.transaction is transaction:
-        tie.transaction = tie.flush = None  # they refer to the session: a cycle

@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 from weakref import ReferenceType, WeakSet, ref
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine, ExecutionContext
+from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import Session, SessionTransaction
 
-__all__ = ["Notes", "is_watched", "notes_of", "watch", "watch_binds"]
+from rope_middleware.errors import RopeError
+
+__all__ = ["Notes", "is_watched", "notes_of", "take", "watch", "watch_binds"]
 
 _NOTES = "_rope_middleware_notes"
 _WATCHED = "_rope_middleware_watches"
@@ -33,7 +37,7 @@ _MOST = 20  # names that are kept then
 class Notes:
     """The statements that were executed on one connection."""
 
-    __slots__ = ("_dml", "_texts", "executions", "is_whole", "statements")
+    __slots__ = ("_dml", "_texts", "executions", "is_gone", "is_whole", "statements")
 
     def __init__(self) -> None:
         # Each once: what SQLAlchemy has compiled, or the text that was given to the driver.
@@ -43,6 +47,8 @@ class Notes:
         self._texts: list[str] = []
         self.is_whole = True
         """False once there were so many that not all of them are kept."""
+        self.is_gone = False
+        """True once the connection is taken from its session: see `take`."""
 
     def sql(self) -> list[str]:
         """Return the SQL of what was executed, each once; of all of it where `is_whole`."""
@@ -83,12 +89,59 @@ def _on_execute(_: Any, statement: str, __: Any, context: ExecutionContext) -> N
     compiled = context.compiled
     notes.statements[statement if compiled is None else compiled] = None
     notes.executions.append(ref(context))
+    if notes.is_gone:  # after the append: see `take`
+        _refuse_gone(notes)
     if len(notes.executions) > _MANY:
         notes.put_together()
 
 
 def _on_execute_no_params(_: Any, statement: str, context: ExecutionContext) -> None:
     _on_execute(_, statement, None, context)
+
+
+# -- connections that are taken from a session that is not in use ----------------------------------
+
+_taking = threading.Lock()
+
+
+def take(connections: Collection[Connection], end: Callable[[], None]) -> bool:
+    """End a transaction, unless a statement of it is under way, or a result is being read.
+
+    A statement that another thread begins in this instant is either seen here, and nothing is
+    done; or it sees that its connection is gone, before it is executed. (It notes itself, then
+    looks; we mark the connections, then look.)
+
+    Args:
+        connections: of the transaction.
+        end: ends it.
+
+    Returns:
+        Whether it was ended.
+    """
+    notes = [notes_of(connection) for connection in connections]
+    with _taking:
+        for one in notes:
+            one.is_gone = True
+        is_used = any(one.has_unread() for one in notes)
+    try:
+        if not is_used:
+            end()
+            return True
+    except IllegalStateChangeError:  # another call of the session's is under way: a commit, say
+        pass
+    for one in notes:
+        one.is_gone = False
+    return False
+
+
+def _refuse_gone(notes: Notes) -> None:
+    with _taking:  # somebody may be about to decide
+        if notes.is_gone:
+            raise RopeError(
+                "The connection of this statement was given to an inner scope, because nobody was "
+                "using it. Do not keep what session.connection() returns over an open_scope(): "
+                "ask for it again."
+            )
 
 
 # -- which engines are watched ---------------------------------------------------------------------

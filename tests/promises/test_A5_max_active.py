@@ -18,11 +18,11 @@ import pytest
 from sqlalchemy import Engine
 
 from rope_middleware import ASGIRopeMiddleware, RopeMiddleware, WSGIRopeMiddleware, open_scope
-from tests.kit.asgi import answer, ask, http_scope, into_nothing, websocket_scope
+from tests.kit.asgi import ASGIClient, answer, ask, http_scope, into_nothing, websocket_scope
 from tests.kit.leaks import checked_out
 from tests.kit.sessions import Jenny, run_threads, touch
 from tests.kit.stores import Lock, Store, open_store
-from tests.kit.waiting import eventually, never, poll
+from tests.kit.waiting import PATIENCE, eventually, never, poll
 from tests.kit.wsgi import make_environ
 
 BOTH_BACKENDS = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
@@ -238,6 +238,33 @@ async def test_A5_a_stream_that_releases_later_gives_its_place_back_then(store: 
         released.set()
         await poll(lambda: len(started) == 2)
         group.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+async def test_A5_1000_viewers_of_a_stream_beside_the_line(store: Store) -> None:
+    """They wait for their turn, start, and need no place any more; nor a connection."""
+    viewers = [ASGIClient(reads=1) for _ in range(1000)]
+    other = ASGIClient()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await store.read()
+        await store.jenny.release()
+        if scope["path"] == "/number":
+            await answer(send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while True:
+            await send({"type": "http.response.body", "body": b"tick", "more_body": True})
+
+    wrapped = RopeMiddleware(app, max_active=2)
+    async with anyio.create_task_group() as group:
+        for viewer in viewers:
+            group.start_soon(viewer, wrapped, "/events")
+        await poll(lambda: all(len(viewer.messages) == 2 for viewer in viewers), 4 * PATIENCE)
+        assert store.held() == 0
+        await other(wrapped, "/number")
+        group.cancel_scope.cancel()
+    assert other.status == 200
 
 
 @pytest.mark.anyio

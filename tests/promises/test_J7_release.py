@@ -14,6 +14,7 @@ from sqlalchemy import Engine, delete, event, insert, inspect, select, text, upd
 from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import (
+    ASGIRopeMiddleware,
     NoScopeError,
     RopeError,
     ScopeClosedError,
@@ -21,12 +22,13 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
+from tests.kit.asgi import into_nothing, websocket_scope
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out
 from tests.kit.models import Base, Child, Row
 from tests.kit.sessions import SELECT, Around, Jenny, in_thread, touch
 from tests.kit.stores import Store
-from tests.kit.waiting import PATIENCE, cancel_again_and_again, poll
+from tests.kit.waiting import PATIENCE, cancel_again_and_again, never, poll
 
 
 @pytest.fixture
@@ -485,7 +487,7 @@ def test_J7_a_connection_that_cannot_be_given_back_is_invalidated(
         jenny.release()
         event.remove(rows, "rollback", fail)
         assert checked_out(rows) == 0
-        assert "release() failed, the connection is invalidated" in caplog.text
+        assert "a connection could not be given back, it is invalidated" in caplog.text
         touch(jenny)
         jenny.release()
 
@@ -641,6 +643,29 @@ async def test_J7_async_a_cancelled_release_has_released(store: Store) -> None:
         await started.wait()
         await cancel_again_and_again(task)
         assert held == [0]
+
+
+@pytest.mark.anyio
+async def test_J7_async_in_a_websocket_between_its_messages(store: Store) -> None:
+    """Its scope lasts as long as the connection; what it has loaded, too."""
+    held: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        row = await store.jenny.session.get_one(Row, 1)
+        for _ in range(3):
+            await store.jenny.release()
+            held.append(store.held())
+            row.name += "x"
+            await store.commit()
+        await store.jenny.release()
+
+    async with open_scope():
+        await store.add(1)
+        await store.commit()
+    await ASGIRopeMiddleware(app)(websocket_scope(), never, into_nothing)
+    async with open_scope():
+        assert (await store.jenny.session.get_one(Row, 1)).name == "xxx"
+    assert held == [0, 0, 0]
 
 
 @pytest.mark.anyio
