@@ -1,67 +1,50 @@
-"""Measure everything and write docs/benchmarks.md: python -m benchmarks. Under ten minutes.
+"""Measure everything and write docs/benchmarks.md: ``python -m benchmarks``, under ten minutes."""
 
-python -m benchmarks --peers     only print how the ways to a session compare; writes nothing
-"""
-
-from __future__ import annotations
-
-import argparse
-import statistics
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import database
-from benchmarks.check import FULL, Check, Result, rows
+from benchmarks.check import FULL, Result, check, rows
 from benchmarks.lanes import Effort, Side, race
-from benchmarks.measure import Spread, Times, ratio, surroundings, version_of
-from benchmarks.peers import ASYNC, FLASK, HAND, KINDS, OURS, PATHS, SYNC
+from benchmarks.measure import Spread, Times, load, microseconds, ratio, surroundings, version_of
+from benchmarks.sites import ASYNC, COMMIT, FLASK, HAND, IS_WSGI, OURS, SYNC
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 RUNS, EFFORT = 3, Effort(40, 0.005)
-
-HEADINGS = {
-    "none": "no database",
-    "select": "one SELECT",
-    "insert": "one INSERT, committed",
-}
+PATHS = {"none": "no database", "select": "one SELECT", "insert": "one INSERT, committed"}
+DEPENDS = "FastAPI's dependency with yield"
+DISTRIBUTIONS = ("Flask-SQLAlchemy", "Flask-SQLAlchemy-Lite", "advanced-alchemy",
+                 "fastapi-async-sqlalchemy")  # fmt: skip
+KINDS = {
+    FLASK: (HAND, OURS, COMMIT, "rope_middleware.flask", "scoped_session, removed at teardown",
+            "Flask-SQLAlchemy", "Flask-SQLAlchemy-Lite"),
+    SYNC: (HAND, OURS, COMMIT, DEPENDS, "advanced-alchemy"),
+    ASYNC: (HAND, OURS, COMMIT, DEPENDS, "async_scoped_session, own middleware",
+            "advanced-alchemy", "fastapi-async-sqlalchemy"),
+}  # fmt: skip
 
 HOW = """\
 ## How it is measured
 
 - A *round* times one batch of each contestant, a few milliseconds long, in an order that changes.
-  A ratio is taken within a round; the median of the rounds counts.
-- Every contestant runs in a process of its own, so that it pays for nobody else's event listeners.
-  All of it is done several times with new processes. The tables give the median of these runs and,
-  in brackets, the lowest and the highest.
-- No socket and no server: the application is called as a server would call it. What runs in one
-  thread and waits for nothing is measured in CPU time, all else by the clock on the wall.
+  A ratio is taken within a round; the median of the rounds counts. All is done several times with
+  new processes: the tables give the median of these runs and, in brackets, the lowest and highest.
+- Every contestant has a process of its own, so that it pays for nobody else's event listeners. It
+  is called as a server would call it. What runs in one thread and waits for nothing is measured in
+  CPU time, all else by the clock on the wall. The garbage collector is off within a batch.
 - PostgreSQL is on the same machine, over a Unix socket. SQLite files do not wait for the disk.
 - *By hand* means: the handler opens a session and closes it (`with Session() as session:`).
-- *Unclear* means: above the bound by less than the error of the measurement.
 """
 
 
-def main() -> int:
-    """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--peers", action="store_true", help="print the peers, write nothing")
-    options = parser.parse_args()
-    packages = ["Flask", "FastAPI"] + [way for ways in KINDS.values() for way in ways]
-    where = surroundings(sorted({name for name in packages if version_of(name)}))
-    results: list[Result] = []
-    skipped: list[str] = []
-    for result in Check(FULL).all([] if options.peers else list(rows(FULL))):
+def main() -> None:
+    where = surroundings(["Flask", "FastAPI", *DISTRIBUTIONS])
+    results: list[Result | str] = []
+    for result in check(list(rows()), FULL):
         print(result, flush=True)
-        if isinstance(result, Result):
-            results.append(result)
-        else:
-            skipped.append(result)
-    tables = list(peers())
-    if not options.peers:
-        PAGE.write_text(page(where, results, skipped, tables))
-    return 0
+        results.append(result)
+    PAGE.write_text(page(where, results, dict(peers())))
 
 
 Table = dict[str, dict[str, tuple[float, Spread]]]
@@ -72,78 +55,58 @@ def peers() -> Iterator[tuple[str, Table]]:
     with ExitStack() as stack:
         where = stack.enter_context(database.postgresql())
         for kind, ways in KINDS.items():
-            sides = {
-                way: Side("benchmarks.peers:site", {"kind": kind, "way": way}, kind != FLASK,
-                          ours="rope_middleware" in way)
-                for way in ways
-            }  # fmt: skip
-            absent: dict[str, str] = {}
-            runs = [race(list(sides.values()), where, EFFORT, absent) for _ in range(RUNS)]
-            table: Table = {}
-            for way, side in sides.items():
-                if repr(side) in absent:
-                    print(f"{kind:<24}{way:<38} {absent[repr(side)]}", flush=True)
-                    continue
-                table[way] = {path: _figure(runs, way, path) for path in PATHS}
-                print(f"{kind:<24}{way:<38}", *map(_cell, table[way].values()), flush=True)
+            there = [way for way in ways if way not in DISTRIBUTIONS or version_of(way)]
+            print(kind, "is measured without", set(ways) - set(there) or "nothing")
+            sides = [
+                Side("benchmarks.sites:site", {"kind": kind, "way": way, "paths": [*PATHS]},
+                     kind not in IS_WSGI)
+                for way in there
+            ]  # fmt: skip
+            runs = [race(sides, where, EFFORT) for _ in range(RUNS)]
+            table = {way: {path: _figure(runs, way, path) for path in PATHS} for way in there}
+            for way, figures in table.items():
+                print(f"{kind:<24}{way:<38}", *map(_cell, figures.values()), flush=True)
             yield kind, table
 
 
 def _figure(runs: list[Times], way: str, path: str) -> tuple[float, Spread]:
     """Return microseconds for a request, and the ratio to by hand."""
     lane, base = f"{way}: {path}", f"{HAND}: {path}"
-    microseconds = statistics.median(statistics.median(times[lane]) for times in runs) * 1e6
-    return microseconds, Spread.of([ratio(times, lane, base) for times in runs])
+    return microseconds(runs, lane), Spread.of([ratio(times, lane, base) for times in runs])
 
 
 def _cell(figure: tuple[float, Spread]) -> str:
-    microseconds, to_hand = figure
-    return f"{microseconds:,.0f} us, {to_hand.median:.2f} [{to_hand.low:.2f} .. {to_hand.high:.2f}]"
+    return f"{figure[0]:,.0f} us, {figure[1]}"
 
 
-# -- the page ----------------------------------------------------------------------------------
-
-
-def page(
-    where: dict[str, str],
-    results: list[Result],
-    skipped: list[str],
-    tables: list[tuple[str, Table]],
-) -> str:
+def page(where: dict[str, str], results: list[Result | str], tables: dict[str, Table]) -> str:
     """Return the page."""
-    parts = ["# What a request costs\n", _summary(dict(tables)), HOW]
+    parts = ["# What a request costs\n", _summary(tables), HOW]
     parts += ["".join(f"- {name}: {value}\n" for name, value in where.items())]
-    for kind, table in tables:
-        lines = [[way, *(_cell(figures[path]) for path in PATHS)] for way, figures in table.items()]
-        parts += [f"## {kind}\n", "Time of a request, and its ratio to that by hand. PostgreSQL.\n"]
-        parts.append(_table(["", *(HEADINGS[path] for path in PATHS)], lines))
+    for kind, table in tables.items():
+        lines = [[way, *map(_cell, figures.values())] for way, figures in table.items()]
+        parts += [f"## {kind}\n", "A request's time, and its ratio to that by hand. PostgreSQL.\n"]
+        parts.append(_table(["", *PATHS.values()], lines))
     lines = [
-        [one.row.title, f"{one.spread.median:.2f}{one.row.unit}", f"{one.row.bound:.2f}",
-         one.verdict, f"[{one.spread.low:.2f} .. {one.spread.high:.2f}] {one.note}"]
+        [one, "not measured", "", "", ""] if isinstance(one, str)
+        else [one.row.title, str(one.spread), one.bound, one.verdict, one.note]
         for one in results
     ]  # fmt: skip
     parts += ["## The promises\n", _table(["", "measured", "at most", "", "details"], lines)]
-    parts += ["".join(f"- Not measured: {one}\n" for one in skipped)] if skipped else []
-    return "\n".join(parts)
+    return "\n".join([*parts, f"Load at the end: {load()}\n"])
 
 
 def _summary(tables: dict[str, Table]) -> str:
     """Return what a reader should take away."""
-
-    def more(kind: str) -> str:
-        figure, by_hand = (tables[kind][way]["none"][0] for way in (OURS, HAND))
-        return f"{max(figure - by_hand, 0):.0f}"
-
-    def times(kind: str) -> str:
-        return f"{tables[kind][OURS]['select'][1].median:.2f}"
-
+    flask, sync, coroutines = ([table[way] for way in (HAND, OURS)] for table in tables.values())
+    more = [f"{ours['none'][0] - hand['none'][0]:.0f}" for hand, ours in (flask, coroutines)]
+    times = [f"{ours['select'][1].median:.2f}" for _, ours in (flask, coroutines, sync)]
     return (
-        f"A request that touches no database takes about {more(FLASK)} microseconds more on Flask "
-        f"and {more(ASYNC)} on FastAPI, whatever your application does.\n"
-        f"A request with one short SELECT takes {times(FLASK)} times as long as with a session "
-        f"opened and closed by hand on Flask, {times(ASYNC)} times with an AsyncSession, and "
-        f"{times(SYNC)} times with a sync handler on FastAPI; the more your queries take, the "
-        f"nearer this is to 1.\n"
+        f"A request that touches no database takes about {more[0]} microseconds more on Flask and "
+        f"{more[1]} on FastAPI.\nOne with a single short SELECT takes {times[0]} times as long as "
+        f"with a session opened and closed by hand on Flask, {times[1]} times on FastAPI with an "
+        f"AsyncSession, and {times[2]} times with a sync handler; the longer your queries take, "
+        f"the nearer this comes to 1.\n"
     )
 
 
@@ -153,4 +116,4 @@ def _table(heads: list[str], lines: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,26 +1,21 @@
 """The databases: an SQLite file, and PostgreSQL where its wheel is installed."""
 
-from __future__ import annotations
-
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-POOL = {"pool_size": 5, "max_overflow": 0}
-"""The pool's size; the same for everybody."""
+POOL = {"pool_size": 5, "max_overflow": 0}  # the same for everybody
 
 
 class Base(DeclarativeBase):
-    """The models of the benchmarks."""
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
 
 
 class Item(Base):
@@ -28,27 +23,11 @@ class Item(Base):
 
     __tablename__ = "item"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-
 
 class Note(Base):
     """What is written."""
 
     __tablename__ = "note"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    text: Mapped[str]
-
-
-def read(session: Session) -> bytes:
-    """Read one row by its ORM class."""
-    return session.scalars(select(Item).where(Item.id == 1)).one().name.encode()
-
-
-async def aread(session: Any) -> bytes:
-    """`read`, async."""
-    return (await session.scalars(select(Item).where(Item.id == 1))).one().name.encode()
 
 
 @dataclass(frozen=True)
@@ -60,7 +39,6 @@ class Database:
     async_url: str
 
     def engine(self) -> Engine:
-        """Make a sync engine."""
         engine = create_engine(self.url, **POOL)
         tune(engine)
         return engine
@@ -77,51 +55,34 @@ def tune(engine: Engine) -> None:
     if engine.dialect.name == "sqlite":
 
         @event.listens_for(engine, "connect")
-        def _(connection: object, record: object) -> None:
-            cursor = connection.cursor()  # type: ignore[attr-defined]
-            cursor.execute("PRAGMA synchronous = OFF")
-            cursor.execute("PRAGMA journal_mode = WAL")
-            cursor.close()
+        def _(connection: Any, record: object) -> None:
+            connection.execute("PRAGMA synchronous = OFF")
+            connection.execute("PRAGMA journal_mode = WAL")
 
 
-def fill(database: Database) -> None:
-    """Make the tables and the row that is read."""
+def _filled(database: Database) -> Database:
     engine = database.engine()
-    try:
-        Base.metadata.create_all(engine)
-        with Session(engine) as session:
-            session.add(Item(id=1, name="rope"))
-            session.commit()
-    finally:
-        engine.dispose()
+    Base.metadata.create_all(engine)
+    with Session(engine) as session, session.begin():
+        session.add(Item(id=1, text="rope"))
+    engine.dispose()
+    return database
 
 
 @contextmanager
 def sqlite() -> Iterator[Database]:
-    """Make an SQLite file, and remove it in the end."""
     with tempfile.TemporaryDirectory(prefix="rope_bench_") as folder:
-        file = Path(folder) / "bench.sqlite"
-        database = Database("SQLite", f"sqlite:///{file}", f"sqlite+aiosqlite:///{file}")
-        fill(database)
-        yield database
+        file = f"{folder}/bench.sqlite"
+        yield _filled(Database("SQLite", f"sqlite:///{file}", f"sqlite+aiosqlite:///{file}"))
 
 
 @contextmanager
 def postgresql() -> Iterator[Database]:
-    """Make a database on a PostgreSQL server that is started for it.
-
-    Raises:
-        ImportError: its wheel or a driver is not installed.
-        RuntimeError: the server did not start.
-    """
-    import asyncpg as asyncpg
-
     from tests.servers.postgres import postgres_server
 
     with postgres_server().new_database() as server:
-        database = Database("PostgreSQL", server.text_url("psycopg"), server.text_url("asyncpg"))
-        fill(database)
-        yield database
+        urls = (server.text_url(driver) for driver in ("psycopg", "asyncpg"))
+        yield _filled(Database("PostgreSQL", *urls))
 
 
 PLACES = {"SQLite": sqlite, "PostgreSQL": postgresql}

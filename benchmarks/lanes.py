@@ -1,35 +1,32 @@
 """What is timed: a *builder* makes the named *lanes* of one process.
 
-A lane is a function of a number of requests that serves so many and returns the seconds it took
-(or, for memory, what it counted). Builders are named as ``module:function``, so that another
-process can find them.
+A lane is a coroutine function of a number of requests that serves so many and returns the seconds
+it took (or, for memory, what it counted). Builders are named as ``module:function``, so that
+another process finds them. `race` asks; ``python -m benchmarks.lanes`` answers.
 """
-
-from __future__ import annotations
 
 import asyncio
 import gc
 import importlib
-import inspect
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field
-from itertools import repeat
+from contextlib import AsyncExitStack, ExitStack, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from time import process_time
+from typing import Any, NamedTuple
 
 from benchmarks.database import Database
-from benchmarks.measure import Times, orders
+from benchmarks.measure import Times
 
 ROOT = Path(__file__).parents[1]
 
-Lane = Callable[[int], float | Awaitable[float]]
-Lanes = dict[str, Lane]
+Lanes = dict[str, Callable[[int], Awaitable[float]]]
+CPU = " (CPU)"  # ends the name of a lane where the CPU seconds of its process stand
 
 
 @dataclass(frozen=True)
@@ -37,27 +34,31 @@ class Side:
     """A process, before it is started: what it builds, and with which copy of the package."""
 
     builder: str
-    options: dict[str, Any] = field(default_factory=dict)
-    event_loop: bool = False
-    """Whether it runs in an event loop. Sync code does not: some ask for the current task."""
+    options: dict[str, Any]
+    event_loop: bool = False  # sync code runs in none: some ask for the current task
     ours: bool = False
-    tree: str = ""
-    """A folder with another rope_middleware in it."""
-    suffix: str = ""
-    """Of the names of its lanes."""
+    tree: str = ""  # a folder with another rope_middleware in it
+    suffix: str = ""  # of the names of its lanes
+
+
+class Effort(NamedTuple):
+    """How long a race is run."""
+
+    rounds: int
+    seconds: float  # of a batch; short, so that others disturb some rounds, and not each a little
+    requests: int = 0  # of a batch, if its seconds do not matter
 
 
 class Process:
     """A running side: a process of its own, so that it has no listeners but its own."""
 
     def __init__(self, side: Side, where: Database | None) -> None:
-        path = [side.tree] if side.tree else []
         self._side = side
+        path = os.pathsep.join(filter(None, (side.tree, str(ROOT))))
         self._process = subprocess.Popen(
             # -P: or else the current folder would win over the other tree
-            [sys.executable, "-P", "-m", "benchmarks.lanes"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([*path, str(ROOT)])},
+            [sys.executable, "-P", "-m", "benchmarks.lanes"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
         self._ask({"side": asdict(side), "where": where and asdict(where)})
 
@@ -65,140 +66,100 @@ class Process:
         """Wait until it is built, and return the names of its lanes."""
         return [name + self._side.suffix for name in self._hear()]
 
-    def time(self, name: str, requests: int) -> float:
-        """Serve one batch by this lane."""
+    def time(self, name: str, requests: int) -> tuple[float, float]:
+        """Serve one batch by this lane; return what it returns, and the CPU seconds it took."""
         self._ask([name.removesuffix(self._side.suffix), requests])
-        return float(self._hear())
+        wall, cpu = self._hear()
+        return wall, cpu
 
     def stop(self) -> None:
-        """End it."""
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.close()
-        self._process.wait(30)
-        self._process.stdout.close()
+        self._process.communicate(timeout=30)
 
     def _ask(self, what: Any) -> None:
         assert self._process.stdin
-        try:
-            print(json.dumps(what), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            raise RuntimeError(f"{self._side} has died") from None
+        print(json.dumps(what), file=self._process.stdin, flush=True)
 
     def _hear(self) -> Any:
         assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self._side} has died")
-        answer = json.loads(line)
-        if isinstance(answer, dict):
-            raise RuntimeError(answer["error"])
-        return answer
+        heard = json.loads(self._process.stdout.readline() or '{"error": "it has died"}')
+        if isinstance(heard, dict):
+            raise RuntimeError(f"{heard['error']} ({self._side.options})")
+        return heard
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long a race is run."""
-
-    rounds: int
-    seconds: float
-    """Of a batch. Short, so that somebody else's work disturbs some rounds, and not each."""
-
-
-def race(
-    sides: Sequence[Side],
-    where: Database | None,
-    effort: Effort,
-    absent: dict[str, str] | None = None,
-) -> Times:
-    """Run these sides once; return the seconds of a request, for each round, by lane.
-
-    Args:
-        sides: the processes; all are started before the first round.
-        where: the database.
-        effort: how long it takes.
-        absent: if given, takes the error of a side that could not be built, by its repr.
-    """
-    running = [(side, Process(side, where)) for side in sides]
-    try:
-        lanes: dict[str, Process] = {}
-        for side, process in running:
-            try:
-                lanes |= dict.fromkeys(process.names(), process)
-            except RuntimeError as error:
-                if absent is None:
-                    raise
-                absent[repr(side)] = str(error)
-        requests = {name: _calibrated(name, lanes[name], effort) for name in lanes}
-        times: Times = {name: [] for name in lanes}
-        for order in orders(list(lanes), effort.rounds):
-            for name in order:
-                times[name].append(lanes[name].time(name, requests[name]) / requests[name])
+def race(sides: Sequence[Side], where: Database | None, effort: Effort) -> Times:
+    """Run these sides once; return the seconds of a request, for each round, by lane."""
+    shuffle = random.Random(42)
+    with ExitStack() as stack:
+        lanes = _started(sides, where, stack)
+        requests = {
+            name: effort.requests or _calibrated(name, lanes[name], effort) for name in lanes
+        }
+        times: Times = {name + kind: [] for name in lanes for kind in ("", CPU)}
+        for _ in range(effort.rounds):
+            for name in shuffle.sample(list(lanes), len(lanes)):
+                wall, cpu = lanes[name].time(name, requests[name])
+                times[name].append(wall / requests[name])
+                times[name + CPU].append(cpu / requests[name])
         return times
-    finally:
-        for _, process in running:
-            process.stop()
+
+
+def _started(sides: Sequence[Side], where: Database | None, stack: ExitStack) -> dict[str, Process]:
+    """Start all, then wait for each: they get ready at the same time."""
+    running = [Process(side, where) for side in sides]
+    for process in running:
+        stack.callback(process.stop)
+    return {name: process for process in running for name in process.names()}
 
 
 def _calibrated(name: str, process: Process, effort: Effort) -> int:
-    once = max(process.time(name, 20) / 20, 1e-7)
+    once = max(process.time(name, 20)[0] / 20, 1e-7)
     return max(10, min(5_000, int(effort.seconds / once)))
 
 
-def counts(side: Side, where: Database | None, requests: int) -> Times:
-    """Run a side whose lanes return what they have counted, not seconds."""
-    process = Process(side, where)
-    try:
-        return {name: [process.time(name, requests)] for name in process.names()}
-    finally:
-        process.stop()
+async def build(side: Side, where: Database | None, stack: AsyncExitStack) -> Lanes:
+    """Make the lanes of a side, and serve some requests by each."""
+    module, _, name = side.builder.partition(":")
+    builder = getattr(importlib.import_module(module), name)
+    lanes: Lanes = await builder(where, stack, **side.options)
+    _look_at_tree(Path(side.tree or ROOT) / "rope_middleware")
+    for lane in lanes.values():
+        await lane(3)
+    return lanes
 
 
-# -- the other process -------------------------------------------------------------------------
+def _look_at_tree(wanted: Path) -> None:
+    package = sys.modules.get("rope_middleware")
+    if package is not None and not wanted.samefile(package.__path__[0]):
+        raise RuntimeError(f"{package.__path__[0]} is measured, not {wanted}")
 
 
-async def _serve(told: dict[str, Any], answer: Callable[[Any], None]) -> None:
+def run(side: Side, main: Any) -> None:
+    """Run a coroutine in an event loop; outside of any where the side is sync."""
+    if side.event_loop:
+        asyncio.run(main)
+    else:
+        with suppress(StopIteration):
+            main.send(None)
+
+
+async def _serve(side: Side, where: Database | None, answer: Callable[[Any], None]) -> None:
     """Build the lanes, then serve one batch for each line of the standard input."""
-    side = Side(**told["side"])
-    where = Database(**told["where"]) if told["where"] else None
     async with AsyncExitStack() as stack:
-        module, _, name = side.builder.partition(":")
-        made = getattr(importlib.import_module(module), name)(where, stack, **side.options)
-        lanes: Lanes = await made if inspect.isawaitable(made) else made
-        _look_at_tree(side)
-        for lane in lanes.values():
-            await _result(lane(3))
+        lanes = await build(side, where, stack)
         gc.collect()
         gc.freeze()  # of what has been there before, nothing has to be looked at again
         answer(list(lanes))
         for line in sys.stdin:
             name, requests = json.loads(line)
             gc.collect()
-            gc.disable()
-            await _result(lanes[name](2))  # the other processes have had the processor
-            value = await _result(lanes[name](requests))
+            gc.disable()  # one lane's garbage is not collected in another one's time
+            await lanes[name](2)  # the other processes have had the processor
+            started = process_time()
+            value = await lanes[name](requests)
+            seconds = process_time() - started
             gc.enable()
-            answer(value)
-
-
-async def _result(value: float | Awaitable[float]) -> float:
-    return await value if inspect.isawaitable(value) else value
-
-
-def _look_at_tree(side: Side) -> None:
-    package = sys.modules.get("rope_middleware")
-    wanted = Path(side.tree or ROOT) / "rope_middleware"
-    if package is not None and wanted.resolve() != Path(package.__path__[0]).resolve():
-        raise RuntimeError(f"{package.__path__[0]} is measured, not {wanted}")
-
-
-def _without_loop(coroutine: Any) -> None:
-    """Run a coroutine that never waits for anything, outside of any event loop."""
-    try:
-        coroutine.send(None)
-    except StopIteration:
-        return
-    raise RuntimeError("a sync side waited for something")
+            answer([value, seconds])
 
 
 def main() -> None:
@@ -210,23 +171,11 @@ def main() -> None:
         print(json.dumps(value), file=out, flush=True)
 
     told = json.loads(sys.stdin.readline())
-    run: Any = asyncio.run if told["side"]["event_loop"] else _without_loop
+    side, where = Side(**told["side"]), told["where"] and Database(**told["where"])
     try:
-        run(_serve(told, answer))
+        run(side, _serve(side, where, answer))
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
-
-
-def timed(work: Callable[[], object], clock: Callable[[], float] = perf_counter) -> Lane:
-    """Return the lane that calls `work` once for each request."""
-
-    def lane(requests: int) -> float:
-        started = clock()
-        for _ in repeat(None, requests):
-            work()
-        return clock() - started
-
-    return lane
 
 
 if __name__ == "__main__":

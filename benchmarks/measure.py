@@ -1,4 +1,4 @@
-"""Batches, medians and paired ratios; the machine and the versions.
+"""Medians and paired ratios; the machine and the versions.
 
 A machine that other people use is slower in one second than in the next. So figures are compared
 only where they were taken side by side: a *round* times one batch of each lane, in an order that
@@ -7,24 +7,20 @@ that run the same code differ, too, by what lies where in their memory. So each 
 times, with new processes each time, and the *spread* is that of these runs.
 """
 
-from __future__ import annotations
-
-import gc
 import importlib.metadata
 import os
 import platform
-import random
+import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-GC_POLICY = "collected before each batch and off while it runs"
+LINUX = sys.platform == "linux"
 
 Times = dict[str, list[float]]
-"""Seconds for each round, by lane."""
+"""Seconds of a request, for each round, by lane."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +34,20 @@ class Spread:
     """Two standard errors of the median: another measurement is within it, 19 times of 20."""
 
     @classmethod
-    def of(cls, runs: Sequence[float]) -> Spread:
-        """Summarize the runs."""
-        error = 0.0
-        if len(runs) > 1:
-            error = 2 * 1.25 * statistics.stdev(runs) / len(runs) ** 0.5
+    def of(cls, runs: Sequence[float]) -> "Spread":
+        several = len(runs) > 1
+        error = 2 * 1.25 * statistics.stdev(runs) / len(runs) ** 0.5 if several else 0.0
         return cls(statistics.median(runs), min(runs), max(runs), error)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f} .. {self.high:.2f}]"
 
 
 def ratio(times: Times, lane: str, base: str) -> float:
     """Return what `lane` takes, in units of what `base` takes in the same round."""
-    return statistics.median(a / b for a, b in zip(times[lane], times[base], strict=True))
+    return statistics.median(
+        a / max(b, 1e-9) for a, b in zip(times[lane], times[base], strict=True)
+    )
 
 
 def added(times: Times, lane: str, base: str) -> float:
@@ -56,66 +55,31 @@ def added(times: Times, lane: str, base: str) -> float:
     return statistics.median(a - b for a, b in zip(times[lane], times[base], strict=True))
 
 
-def orders(lanes: Sequence[str], rounds: int) -> Iterator[list[str]]:
-    """Yield an order of the lanes for each round; each order is followed by its reverse."""
-    shuffle = random.Random(42)
-    order = list(lanes)
-    for number in range(rounds):
-        if number % 2 == 0:
-            shuffle.shuffle(order)
-        else:
-            order.reverse()
-        yield order
+def microseconds(runs: Sequence[Times], lane: str) -> float:
+    """Return what a request takes."""
+    return statistics.median(statistics.median(times[lane]) for times in runs) * 1e6
 
 
-def cyclic_garbage(work: Callable[[], object]) -> int:
-    """Return how many objects of `work` only the cyclic collector can free."""
-    work()
-    gc.collect()
-    gc.disable()
-    try:
-        work()
-        return gc.collect()
-    finally:
-        gc.enable()
-
-
-def resident_bytes() -> int:
-    """Return the memory that the process holds in RAM; 0 where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-# -- where it was measured ---------------------------------------------------------------------
-
-
-def surroundings(distributions: Sequence[str] = ()) -> dict[str, str]:
+def surroundings(distributions: Iterable[str] = ()) -> dict[str, str]:
     """Return what the figures depend on."""
     names = ("SQLAlchemy", "greenlet", "anyio", "aiosqlite", "asyncpg", "psycopg", *distributions)
+    versions = {name: version_of(name) for name in names}
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() if LINUX else "")
     return {
-        "Machine": f"{_cpu_model()}, {os.cpu_count()} CPUs, {platform.system()}",
+        "Machine": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} CPUs",
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
-        "Versions": ", ".join(f"{name} {version_of(name)}" for name in names if version_of(name)),
-        "Garbage collector": GC_POLICY,
-        "Load at the start": f"{os.getloadavg()[0]:.1f}" if sys.platform != "win32" else "?",
+        "Versions": ", ".join(f"{name} {found}" for name, found in versions.items() if found),
+        "Load at the start": load(),
     }
 
 
+def load() -> str:
+    """Return how many processes want to run; a quiet machine has less than 1."""
+    return f"{os.getloadavg()[0]:.1f}" if LINUX else "unknown"
+
+
 def version_of(distribution: str) -> str | None:
-    """Return the installed version of a distribution, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    found: list[Any] = [line for line in lines if line.startswith("model name")]
-    return found[0].partition(":")[2].strip() if found else platform.machine()
