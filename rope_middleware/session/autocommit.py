@@ -25,6 +25,7 @@ from sqlalchemy.pool import (
 
 from rope_middleware.session.statements import READS, Effect, effect_of
 from rope_middleware.session.switches import Switch, switch_of
+from rope_middleware.session.written import watch_engine
 
 __all__ = ["ask_outside_transaction", "connection_ends_at_once", "reading_engine"]
 
@@ -53,6 +54,7 @@ def reading_engine(engine: Engine, refuse: Refuse) -> Engine:
 
 
 def _make(engine: Engine, refuse: Refuse) -> Engine:
+    watch_engine(engine)  # first: the copy of its dialect has its listeners
     reading = engine.execution_options()
     reading.__dict__[_READING] = reading  # it reads already
     switch = switch_of(engine)

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 from rope_middleware.errors import RopeError
 from rope_middleware.scope.context import logger
+from rope_middleware.scope.reading import reads_only
 from rope_middleware.session.connections import end_transaction, lent_connections, made_connections
 from rope_middleware.session.tie import tie_of
 from rope_middleware.session.written import is_watched, notes_of
@@ -68,11 +69,12 @@ def release(session: Session) -> None:
         # In that mode the end of the session's transaction is that of the application's.
         logger.info("release() leaves alone a connection that the application has lent")
         return
+    tie = tie_of(session)
     for connection in made:
-        _refuse_unseen(connection)
+        if tie is None or tie.scope is None or not reads_only(tie.scope):
+            _refuse_unseen(connection)
     if made:
         end_transaction(transaction, made)
-        tie = tie_of(session)
         if tie is not None and tie.transaction is transaction:
             tie.transaction = tie.flush = None  # they refer to the session: a cycle
 

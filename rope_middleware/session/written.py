@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.errors import RopeError
 
-__all__ = ["Notes", "is_watched", "notes_of", "take", "watch", "watch_binds"]
+__all__ = ["Notes", "is_watched", "notes_of", "take", "watch", "watch_binds", "watch_engine"]
 
 _NOTES = "_rope_middleware_notes"
 _WATCHED = "_rope_middleware_watches"
@@ -159,7 +159,7 @@ def watch(session: Session) -> None:
             bind.__dict__.pop(_NOTES, None)  # it is lent: of an earlier transaction
         else:
             bind.__dict__[_WATCHED] = True
-        _watch(bind.engine)
+        watch_engine(bind.engine)
 
 
 def watch_binds(session_class: type[Session]) -> None:
@@ -174,18 +174,19 @@ def watch_binds(session_class: type[Session]) -> None:
 
 def _on_connection(_: Session, __: SessionTransaction, connection: Connection) -> None:
     if _WATCHED not in connection.dialect.__dict__:
-        _watch(connection.engine)
+        watch_engine(connection.engine)
 
 
 def is_watched(connection: Connection) -> bool:
     """Tell whether the statements on `connection` have been noted; from now on they are."""
     if _WATCHED in connection.dialect.__dict__:
         return True
-    _watch(connection.engine)
+    watch_engine(connection.engine)
     return False
 
 
-def _watch(engine: Engine) -> None:
+def watch_engine(engine: Engine) -> None:
+    """Note from now on what is executed by `engine`."""
     # The dialect is one for an engine and all that its execution_options() has made.
     if _WATCHED not in engine.dialect.__dict__:
         engine.dialect.__dict__[_WATCHED] = True

@@ -25,7 +25,7 @@ from rope_middleware import (
 from tests.kit.asgi import into_nothing, websocket_scope
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out
-from tests.kit.models import Base, Child, Row
+from tests.kit.models import Base, Child, Data, Row
 from tests.kit.sessions import SELECT, Around, Jenny, in_thread, touch
 from tests.kit.stores import Store
 from tests.kit.waiting import PATIENCE, cancel_again_and_again, never, poll
@@ -537,6 +537,23 @@ def test_J7_what_is_no_session_is_refused_in_words(rows: Engine) -> None:
         assert jenny.session is not None
         with pytest.raises(RopeError, match="a session of SQLAlchemy's"):
             jenny.release()
+
+
+@pytest.mark.parametrize("has_replica", [False, True], ids=["primary", "replica"])
+def test_J7_in_a_read_only_scope(make_engine: MakeEngine, has_replica: bool) -> None:
+    """There is nothing to lose; a result that is being read is not cut off, from the first on."""
+    primary, replica = make_engine(), make_engine()
+    jenny: Jenny = SessionJenny(sessionmaker(primary), replicas=[replica] if has_replica else [])
+    engine = replica if has_replica else primary
+    for _ in range(2):
+        with open_scope(read_only=True):
+            result = jenny.session.execute(select(Data.__table__))
+            assert checked_out(engine) == 1
+            with pytest.raises(RopeError, match="result is still being read"):
+                jenny.release()
+            assert len(result.all()) == 1
+            jenny.release()
+            assert checked_out(engine) == 0
 
 
 def test_J7_the_inner_scope_has_its_own(rows: Engine, jenny: Jenny) -> None:
