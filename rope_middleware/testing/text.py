@@ -64,7 +64,19 @@ _SET_TRANSACTION = re.compile(
     r"SET\s+(?:LOCAL\s+|SESSION\s+CHARACTERISTICS\s+AS\s+)?TRANSACTION\b", re.IGNORECASE
 )
 _CONFIG = re.compile(r"\bset_config\s*\(", re.IGNORECASE)
-_TWO_PHASES = re.compile(r"(?:PREPARE\s+TRANSACTION|XA)\b", re.IGNORECASE)
+# The statements of a commit in two phases, by their first two words. Nothing is prepared: until
+# the second phase comes it is a transaction like any other.
+_TWO_PHASES = {
+    "PREPARE TRANSACTION": Kind.NOTHING,
+    "COMMIT PREPARED": Kind.COMMIT,
+    "ROLLBACK PREPARED": Kind.ROLLBACK,
+    "XA BEGIN": Kind.BEGIN,
+    "XA START": Kind.BEGIN,
+    "XA END": Kind.NOTHING,
+    "XA PREPARE": Kind.NOTHING,
+    "XA COMMIT": Kind.COMMIT,
+    "XA ROLLBACK": Kind.ROLLBACK,
+}
 
 _READS = frozenset({"SELECT", "VALUES", "SHOW", "WITH", "EXPLAIN", "DESCRIBE", "DESC", "PRAGMA"})
 _STEERS = {
@@ -113,12 +125,13 @@ def _read(text: str) -> Said:
     word = found[0].upper() if found else ""
     if ";" in body and _ENDS.search(_bare(body)):
         return Said(Kind.REFUSED, " ".join(body.split())[:40])
+    two_phases = _TWO_PHASES.get(" ".join(body.split()[:2]).upper())
+    if two_phases is not None:
+        return Said(two_phases)
     if word in _STEERS:
         return _steering(word, body)
     if word == "SET":
         return Said(Kind.NOTHING if _SET_TRANSACTION.match(body) else Kind.SETTING)
-    if _TWO_PHASES.match(body):
-        return Said(Kind.REFUSED, " ".join(body.split())[:40])
     if word in _DDL:
         return Said(Kind.DDL, word)
     return _query(body) if word in _READS else Said(Kind.WRITE)
@@ -131,8 +144,6 @@ def _bare(body: str) -> str:
 
 def _steering(word: str, body: str) -> Said:
     kind = _STEERS[word]
-    if kind in (Kind.COMMIT, Kind.ROLLBACK) and re.match(r"\w+\s+PREPARED\b", body, re.IGNORECASE):
-        return Said(Kind.REFUSED, body[:40])
     to = re.match(r"ROLLBACK\s+(?:WORK\s+|TRANSACTION\s+)?TO\b", body, re.IGNORECASE)
     if to is not None:
         kind, body = Kind.ROLLBACK_TO, body[to.end() :]

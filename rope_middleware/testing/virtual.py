@@ -187,12 +187,50 @@ class VirtualSQLite(VirtualConnection):
         return cursor
 
 
+class _Info:
+    """What psycopg tells of a connection, where the transaction is the virtual one.
+
+    Args:
+        virtual: the connection.
+        info: of the real one.
+    """
+
+    def __init__(self, virtual: VirtualConnection, info: Any) -> None:
+        self._virtual = virtual
+        self._info = info
+
+    @property
+    def transaction_status(self) -> Any:
+        """IDLE, INTRANS or INERROR."""
+        virtual = self._virtual
+        number = 3 if virtual.is_spoilt else 2 if virtual.is_used else 0
+        return type(self._info.transaction_status)(number)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._info, name)
+
+
+class _AsyncDriver:
+    """psycopg's async connection, for those who ask it for its `info`."""
+
+    def __init__(self, virtual: VirtualConnection, driver: Any) -> None:
+        self._driver = driver
+        self.info = _Info(virtual, driver.info)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._driver, name)
+
+
 class VirtualPostgreSQL(VirtualConnection):
     """The one that PostgreSQL's dialects get; its drivers have setters, too."""
 
     def __init__(self, shared: SharedConnection) -> None:
         super().__init__(shared)
         self.autocommit: bool = shared.database.begins_itself
+        if shared.database.dialect.driver == "psycopg":
+            self.info = _Info(self, self._real.info)
+            if shared.database.dialect.is_async:
+                self._connection = _AsyncDriver(self, self._real.driver_connection)
 
     def translate(self, statement: Any) -> Any:
         # release() asks the server what the transaction has written. Here that is the sandbox's,

@@ -140,13 +140,16 @@ engine = create_engine(f"sqlite:///{{path}}/sync.db")
 async_engine = create_async_engine(f"sqlite+aiosqlite:///{{path}}/async.db")
 jenny = SessionJenny(sessionmaker(engine))
 ajenny = AsyncSessionJenny(async_sessionmaker(async_engine))
-Base.metadata.create_all(engine)
-Base.metadata.create_all(create_engine(f"sqlite:///{{path}}/async.db"))
 
 
 @pytest.fixture(scope="session")
 def rope_jennies():
-    return [jenny, ajenny]
+    other = create_engine(f"sqlite:///{{path}}/async.db")
+    for one in engine, other:
+        Base.metadata.create_all(one)
+        one.dispose()
+    yield [jenny, ajenny]
+    engine.dispose()
 
 
 @pytest.fixture(params=["asyncio"])

@@ -13,8 +13,10 @@ import httpx
 import pytest
 from fastapi import Depends, FastAPI
 from flask import Flask
-from sqlalchemy import event, select, text
+from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -22,10 +24,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from rope_middleware import ReadOnlyError, RopeError, RopeMiddleware, current_scope, open_scope
+from rope_middleware import (
+    AsyncSessionJenny,
+    ReadOnlyError,
+    RopeError,
+    RopeMiddleware,
+    SessionJenny,
+    current_scope,
+    open_scope,
+)
 from rope_middleware.testing import Sandbox
 from tests.kit.sandboxes import COUNT, Place, Row, open_place
 from tests.kit.sessions import in_thread
+from tests.servers.postgres import postgres_server
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,7 @@ def nothing_is_left(place: Place) -> Iterator[None]:
 
 def app_of(place: Place, **options: Any) -> Any:
     """A Starlette application with endpoints of both kinds."""
-    jenny, ajenny = place.jenny, place.ajenny
+    jenny, ajenny = options.pop("jennies", (place.jenny, place.ajenny))
 
     def add(request: Request) -> Response:
         jenny.session.add(Row(n=int(request.path_params["n"])))
@@ -431,3 +442,20 @@ def test_T1_a_listener_of_the_pool_hears_each_checkout_once(place: Place) -> Non
     finally:
         event.remove(place.engine, "checkout", hear)
     assert heard == ["checkout", "checkout"]
+
+
+def test_T1_read_only_scopes_never_read_from_a_replica(place: Place) -> None:
+    """A replica knows nothing of a sandbox; the application has the options of production."""
+    with postgres_server().new_database() as elsewhere:
+        replica = create_engine(elsewhere.url("psycopg"))
+        async_replica = create_async_engine(elsewhere.url("asyncpg"), poolclass=NullPool)
+        jenny = SessionJenny(place.maker, replicas=[replica])
+        ajenny = AsyncSessionJenny(place.async_maker, replicas=[async_replica])
+        app = app_of(place, jennies=(jenny, ajenny), read_only=("GET", "HEAD"))
+        with Sandbox(jenny, ajenny):
+            client = TestClient(app)
+            assert client.post("/sync/1").status_code == 201
+            assert client.get("/sync").json() == 1  # there is no such table on the replica
+            assert client.post("/async/5").status_code == 201
+            assert client.get("/async").json() == 2
+        replica.dispose()

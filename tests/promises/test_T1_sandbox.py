@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from sqlalchemy import insert, text
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import sessionmaker
 
-from rope_middleware import RopeError, ScopeClosedError, open_scope
+from rope_middleware import AsyncSessionJenny, RopeError, ScopeClosedError, SessionJenny, open_scope
 from rope_middleware.testing import Sandbox
 from tests.kit.sandboxes import COUNT, PLACES, Place, Row, open_place
 from tests.kit.sessions import run_threads
@@ -259,3 +261,34 @@ def test_T3_what_outlives_the_sandbox_is_told_so(jenny: Any) -> None:
     with pytest.raises(ScopeClosedError, match=r"'gone'"):
         session.scalar(COUNT)
     scope.__exit__(None, None, None)
+
+
+def test_T1_a_commit_in_two_phases_is_one_like_any_other(place: Place) -> None:
+    """C7 in a sandbox: nothing is prepared, and nothing is left."""
+    if place.engine.dialect.name == "sqlite":
+        return  # it has none
+    jenny = SessionJenny(sessionmaker(place.engine, twophase=True))
+    with Sandbox(jenny):
+        with open_scope(commit_on_success=True):
+            jenny.session.add(Row(n=1))
+        with pytest.raises(ZeroDivisionError), open_scope(commit_on_success=True):
+            jenny.session.add(Row(n=2))
+            jenny.session.flush()
+            raise ZeroDivisionError
+        with open_scope():
+            assert jenny.session.scalar(COUNT) == 1
+    assert place.rows() == 0
+
+
+@pytest.mark.anyio
+async def test_T1_async_sessions_commit_in_two_phases(place: Place, anyio_backend: str) -> None:
+    """The twin, where the dialect sends them as text."""
+    if place.engine.dialect.name == "sqlite":
+        return
+    jenny = AsyncSessionJenny(async_sessionmaker(place.async_engine, twophase=True))
+    async with Sandbox(jenny):
+        async with open_scope(commit_on_success=True):
+            jenny.session.add(Row(n=1))
+        async with open_scope():
+            assert await jenny.session.scalar(COUNT) == 1
+    assert place.rows() == 0

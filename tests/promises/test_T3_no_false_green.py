@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.pool import NullPool
 
-from rope_middleware import RopeError, ScopeClosedError, open_scope
+from rope_middleware import AsyncSessionJenny, RopeError, ScopeClosedError, open_scope
 from rope_middleware.testing import Sandbox
 from tests.kit.sandboxes import COUNT, PLACES, Child, Parent, Place, Row, open_place
 from tests.kit.waiting import eventually
@@ -317,7 +319,7 @@ async def test_T3_a_commit_that_is_sent_as_text_lasts_no_longer(both: Both) -> N
     [
         "INSERT INTO row (n, name) VALUES (1, 'a; b'); COMMIT; BEGIN",
         "SELECT 1; /* now */ commit",
-        "PREPARE TRANSACTION 'x'",
+        "SELECT 1; PREPARE TRANSACTION 'x'",
     ],
 )
 def test_T3_a_script_that_would_commit_is_not_sent(place: Place, script: str) -> None:
@@ -505,3 +507,36 @@ def test_T0_an_sqlite_file_that_another_sandbox_holds_is_an_error_in_words(place
         with Sandbox(place.jenny, name="two"):
             with pytest.raises(RopeError, match=r"'two'.+'one'.+PostgreSQL"):
                 place.jenny.session.scalar(COUNT)
+
+
+@of("postgresql")
+@pytest.mark.anyio
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg", "psycopg async"])
+async def test_T3_an_aborted_transaction_is_no_success(place: Place, driver: str) -> None:
+    """C3 in a sandbox: the application has swallowed an error, and others have worked meanwhile."""
+    async_engine = create_async_engine(place.engine.url, poolclass=NullPool)
+    jenny: Any = {
+        "psycopg": place.jenny,
+        "asyncpg": place.ajenny,
+        "psycopg async": AsyncSessionJenny(async_sessionmaker(async_engine)),
+    }[driver]
+    is_async = driver != "psycopg"
+
+    async def do(name: str, *args: Any) -> Any:
+        found = getattr(jenny.session, name)(*args)
+        return await found if is_async else found
+
+    async with Sandbox(jenny):
+        for others_work in (False, True):
+            with pytest.raises(RopeError, match=r"abort"):
+                async with open_scope(commit_on_success=True):
+                    jenny.session.add(Row(n=1))
+                    await do("flush")
+                    with pytest.raises(DBAPIError):
+                        await do("execute", text("SELECT 1/0"))
+                    if others_work:
+                        async with open_scope():
+                            assert await do("scalar", COUNT) == 0
+            async with open_scope():
+                assert await do("scalar", COUNT) == 0
+    await async_engine.dispose()
