@@ -93,6 +93,7 @@ HOUSE = (
     "testing.stock",
     "testing.connections",
     "testing.whose",
+    "testing.scopes",
     "testing.sandbox",
     "testing.desk",
     "testing.middleware",

@@ -7,7 +7,7 @@
 The objects, and who calls whom:
 
 - A `Sandbox` is one test's block. It has an `Opened` for each engine that its jennies use, and the
-  scopes of the test's own.
+  scopes of the test's own (scopes).
 - A `Route` (whose) belongs to a jenny, from its first sandbox on. It puts a way on each of the
   jenny's sessions. When a session asks which engine it uses, the way asks the route which sandbox
   the code belongs to (the one that the request names, that of the block, the only one), and that
@@ -21,6 +21,7 @@ The objects, and who calls whom:
 - A `Stock` (connections) keeps an engine's real connections from one sandbox to the next.
 - A lane (lanes) is where statements run: in the calling thread, or, for an async driver, on a loop
   of the sandboxes' own.
+- The watch asks the server, over another connection, who waits for whose row.
 - `SandboxMiddleware` asks a `Desk` which sandbox a request names, and what to answer where it opens
   or ends one. The ContextVar `named` carries it to the route.
 

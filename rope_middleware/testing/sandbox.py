@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import threading
@@ -12,17 +11,14 @@ from weakref import WeakSet
 
 from sqlalchemy.engine import Engine
 
-from rope_middleware.running.finish import finish, running_loop
+from rope_middleware.running.finish import finish
 from rope_middleware.running.threads import in_thread
 from rope_middleware.scope.context import current
-from rope_middleware.scope.ending import aend, end
 from rope_middleware.scope.opening import restore
-from rope_middleware.scope.options import DEFAULT
-from rope_middleware.scope.response import open_as
-from rope_middleware.scope.scope import AsyncScope, Scope
+from rope_middleware.scope.scope import Scope
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.testing.connections import Opened, SandboxEngine
-from rope_middleware.testing.lanes import loop
+from rope_middleware.testing.scopes import OwnScope, OwnScopes
 from rope_middleware.testing.stock import root_of
 from rope_middleware.testing.whose import IsSandbox, block, route_of
 from rope_middleware.testing.words import closed, false
@@ -52,19 +48,6 @@ def by_token(token: str) -> Sandbox | None:
         if secrets.compare_digest(sandbox.token.encode(), told):
             found = sandbox
     return found
-
-
-class _TestScope(AsyncScope):
-    """The scope of a test: for sessions of both kinds, in any thread and loop."""
-
-    @property
-    def _loop(self) -> object:  # type: ignore[override]
-        # The connections of a sandbox do not live on the loop that runs here.
-        return running_loop()
-
-    def has_async_sessions(self) -> bool:
-        """Tell whether its end has to await something."""
-        return any(key.kind.is_async for key in list(self._sessions or ()))
 
 
 class Sandbox:
@@ -105,8 +88,8 @@ class Sandbox:
         self._is_open = False
         self._opened: dict[Engine, Opened] = {}
         self._engines: dict[Engine, SandboxEngine] = {}
-        self._scopes: dict[int, _TestScope] = {}
-        self._own: _TestScope | None = None
+        self._scopes = OwnScopes(self.name, self._claim)
+        self._own: OwnScope | None = None
         self._former: Scope | None = None
         self._token: Token[IsSandbox | None] | None = None
 
@@ -155,16 +138,11 @@ class Sandbox:
         with self._making:
             if not self._is_open:
                 raise closed(self.name)
-            return self._scope(threading.get_ident())
+            return self._scopes.here()
 
-    def _scope(self, thread: int) -> _TestScope:
-        scope = self._scopes.get(thread)
-        if scope is None:
-            scope = self._scopes[thread] = _TestScope()
-            open_as(scope, self.name, DEFAULT)
-            for jenny in self.jennies:
-                route_of(jenny).claim(scope, self)
-        return scope
+    def _claim(self, scope: Scope) -> None:
+        for jenny in self.jennies:
+            route_of(jenny).claim(scope, self)
 
     # Its life
 
@@ -183,11 +161,12 @@ class Sandbox:
     def close(self) -> RopeError | None:
         """Roll everything back; return the error where something was committed meanwhile."""
         found = self._roll_back()
-        for scope in list(self._scopes.values()):
-            if scope.has_async_sessions():
-                asyncio.run_coroutine_threadsafe(aend(scope), loop()).result()
-            else:
-                end(scope)
+        self._scopes.end()
+        return found
+
+    async def _aclose(self) -> RopeError | None:
+        found = await in_thread(lambda _: self._roll_back(), None)
+        await self._scopes.aend()
         return found
 
     def _roll_back(self) -> RopeError | None:
@@ -205,11 +184,11 @@ class Sandbox:
                 found = false(self.name)
         return found
 
-    def _enter(self) -> None:
+    def _enter(self, *, is_async: bool) -> None:
         self.open()
         self._token = block.set(self)
         self._former = current.get(None)
-        self._own = self._scope(threading.get_ident())
+        self._own = self._scopes.here(is_async=is_async)
         current.set(self._own)
 
     def _leave(self) -> None:
@@ -218,7 +197,7 @@ class Sandbox:
         _reset(block, self._token)
 
     def __enter__(self) -> Self:
-        self._enter()
+        self._enter(is_async=False)
         return self
 
     def __exit__(
@@ -234,7 +213,7 @@ class Sandbox:
         _tell(found, error)
 
     async def __aenter__(self) -> Self:
-        self._enter()
+        self._enter(is_async=True)
         return self
 
     async def __aexit__(
@@ -244,7 +223,7 @@ class Sandbox:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            found = await finish(in_thread(lambda _: self.close(), None))
+            found = await finish(self._aclose())
         finally:
             self._leave()
         _tell(found, error)

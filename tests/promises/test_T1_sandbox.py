@@ -8,13 +8,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, text
+from flask import Flask
+from sqlalchemy import create_engine, insert, text
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
-from rope_middleware import AsyncSessionJenny, RopeError, ScopeClosedError, SessionJenny, open_scope
+from rope_middleware import (
+    AsyncSessionJenny,
+    RopeError,
+    RopeMiddleware,
+    ScopeClosedError,
+    SessionJenny,
+    current_scope,
+    open_scope,
+)
 from rope_middleware.testing import Sandbox
-from tests.kit.sandboxes import COUNT, PLACES, Place, Row, open_place
+from tests.kit.sandboxes import COUNT, PLACES, Base, Place, Row, open_place
 from tests.kit.sessions import run_threads
 from tests.servers.mariadb import NoMariaDBError
 
@@ -292,3 +301,44 @@ async def test_T1_async_sessions_commit_in_two_phases(place: Place, anyio_backen
         async with open_scope():
             assert await jenny.session.scalar(COUNT) == 1
     assert place.rows() == 0
+
+
+@pytest.mark.anyio
+async def test_T1_callbacks_of_the_tests_own_scope_run(
+    ajenny: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At its end, async ones in the test's loop; nothing is said of what is meant to be lost."""
+    ended: list[object] = []
+
+    async def on_close() -> None:
+        ended.append(asyncio.get_running_loop())
+
+    async with Sandbox(ajenny):
+        current_scope().on_close(on_close)
+        ajenny.session.add(Row(n=1))
+        await ajenny.session.flush()
+    assert ended == [asyncio.get_running_loop()]
+    with Sandbox(ajenny), pytest.raises(RopeError):
+        current_scope().on_close(on_close)
+    assert not caplog.records
+
+
+def test_T1_an_in_memory_database_of_one_thread() -> None:
+    """SQLAlchemy's default pool for sqlite://, with a client that stays in the thread."""
+    engine = create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    jenny = SessionJenny(sessionmaker(engine))
+    app = Flask(__name__)
+
+    @app.post("/")
+    def add() -> tuple[str, int]:
+        jenny.session.add(Row(n=1))
+        return "", 201
+
+    wrapped = RopeMiddleware(app.wsgi_app, commit_on_success=True)
+    app.wsgi_app = wrapped  # type: ignore[method-assign]
+    for _ in range(2):
+        with Sandbox(jenny):
+            assert app.test_client().post("/").status_code == 201
+            assert jenny.session.scalar(COUNT) == 1
+    engine.dispose()
