@@ -3,14 +3,22 @@
 ``from flask_sqlalchemy_session import ...`` becomes ``from rope_middleware.flask import ...``.
 The session is kept in a `Scope` like any other; only that this scope lies in Flask's ``g``,
 which lives and ends with the application context.
+
+Flask's own context may stay behind: with `stream_with_context` a client hangs up, another thread
+closes the body, and the context of that request stays current in the thread that began it. Later
+requests of the thread find it, take it for theirs, and never tear it down
+(https://github.com/pallets/flask/issues/6123). Such a request keeps its sessions itself.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from weakref import WeakSet, ref
 
 try:
-    from flask import current_app, g, has_app_context
+    from flask import current_app, g, has_app_context, has_request_context, request
     from werkzeug.local import LocalProxy
 except ImportError as _error:
     raise ImportError(
@@ -21,14 +29,16 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.jenny import SessionJenny
 from rope_middleware.rope.rope import ScopeRope
-from rope_middleware.scope.ending import end
+from rope_middleware.scope.ending import detach, end
 from rope_middleware.scope.options import DEFAULT
+from rope_middleware.scope.order import invalidate_failed
 from rope_middleware.scope.response import open_as
-from rope_middleware.scope.scope import Scope, is_over
+from rope_middleware.scope.scope import Scope, is_over, session_of
 from rope_middleware.session.registry import ScopeRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from flask import Flask
 
@@ -38,6 +48,10 @@ _S = TypeVar("_S", bound=Session)
 _T = TypeVar("_T", bound=Any)
 
 _CONTEXT = "_rope_middleware_context"
+_LAST = "_rope_middleware_last"  # in `g`: the last request that ended in this context
+_OWNER = "_rope_middleware_owner"  # in `g` of a context that is torn down: whose it was
+_EXTENSION = "rope_middleware"  # in `app.extensions`: the sessions that were initialised
+_FAR = 20  # frames between a teardown function and the pop() that it is called for
 
 
 class _Context:
@@ -50,10 +64,25 @@ class _Context:
     def __init__(self, name: str) -> None:
         self.scope = Scope()
         open_as(self.scope, name, DEFAULT)
+        _open.add(self)
 
     def __del__(self) -> None:
         if not is_over(self.scope):
             end(self.scope)
+
+
+# What a forked process leaves to its parent: these scopes are not in the ContextVar.
+_open: WeakSet[_Context] = WeakSet()
+
+
+def _after_fork() -> None:
+    for context in list(_open):
+        if not is_over(context.scope):
+            detach(context.scope)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _AppContextRegistry(ScopeRegistry[_T]):
@@ -64,12 +93,23 @@ class _AppContextRegistry(ScopeRegistry[_T]):
     def scope(self) -> Scope | None:
         if not has_app_context():
             return super().scope()
-        context: _Context | None = g.get(_CONTEXT)
+        home = _home()
+        context: _Context | None = home.get(_CONTEXT)
         if context is not None:
             return context.scope
         made = _Context(f"application context of {_app().name}")
         # Two threads may share a context: only one of them sets it.
-        return cast("_Context", g.setdefault(_CONTEXT, made)).scope
+        return cast("_Context", home.setdefault(_CONTEXT, made)).scope
+
+
+def _home() -> Any:
+    """Return what keeps the `_Context`: ``g``, or the request if ``g`` is an earlier request's."""
+    owner: ref[Any] | None = g.get(_OWNER)
+    if owner is not None and has_request_context():
+        current = cast("Any", request)._get_current_object()
+        if owner() is not current:
+            return vars(current)
+    return g
 
 
 class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is documented
@@ -110,14 +150,88 @@ class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is d
         """
         # Where Flask-SQLAlchemy-Session documents it; Flask itself has no such attribute.
         cast("Any", app).scoped_session = self
+        sessions: list[flask_scoped_session[Any]] = app.extensions.setdefault(_EXTENSION, [])
+        if self not in sessions:
+            sessions.append(self)
         if _teardown not in app.teardown_appcontext_funcs:
             app.teardown_appcontext(_teardown)
+            app.teardown_request(_teardown_request)
+
+
+def _teardown_request(_: BaseException | None) -> None:
+    """End what a request keeps itself, and note whose context it ends in."""
+    popped = _being_popped()
+    here = has_request_context()
+    mine = cast("Any", request)._get_current_object() if here else None
+    ended = mine if popped is None else popped.request
+    if ended is mine and ended is not None:
+        if _home() is vars(ended):
+            _end(vars(ended), _app())
+        else:
+            setattr(g, _LAST, ref(ended))
+    elif ended is not None:
+        _end(vars(ended), None)  # by another thread
 
 
 def _teardown(_: BaseException | None) -> None:
-    context: _Context | None = g.pop(_CONTEXT, None)
-    if context is not None:
-        end(context.scope)
+    """End what lies in the ``g`` of the context that is popped.
+
+    Not always the current one: another thread may finalise a streamed body, also one that is
+    within a request of its own.
+    """
+    popped = _being_popped()
+    if popped is None or (has_app_context() and popped.g is cast("Any", g)._get_current_object()):
+        home, app = cast("Any", g)._get_current_object(), _app()
+    else:
+        home, app = popped.g, None
+    owner = home.pop(_LAST, None)
+    if owner is not None:
+        setattr(home, _OWNER, owner)
+    _end(home, app)
+
+
+def _end(home: Any, app: Flask | None) -> None:
+    """End the scope that `home` keeps.
+
+    Args:
+        home: what keeps it.
+        app: whose sessions are removed first, as documented. None: they would be the sessions of
+            another context.
+    """
+    try:
+        for session in () if app is None else app.extensions[_EXTENSION]:
+            _remove(session, home)
+    finally:
+        context: _Context | None = home.pop(_CONTEXT, None)
+        if context is not None:
+            end(context.scope)
+
+
+def _remove(session: flask_scoped_session[Any], home: Any) -> None:
+    """Call the documented `remove`, which may be a subclass's."""
+    context: _Context | None = home.get(_CONTEXT)
+    made = None if context is None else session_of(context.scope, session.registry)
+    try:
+        session.remove()
+    except Exception as error:
+        if context is None or made is None:
+            raise
+        invalidate_failed(context.scope, session.registry.kind, made, error)
+
+
+def _being_popped() -> Any:
+    """Return the context that a teardown function is called for; None where that cannot be seen.
+
+    Flask does not tell it, and the current one may be another one: see `_teardown`.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_FAR):
+        if frame is None:
+            break
+        if frame.f_code.co_name == "pop" and frame.f_globals.get("__name__") == "flask.ctx":
+            return frame.f_locals.get("self")
+        frame = frame.f_back
+    return None
 
 
 def _app() -> Flask:
