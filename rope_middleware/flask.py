@@ -106,9 +106,9 @@ def _home() -> Any:
     """Return what keeps the `_Context`: ``g``, or the request if ``g`` is an earlier request's."""
     owner: ref[Any] | None = g.get(_OWNER)
     if owner is not None and has_request_context():
-        current = cast("Any", request)._get_current_object()
+        current: Any = cast("Any", request)._get_current_object()
         if owner() is not current:
-            return vars(current)
+            return cast("dict[str, Any]", vars(current))
     return g
 
 
