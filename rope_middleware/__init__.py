@@ -17,6 +17,7 @@ from rope_middleware.middleware import RopeMiddleware
 from rope_middleware.rope.rope import SessionRope
 from rope_middleware.scope.opening import current_scope, open_scope
 from rope_middleware.scope.scope import Scope
+from rope_middleware.session.holders import holders
 from rope_middleware.wsgi import WSGIRopeMiddleware
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "SessionRope",
     "WSGIRopeMiddleware",
     "current_scope",
+    "holders",
     "open_scope",
 ]
 

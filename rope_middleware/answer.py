@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from rope_middleware.protocols import Veto
 from rope_middleware.scope.outcome import has_refused
-from rope_middleware.scope.response import is_doomed, options_now
+from rope_middleware.scope.response import doom_rest, is_doomed, options_now
 from rope_middleware.scope.scope import Scope
 
 __all__ = [
@@ -147,6 +147,7 @@ class Gate:
             return bool(veto(status, headers()))
         except BaseException:
             self.state = FAILED  # nobody knows whether it may commit
+            doom_rest(self._scope)
             raise
 
     def why_not(self) -> str:

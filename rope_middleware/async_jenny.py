@@ -22,6 +22,7 @@ from rope_middleware.session.registry import (
     ScopeRegistry,
     StrictRegistry,
     check_session,
+    tying,
     use_replicas,
 )
 from rope_middleware.session.release import has_connection, inner_session, release
@@ -146,7 +147,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         if scopefunc is None or strict:
             outside = StrictRegistry(create, _NO_ASYNC_ROPE)
         else:
-            outside = ScopedRegistry(create, scopefunc)
+            outside = ScopedRegistry(tying(lambda: self.registry.kind, create), scopefunc)
         self.registry = AsyncScopeRegistry(  # pyright: ignore[reportIncompatibleVariableOverride]
             create, outside
         )

@@ -19,6 +19,7 @@ __all__ = [
     "in_doubt",
     "no_scope",
     "other_loop",
+    "pool_deadlock",
     "sync_scope",
 ]
 
@@ -155,4 +156,20 @@ def in_doubt(name: str, why: str) -> CommitInDoubtError:
         f"The commit of {name!r} is in doubt: the connection was lost after COMMIT was sent and "
         f"before its answer came, and {why}. It may stand, or not: look for its rows before you "
         "do the work again."
+    )
+
+
+def pool_deadlock(engine: str, size: int, holders: str) -> PoolDeadlockError:
+    """Make the error for whoever would wait for a connection for ever.
+
+    Args:
+        engine: the URL of the pool's engine.
+        size: how many connections the pool gives.
+        holders: who holds them, a row each.
+    """
+    return PoolDeadlockError(
+        f"Every connection of the pool of {engine} ({size} at most) is held by a thread or task "
+        "that itself waits for another one, so none would ever come back. Give back the outer "
+        "connection before an inner scope asks for one: commit() or rollback(). Or make the pool "
+        f"larger than the number of such requests at once.\n{holders}"
     )

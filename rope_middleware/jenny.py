@@ -24,6 +24,7 @@ from rope_middleware.session.registry import (
     StrictRegistry,
     check_session,
     listen_to_factory,
+    tying,
     use_replicas,
 )
 from rope_middleware.session.release import inner_session, release
@@ -89,7 +90,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         if strict:
             outside = StrictRegistry(create)
         elif scopefunc is not None:
-            outside = ScopedRegistry(create, scopefunc)
+            outside = ScopedRegistry(tying(lambda: self.registry.kind, create), scopefunc)
         else:
             outside = RopeRegistry(create, self.create_rope_name, self._ropes)
         self.registry = ScopeRegistry(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -225,7 +226,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         self._callback = callback
 
     def _outside(self) -> RopeRegistry[_S] | None:
-        """Return where ropes are found and tied; None where there are none."""
+        """Return where ropes are found and set; None where there are none."""
         if self.registry.scope() is not None:
             return None
         outside = self.registry.outside

@@ -15,6 +15,7 @@ from sqlalchemy.orm import sessionmaker
 from rope_middleware import SessionJenny
 from tests.kit.engines import MakeEngine, counter_engine
 from tests.kit.leaks import LostConnections, no_scope_here, nothing_checked_out, open_scopes
+from tests.kit.said import Said, listening
 from tests.kit.sessions import Jenny
 from tests.kit.waiting import eventually
 
@@ -54,6 +55,15 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """What comes now may ask the garbage collector for its objects."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def said(request: pytest.FixtureRequest) -> Iterator[Said]:
+    """Fail a test in which the package tells of a misuse, unless it is marked as `told`."""
+    with listening() as said:
+        yield said
+    if request.node.get_closest_marker("told") is None:
+        assert not said.unexpected, "the package tells of a misuse; mark the test as `told`?"
 
 
 @pytest.fixture

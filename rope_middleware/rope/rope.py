@@ -19,6 +19,7 @@ from rope_middleware.scope.context import logger
 from rope_middleware.session.closing import close, detach
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.tie import listen_to, tie_of, tie_to
+from rope_middleware.session.unsaved import tell_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,6 +107,7 @@ class SessionRope(Generic[_T]):
         session, self._session = self._session, None
         if session is not None:
             try:
+                _tell_lost(session)
                 self._end(session)
             except Exception:
                 logger.exception("closing the session of a rope failed")
@@ -180,6 +182,12 @@ class OwnRope(SessionRope[_T]):
 
     def _end(self, session: _T) -> None:
         _close(session)
+
+
+def _tell_lost(session: Any) -> None:
+    tie = tie_of(session) if isinstance(session, Session) else None
+    if tie is not None and tie.scope is None:
+        tell_lost(tie, session)
 
 
 def _watched(session: _T) -> _T:

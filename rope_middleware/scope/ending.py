@@ -230,6 +230,7 @@ def end_closing(scope: Scope) -> None:
 
 def explain(scope: Scope, error: BaseException) -> None:
     """Let the kinds of the scope's sessions add notes to an error that leaves the scope."""
+    scope._has_failed = True
     for key in list(scope._sessions or ()):
         key.kind.explain(error)
     if scope._cuts_results and isinstance(error, Exception):

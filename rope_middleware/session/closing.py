@@ -20,6 +20,7 @@ from rope_middleware.running.finish import running_loop
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.session.connections import connections_out, invalidate_all
 from rope_middleware.session.tie import Tie, refuse_late, tie_of
+from rope_middleware.session.unsaved import tell_lost
 from rope_middleware.session.written import notes_of
 
 __all__ = [
@@ -75,8 +76,11 @@ def close(session: Session) -> None:
         BaseException: what ``session.close()`` raised.
     """
     tie = tie_of(session)
-    if tie is not None and tie.flush is not None:
-        _wait_for_flush(session, tie)
+    if tie is not None:
+        if tie.flush is not None:
+            _wait_for_flush(session, tie)
+        if tie.scope is not None and not tie.is_removed:
+            tell_lost(tie, session)
     try:
         _reset(session)
     except BaseException as error:
@@ -91,7 +95,7 @@ def close(session: Session) -> None:
         # in the application's hands, and its transaction has forgotten its connections.
         if tie.connections:
             invalidate_all([c for c in tie.connections if not c.closed])
-        tie.transaction = tie.flush = None  # they refer to the session: a cycle
+        tie.transaction = tie.flush = tie.written = None  # they refer to the session: a cycle
 
 
 def discard(session: Session) -> None:
@@ -99,7 +103,7 @@ def discard(session: Session) -> None:
     _reset(session)
     tie = tie_of(session)
     if tie is not None:
-        tie.transaction = tie.flush = None
+        tie.transaction = tie.flush = tie.written = None
 
 
 def invalidate(session: Session) -> None:

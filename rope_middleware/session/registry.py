@@ -28,7 +28,14 @@ from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.tie import keep_also, listen, listen_to, tie_of, tie_to
 
-__all__ = ["ScopeRegistry", "StrictRegistry", "check_session", "listen_to_factory", "use_replicas"]
+__all__ = [
+    "ScopeRegistry",
+    "StrictRegistry",
+    "check_session",
+    "listen_to_factory",
+    "tying",
+    "use_replicas",
+]
 
 _T = TypeVar("_T")
 
@@ -157,6 +164,25 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         tie = _tie_of(self.kind, session)
         if tie is not None:
             keep_also(tie, session)
+
+
+def tying(kind: Callable[[], SyncKind], create: Callable[..., _T]) -> Callable[..., _T]:
+    """Make `create` tie its sessions to no scope: they are known while they have something open.
+
+    Args:
+        kind: gives what they are, once one is made.
+        create: makes the sessions of a user's own scopefunc.
+    """
+
+    def create_tied(**kw: Any) -> _T:
+        session = create(**kw)
+        inner: Session | None = kind().inner(session)
+        if inner is not None and tie_of(inner) is None:
+            listen_to(inner)
+            tie_to(inner, None, kind())
+        return session
+
+    return create_tied
 
 
 def _tie_of(kind: SessionKind, session: Any) -> Any:

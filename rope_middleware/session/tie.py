@@ -8,9 +8,10 @@ of a small request.
 from __future__ import annotations
 
 import threading
+from asyncio import Task
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
-from weakref import WeakSet
+from weakref import ReferenceType, WeakSet
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
@@ -30,7 +31,16 @@ from rope_middleware.scope.scope import (
     registries_of,
     require_open,
 )
+from rope_middleware.session.begun import note_begin
 from rope_middleware.session.connections import connections_out, made_connections
+from rope_middleware.session.lines import Line
+from rope_middleware.session.unsaved import (
+    Written,
+    forget_committed,
+    forget_rolled_back,
+    note_flush,
+)
+from rope_middleware.session.waits import put_door
 from rope_middleware.session.written import watch, watch_binds
 
 __all__ = [
@@ -50,19 +60,26 @@ _TIE = "_rope_middleware_tie"
 # sessionmaker makes a class each time.
 _listening_to: WeakSet[type[Session]] = WeakSet()
 _listening = threading.Lock()
+_late: WeakSet[type[Session]] = WeakSet()
 
 
 class Tie:
     """What a session must know of where it comes from; an attribute of the session."""
 
     __slots__ = (
+        "__weakref__",
         "connections",
         "flush",
         "follow",
         "is_removed",
         "kind",
+        "line",
         "scope",
+        "since",
+        "task",
+        "thread",
         "transaction",
+        "written",
     )
 
     scope: Scope | None
@@ -72,6 +89,12 @@ class Tie:
     connections: Sequence[Connection]  # of earlier ones, where an end has failed
     flush: tuple[SessionTransaction, int] | None  # the last one, and the thread it ran in
     follow: Callable[[Collection[Connection]], None] | None  # called after each commit: see R3
+    # Of the last transaction: see `begun`.
+    line: Line | None
+    since: float
+    thread: int
+    task: ReferenceType[Task[Any]] | None
+    written: Written | None  # and neither committed nor rolled back
 
 
 def tie_to(session: Session, scope: Scope | None = None, kind: SessionKind | None = None) -> Tie:
@@ -85,8 +108,10 @@ def tie_to(session: Session, scope: Scope | None = None, kind: SessionKind | Non
     tie.is_removed = False
     tie.transaction = session.get_transaction()  # a factory may have begun one
     tie.connections = ()
-    tie.flush = None
     tie.follow = None
+    tie.flush = tie.line = tie.task = tie.written = None
+    if tie.transaction is not None:
+        note_begin(tie, 2)
     return tie
 
 
@@ -118,12 +143,15 @@ def listen(session_class: type[Session]) -> None:
             _listen(session_class)
             if session_class.get_bind is not Session.get_bind:
                 watch_binds(session_class)
+                _listen_late(session_class)
             _listening_to.add(session_class)
 
 
 def _listen(target: type[Session] | Session) -> None:
     event.listen(target, "after_transaction_create", _on_begin)
     event.listen(target, "after_commit", _on_commit)
+    event.listen(target, "after_rollback", _on_rollback)
+    event.listen(target, "after_flush", _on_flush)
 
 
 MOST_CLASSES = 8  # that are listened to only because a session of theirs came along
@@ -179,6 +207,25 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
             keep_also(tie, tie.kind.handed_out(session))
         if tie.kind.is_async:
             _check_begin(session, transaction, cast("AsyncScope", scope))
+    if transaction.parent is None and (tie.kind is not None or scope is None):
+        tie.written = None  # of one that the application has closed
+        note_begin(tie)
+        bind = session.bind
+        if bind is None:
+            _listen_late(type(session))
+        else:
+            put_door(bind.engine)
+
+
+def _listen_late(session_class: type[Session]) -> None:
+    """Learn the engines of sessions whose `bind` does not tell them."""
+    if session_class not in _late:
+        _late.add(session_class)
+        event.listen(session_class, "after_begin", _on_connection)
+
+
+def _on_connection(_: Session, __: SessionTransaction, connection: Connection) -> None:
+    put_door(connection.engine)
 
 
 def _adopted(session: Session) -> Tie | None:
@@ -222,10 +269,25 @@ def refuse_late(session: Session, transaction: SessionTransaction, connection: C
 def _on_commit(session: Session) -> None:
     """Tell the scope that something is committed."""
     tie: Tie | None = session.__dict__.get(_TIE)
-    if tie is None or tie.scope is None or session.in_nested_transaction():
+    if tie is None:
+        return
+    forget_committed(tie, session)
+    if tie.scope is None or session.in_nested_transaction():
         return
     made = made_connections(tie.transaction)
     if tie.connections or made:
         note_commit(tie.scope)
         if tie.follow is not None:
             tie.follow(made)
+
+
+def _on_rollback(session: Session) -> None:
+    tie: Tie | None = session.__dict__.get(_TIE)
+    if tie is not None:
+        forget_rolled_back(tie, session)
+
+
+def _on_flush(session: Session, _: object) -> None:
+    tie: Tie | None = session.__dict__.get(_TIE)
+    if tie is not None:
+        note_flush(tie, session)

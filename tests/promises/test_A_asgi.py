@@ -258,6 +258,7 @@ async def test_A4_a_client_that_leaves_a_stream_gives_the_connection_back(store:
     assert store.held() == 0
 
 
+@pytest.mark.told
 @pytest.mark.parametrize("commits", [False, True])
 async def test_A4_fastapi_dependencies_share_the_scope(store: Store, commits: bool) -> None:
     """A dependency with `yield`, a sync one in a thread, the view and a background task."""

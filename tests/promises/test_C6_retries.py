@@ -142,6 +142,7 @@ def test_C6_another_error_is_not_tried_again(web: Web, frame: str) -> None:
     assert (answer.seen, len(tries)) == (500, 1)
 
 
+@pytest.mark.told
 def test_C6_a_plain_500_is_not_tried_again(web: Web) -> None:
     """Without a refused transaction a 5xx is the application's own business."""
     tries: list[int] = []

@@ -27,6 +27,7 @@ from tests.kit.web import Exchange, Web
 from tests.kit.wsgi import HEADERS, Server
 
 
+@pytest.mark.told
 def test_C1_the_application_commits_and_the_rest_is_rolled_back(
     jenny: SessionJenny[Session], engine: Engine
 ) -> None:
@@ -46,6 +47,7 @@ def test_C1_the_application_commits_and_the_rest_is_rolled_back(
         assert session.scalars(select(Row.name)).all() == ["kept"]
 
 
+@pytest.mark.told
 def test_C1_what_is_committed_stays_and_the_rest_is_rolled_back(web: Web) -> None:
     """Without the option the application's own commit counts, and nothing after it."""
 
@@ -340,6 +342,7 @@ def test_C2_a_cancelled_request_commits_nothing(tmp_path: Path) -> None:
     web.close()
 
 
+@pytest.mark.told
 def test_C2_a_wsgi_body_that_is_dropped_without_close_commits_no_more(tmp_path: Path) -> None:
     """What was written after the start goes when the server forgets the body."""
     web = Web("wsgi", tmp_path / "drop.db")
@@ -414,6 +417,7 @@ def test_C2_the_write_callable_commits_before_it_writes(tmp_path: Path) -> None:
     web.close()
 
 
+@pytest.mark.told
 def test_C2_open_scope_commits_when_the_block_ends_without_an_error(tmp_path: Path) -> None:
     """`with open_scope(commit_on_success=True)` is one transaction."""
     web = Web("wsgi", tmp_path / "with.db")
@@ -436,6 +440,7 @@ def test_C2_open_scope_commits_when_the_block_ends_without_an_error(tmp_path: Pa
     web.close()
 
 
+@pytest.mark.told
 def test_C2_async_open_scope_commits_when_the_block_ends_without_an_error(tmp_path: Path) -> None:
     """`async with open_scope(commit_on_success=True)` is one transaction."""
     web = Web("asgi-async", tmp_path / "with.db")

@@ -434,6 +434,7 @@ def test_J1_factory_boy(
         assert session.scalar(select(func.count()).select_from(Data)) == 5
 
 
+@pytest.mark.told
 def test_J1_factory_boy_get_or_create(jenny: Jenny, engine: Engine, around: Around) -> None:
     """Its options that ask the database work, too."""
 

@@ -115,6 +115,7 @@ def test_R1_no_transaction_is_opened_and_none_is_ended(reader: Reader) -> None:
     reader.run(body)
 
 
+@pytest.mark.told
 def test_R1_the_next_one_has_its_transaction_again(reader: Reader) -> None:
     """The connection comes back to the pool as it was: others begin, commit and roll back."""
 

@@ -68,6 +68,7 @@ WRITES: dict[str, tuple[Callable[[Session], Any], str]] = {
 }
 
 
+@pytest.mark.told
 @pytest.mark.parametrize("what", WRITES)
 def test_R1_what_would_write_is_refused(web: Web, what: str) -> None:
     """The error says what would write, where, and how to write; no row is there."""
@@ -99,6 +100,7 @@ def test_R1_what_would_write_is_refused(web: Web, what: str) -> None:
     assert web.store.rows() == [1]
 
 
+@pytest.mark.told
 def test_R1_the_error_names_the_line_that_added(web: Web) -> None:
     """A flush happens anywhere; what helps is the line that made the change."""
     met: list[str] = []
@@ -184,6 +186,7 @@ async def _get(web: Web, n: int) -> Any:
     return await found if web.store.is_async else found
 
 
+@pytest.mark.told
 def test_R1_an_inner_open_scope_writes(web: Web) -> None:
     """It is a scope of its own, and writes unless it says otherwise; the outer one still reads."""
 
@@ -278,6 +281,7 @@ def test_R1_several_engines_read_only(make_engine: Any, how: str) -> None:
             jenny.session.execute(text("DELETE FROM data"), bind_arguments={"bind": second})
 
 
+@pytest.mark.told
 def test_R1_a_connection_that_is_lent_stays_in_its_transaction(engine: Engine) -> None:
     """A read-only scope reads in the application's transaction, and refuses all the same."""
     with engine.connect() as connection, connection.begin():

@@ -43,6 +43,7 @@ from tests.kit.wsgi import BODIES, HEADERS, Probe, Server, Wrap, served
 pytestmark = pytest.mark.anyio
 
 
+@pytest.mark.told
 def test_S3_a_return_gives_everything_back(jenny: Jenny, engine: Engine, way: Way) -> None:
     """The connection is back, the scope closed, and what was not committed is rolled back."""
 
@@ -283,6 +284,7 @@ def test_S3_a_begun_session_whose_close_fails_is_given_back(engine: Engine) -> N
     assert out == 0
 
 
+@pytest.mark.told
 def test_S3_nested_transactions_are_given_back(make_engine: MakeEngine) -> None:
     """Savepoints that are open at the end go with the rest."""
     engine = make_engine(writer=True)

@@ -599,6 +599,7 @@ def test_S4_a_body_used_after_its_close(
     assert no_scope_here()
 
 
+@pytest.mark.told
 def test_S4_the_end_waits_for_a_flush_of_another_thread(
     jenny: SessionJenny[Session], engine: Engine
 ) -> None:

@@ -309,6 +309,7 @@ def test_S5_async_functions_are_refused_in_a_wsgi_scope() -> None:
     assert all("async" in each for each in texts)
 
 
+@pytest.mark.told
 @pytest.mark.parametrize("outcome", ["success", "client error", "raises"])
 @pytest.mark.parametrize("commits", [False, True])
 def test_S5_commit_on_close_runs_once_newest_first_when_the_sessions_are_closed(
@@ -361,6 +362,7 @@ def test_S5_an_error_in_on_close_is_logged_and_the_others_still_run(
     assert web.store.rows() == [1]
 
 
+@pytest.mark.told
 def test_S5_async_on_close_only_in_async_scopes(web: Web) -> None:
     """Awaited under ASGI, refused at registration in WSGI and in a sync `open_scope()`."""
     order: list[Any] = []

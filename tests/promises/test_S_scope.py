@@ -47,13 +47,13 @@ def test_S1_the_session_of_a_scope_that_is_gone_never_comes_back(engine: Engine)
     """A scope at the address of an earlier one has a session of its own."""
     addresses: set[int] = set()
     made: list[int] = []
-    plain = sessionmaker(engine)
 
-    def factory() -> Session:
-        made.append(1)
-        return plain()
+    class Counted(Session):
+        def __init__(self, *args: Any, **kw: Any) -> None:
+            made.append(1)
+            super().__init__(*args, **kw)
 
-    jenny = SessionJenny(factory)
+    jenny = SessionJenny(sessionmaker(engine, class_=Counted))
     for _ in range(200):
         with open_scope() as scope:
             addresses.add(id(scope))

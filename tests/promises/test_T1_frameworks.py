@@ -400,6 +400,7 @@ async def test_T1_release_gives_back_what_this_session_has_only_read(place: Plac
             assert await place.ajenny.session.scalar(COUNT) == 1
 
 
+@pytest.mark.told
 @pytest.mark.anyio
 async def test_T1_read_only_scopes_read_the_same_transaction(place: Place) -> None:
     """They see what is committed in the sandbox, hold nobody up, and refuse to write."""

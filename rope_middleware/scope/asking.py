@@ -1,0 +1,34 @@
+"""What is asked of a scope where somebody is told something: never on the path of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rope_middleware.scope.scope import AsyncScope, Scope
+
+__all__ = ["expects_nothing", "is_async", "loop_of", "with_outer"]
+
+
+def expects_nothing(scope: Scope) -> bool:
+    """Tell whether nobody expects changes in `scope` to stay.
+
+    An error has left it, it is doomed, or the database has refused them (and another try follows).
+    """
+    return scope._doomed or scope._has_failed or scope._refused is not None
+
+
+def is_async(scope: Scope) -> bool:
+    """Tell whether `scope` was opened by async code."""
+    return scope._is_async
+
+
+def loop_of(scope: Scope) -> object:
+    """Return the event loop that `scope` is known to belong to, or None."""
+    return scope._loop if isinstance(scope, AsyncScope) else None
+
+
+def with_outer(scope: Scope | None) -> Iterator[Scope]:
+    """Give `scope` and the scopes around it, the innermost first."""
+    while scope is not None:
+        yield scope
+        scope = None if scope._outer is None else scope._outer()

@@ -1,0 +1,92 @@
+"""The list of open transactions: since when, from which line, by which thread or task.
+
+It is written at each begin, so it has to be cheap, and it keeps nothing alive: a tie is listed by a
+weak reference, a line is a code object and a number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from rope_middleware.session.lines import application_line
+
+if TYPE_CHECKING:
+    from rope_middleware.session.tie import Tie
+
+__all__ = ["Strand", "is_open", "note_begin", "open_ties", "strand", "strand_of"]
+
+Strand = object
+"""What runs, and can wait for a connection: a task of asyncio, or the ident of a thread."""
+
+# Above `note_begin` and its caller there are always frames of SQLAlchemy's, on 2.0 and 2.1: the
+# event's call, SessionTransaction.__init__, Session._autobegin_t.
+_DEPTH = 6
+
+_ties: set[ref[Tie]] = set()
+
+
+def note_begin(tie: Tie, depth: int = _DEPTH) -> None:
+    """Write down that the session of `tie` begins a transaction here.
+
+    Args:
+        tie: the session's.
+        depth: how many frames from here on are surely not the application's.
+    """
+    if tie.line is None:
+        _ties.add(ref(tie, _ties.discard))
+    tie.since = monotonic()
+    tie.line = application_line(depth)
+    tie.thread = threading.get_ident()
+    kind = tie.kind
+    tie.task = None if kind is None or not kind.is_async else _task_ref()
+
+
+def _task_ref() -> ref[asyncio.Task[Any]] | None:
+    task = _task()
+    return None if task is None else ref(task)
+
+
+def _task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # an AsyncSession outside of any loop: add() begins a transaction, too
+        return None
+
+
+def strand(is_async: bool) -> Strand:
+    """Return what runs here. A thread for a sync session on an event loop: the loop waits, too."""
+    return (_task() if is_async else None) or threading.get_ident()
+
+
+def strand_of(tie: Tie) -> Strand | None:
+    """Return what has begun the transaction of `tie`; None for a task that is gone."""
+    return tie.thread if tie.task is None else tie.task()
+
+
+def open_ties() -> list[Tie]:
+    """Return the ties of all sessions that have a transaction open, the oldest first."""
+    ties = [tie for one in _listed() if (tie := one()) is not None and is_open(tie)]
+    return sorted(ties, key=lambda tie: tie.since)
+
+
+def _listed() -> list[ref[Tie]]:
+    while True:
+        try:
+            return list(_ties)
+        except RuntimeError:  # the list has changed meanwhile
+            continue
+
+
+def is_open(tie: Tie) -> bool:
+    """Tell whether the transaction that `tie` has begun last is still open."""
+    transaction = tie.transaction
+    return transaction is not None and transaction.session.get_transaction() is transaction
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_ties.clear)  # it is the parent's

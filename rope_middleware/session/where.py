@@ -1,0 +1,137 @@
+"""Where the work on an open transaction is now: the line of its task or thread.
+
+Asked for where somebody wants to read it, never on the path of a request. Frames are looked at and
+released at once: a frame that is kept keeps the variables of a request, and the rope in them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from contextvars import Context
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rope_middleware.scope.asking import is_async, loop_of
+from rope_middleware.scope.context import current
+from rope_middleware.session.lines import (
+    Line,
+    frames_of_task,
+    is_applications,
+    is_in_sqlalchemy,
+    is_ours,
+    line_of,
+)
+
+if TYPE_CHECKING:
+    from rope_middleware.scope.scope import Scope
+    from rope_middleware.session.tie import Tie
+
+__all__ = ["is_in_call", "now"]
+
+
+def now(tie: Tie) -> Line | None:
+    """Return the application's line where the work on the transaction of `tie` is, or was last."""
+    for frames in _stacks(tie):
+        line = line_of(frames, tie.line)
+        if line is not None:
+            return line
+    return tie.line
+
+
+def is_in_call(tie: Tie) -> bool:
+    """Tell whether the work on the transaction of `tie` is inside of a call of SQLAlchemy's."""
+    return any(is_in_sqlalchemy(frames) for frames in _stacks(tie))
+
+
+def _stacks(tie: Tie) -> Iterator[list[FrameType]]:
+    """Give the stacks of what works on the transaction, the likeliest first."""
+    scope = tie.scope
+    task = None if tie.task is None else tie.task()
+    if task is not None:
+        yield frames_of_task(task)
+    elif scope is None or not is_async(scope):
+        yield _thread(tie.thread) or _greenlet(tie.thread)
+    if scope is not None and is_async(scope):
+        # The work may have gone on elsewhere: in another thread of the pool, or in a task that
+        # the framework has started for a stream.
+        yield from _threads_of(scope, tie.thread)
+        yield from _tasks_of(scope)
+
+
+def _stack(frame: FrameType | None) -> list[FrameType]:
+    """Return `frame` and what called it, but none of our own: that would be a cycle."""
+    frames: list[FrameType] = []
+    while frame is not None:
+        if not is_ours(frame):
+            frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _thread(ident: int) -> list[FrameType]:
+    if ident == threading.get_ident():
+        return _stack(sys._getframe())  # noqa: SLF001
+    return _stack(_other_threads().get(ident))
+
+
+def _other_threads() -> dict[int, FrameType]:
+    threads = sys._current_frames()  # noqa: SLF001 - the only way, and documented
+    threads.pop(threading.get_ident(), None)  # a cycle
+    return threads
+
+
+def _greenlet(ident: int) -> list[FrameType]:
+    """Return the stack of a greenlet of gevent's or eventlet's, whose ident is its id."""
+    if "gevent" not in sys.modules and "eventlet" not in sys.modules:
+        return []
+    greenlet: Any = sys.modules["greenlet"].greenlet
+    for thing in gc.get_objects():
+        if id(thing) == ident and isinstance(thing, greenlet):
+            return _stack(thing.gr_frame)
+    return []
+
+
+def _threads_of(scope: Scope, first: int) -> Iterator[list[FrameType]]:
+    """Give the stacks of the threads that work in `scope`.
+
+    A thread's context cannot be asked for from outside. But whoever runs something in a context
+    (anyio, asgiref, asyncio.to_thread) has it in a local variable.
+    """
+    if current.get(None) is scope:
+        yield _thread(threading.get_ident())
+    threads = _other_threads()
+    for ident in sorted(threads, key=lambda ident: ident != first):
+        frames = _stack(threads[ident])
+        if any(_runs_in(frame, scope) for frame in frames):
+            yield frames
+
+
+def _runs_in(frame: FrameType, scope: Scope) -> bool:
+    """Tell whether `frame`, of a library, runs something in the context of `scope`."""
+    if not frame.f_code.co_flags & inspect.CO_OPTIMIZED or is_applications(frame):
+        return False
+    variables = frame.f_locals
+    found = any(
+        type(value) is Context and value.get(current) is scope for value in list(variables.values())
+    )
+    if _COPIES:
+        variables.clear()
+    return found
+
+
+# Before Python 3.13 what is read is a copy that stays in the frame, and keeps what it refers to.
+_COPIES = sys.version_info < (3, 13)
+
+
+def _tasks_of(scope: Scope) -> Iterator[list[FrameType]]:
+    """Give the stacks of the tasks that work in `scope`; from Python 3.12 on they tell it."""
+    loop: Any = loop_of(scope)
+    tasks: Any = () if loop is None or sys.version_info < (3, 12) else asyncio.all_tasks(loop)
+    for task in tasks:
+        if task.get_context().get(current) is scope:
+            yield frames_of_task(task)

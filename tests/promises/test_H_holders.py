@@ -1,0 +1,326 @@
+"""H1, H2: who holds the connections, in a list and in the pool's time-out."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import QueuePool
+
+from rope_middleware import AsyncSessionJenny, SessionJenny, SessionRope, holders, open_scope
+from tests.kit.engines import MakeEngine, small_async_engine
+from tests.kit.leaks import nothing_checked_out
+from tests.kit.models import Row
+from tests.kit.planted import Async, Sync, cancelled, line_of
+from tests.kit.said import Said
+from tests.kit.sessions import SELECT, Jenny, run_threads, touch
+from tests.kit.waiting import eventually, poll
+
+pytestmark = pytest.mark.anyio
+
+
+def here(back: int = 1) -> str:
+    """Return the caller's line, or the one so many lines before it."""
+    import sys
+
+    return f"{Path(__file__).name}:{sys._getframe(1).f_lineno - back}"
+
+
+def test_H1_an_open_transaction_is_listed_until_it_ends(jenny: Jenny) -> None:
+    """Scope, engine, seconds, the line that began it: from the begin on, and not after it."""
+    assert holders() == ()
+    with open_scope("import"):
+        assert holders() == ()
+        touch(jenny)
+        jenny.session.commit()
+        assert holders() == ()
+        jenny.session.execute(SELECT)
+        began = here()
+        (holder,) = holders()
+        assert (holder.scope, holder.began, holder.waiting) == ("import", began, False)
+        assert holder.now == here(2)
+        assert 0 <= holder.seconds < 60
+        assert holder.engine == str(jenny.session.bind.engine.url)  # type: ignore[union-attr]
+    assert holders() == ()
+
+
+def test_H1_it_is_a_table_with_a_row_for_each(jenny: Jenny) -> None:
+    """`str()` shows a head and a row for each, without a value of any statement."""
+    assert str(holders()) == "no transaction is open"
+    with open_scope("one"):
+        touch(jenny)
+        with open_scope("another"):
+            jenny.session.add(Row(n=1, name="secret"))
+            jenny.session.flush()
+            head, one, another = str(holders()).splitlines()
+            jenny.session.rollback()
+    assert head.split() == ["scope", "engine", "seconds", "began", "now", "connection"]
+    assert one.startswith("one ") and another.startswith("another ")
+    assert one.endswith("held") and "secret" not in another
+
+
+def test_H1_the_password_is_not_told() -> None:
+    """An engine's URL is shown without its password and its query."""
+    engine = create_engine("postgresql+psycopg://ann:swordfish@db/shop?sslpassword=swordfish")
+    jenny = SessionJenny(sessionmaker(engine))
+    with open_scope():
+        jenny.session.begin()
+        (holder,) = holders()
+    assert holder.engine == "postgresql+psycopg://ann@db/shop"
+
+
+def test_H1_it_tells_who_has_none_yet_and_who_waits(make_engine: MakeEngine) -> None:
+    """Added objects need no connection yet; who stands before an empty pool waits."""
+    jenny = SessionJenny(sessionmaker(make_engine(1)))
+    leave = threading.Event()
+
+    def wait() -> None:
+        with open_scope("waits"):
+            jenny.session.execute(SELECT)
+
+    def hold() -> None:
+        with open_scope("holds"):
+            touch(jenny)
+            thread = threading.Thread(target=wait)
+            thread.start()
+            with open_scope("adds"):
+                jenny.session.add(Row(n=1))
+                eventually(lambda: any(one.waiting for one in holders()), "somebody waits")
+                found.update({one.scope: one.connection for one in holders()})
+                jenny.session.rollback()
+        thread.join()
+        leave.set()
+
+    found: dict[str, str] = {}
+    run_threads([hold])
+    assert leave.is_set()
+    assert found == {"holds": "held", "adds": "none yet", "waits": "waited for"}
+    assert holders() == ()
+
+
+@pytest.mark.parametrize("kind", sorted(Sync(None, int, threading.Event()).kinds()))
+def test_H1_every_way_to_hold_is_listed(make_engine: MakeEngine, kind: str) -> None:
+    """Requests, streams, blocks, threads, ropes: by the line that began, while they hold."""
+    jenny = SessionJenny(sessionmaker(make_engine()))
+    ready, leave = threading.Event(), threading.Event()
+    thread = threading.Thread(target=Sync(jenny, ready.set, leave).kinds()[kind])
+    thread.start()
+    assert ready.wait(60)
+    try:
+        (holder,) = holders()
+        assert holder.began == line_of(kind)
+        assert holder.now.startswith("planted.py:")
+        assert (holder.scope == "no scope") == (kind == "rope")
+    finally:
+        leave.set()
+        thread.join()
+    assert holders() == ()
+
+
+@pytest.mark.parametrize("kind", sorted(Async(None, int).kinds()))
+async def test_H1_every_async_way_to_hold_is_listed(tmp_path: Path, kind: str) -> None:
+    """The twin: requests, streams, WebSockets, background tasks, tasks."""
+    engine = small_async_engine(tmp_path / "a.sqlite")
+    jenny = AsyncSessionJenny(async_sessionmaker(engine))
+    ready: list[int] = []
+    task = asyncio.create_task(Async(jenny, lambda: ready.append(1)).kinds()[kind]())
+    await poll(lambda: bool(ready))
+    (holder,) = holders()
+    assert holder.began == line_of(kind)
+    assert holder.now.startswith(("planted.py:", "waiting.py:"))
+    await cancelled([task])
+    assert holders() == ()
+    await engine.dispose()
+
+
+def test_H1_nothing_is_kept_alive(jenny: Jenny) -> None:
+    """A listed session goes with its scope: neither the list nor what it returned keeps it."""
+    with open_scope() as scope:
+        session = ref(touch(jenny))
+        told = holders()
+        gone = ref(scope)
+        del scope
+    gc.collect()
+    assert session() is None and gone() is None
+    assert len(told) == 1
+
+
+def test_H1_looking_does_not_keep_a_rope(jenny: Jenny, engine: Any) -> None:
+    """A rope goes with its function, also where `holders()` was called inside or elsewhere."""
+    inside, looked = threading.Event(), threading.Event()
+
+    def use() -> None:
+        jenny.session.execute(SELECT)
+        assert len(holders()) == 1
+        inside.set()
+        assert looked.wait(60)
+
+    def body() -> None:
+        gc.disable()
+        try:
+            use()
+            nothing_checked_out(engine)
+        finally:
+            gc.enable()
+
+    def look() -> None:
+        assert inside.wait(60)
+        assert len(holders()) == 1
+        looked.set()
+
+    run_threads([body, look])
+
+
+def test_H1_hand_made_ropes_and_scopefuncs_are_listed(engine: Any) -> None:
+    """Whatever came from a jenny: also by a `SessionRope` and by the user's own scopefunc."""
+    jenny = SessionJenny(sessionmaker(engine), scopefunc=lambda: "one")
+    jenny.session.execute(SELECT)
+    (holder,) = holders()
+    assert (holder.scope, holder.began) == ("no scope", here(2))
+    jenny.remove()
+    roped = SessionJenny(sessionmaker(engine))
+    rope = SessionRope(roped.registry)
+    rope.session.execute(SELECT)
+    (holder,) = holders()
+    assert holder.began == here(2)
+    rope.remove()
+    assert holders() == ()
+
+
+def test_H1_other_sessions_are_not_ours(engine: Any, jenny: Jenny) -> None:
+    """A session that no jenny made is not listed, also where its class is the same."""
+    with open_scope(), Session(engine) as session, jenny.session_factory() as alike:
+        session.execute(SELECT)
+        alike.execute(SELECT)
+        assert holders() == ()
+
+
+# -- H2 --------------------------------------------------------------------------------------------
+
+
+def small(path: Path, size: int, seconds: float = 0.05) -> Any:
+    return create_engine(
+        f"sqlite:///{path}/pool.sqlite",
+        poolclass=QueuePool,
+        pool_size=size,
+        max_overflow=0,
+        pool_timeout=seconds,
+        connect_args={"check_same_thread": False},
+    )
+
+
+def began_in(note: str) -> list[str]:
+    """Return the lines of the column `began` of a table in a text."""
+    rows = note.splitlines()
+    head = next(row for row in rows if row.startswith("scope "))
+    left, right = head.index("began"), head.index("now")
+    return [row[left:right].strip() for row in rows[rows.index(head) + 1 :] if row]
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("seed", range(10))
+def test_H2_the_time_out_names_every_holder(tmp_path: Path, seed: int, said: Said) -> None:
+    """20 runs with up to 15 holders each: the lines named are the lines planted."""
+    choose = random.Random(seed)
+    for _ in range(20):
+        engine = small(tmp_path, size := choose.randint(1, 15), 0.01)
+        jenny = SessionJenny(sessionmaker(engine))
+        ready, leave = threading.Semaphore(0), threading.Event()
+        ways = Sync(jenny, ready.release, leave).kinds()
+        planted = [choose.choice(sorted(ways)) for _ in range(size)]
+        threads = [threading.Thread(target=ways[kind]) for kind in planted]
+        for thread in threads:
+            thread.start()
+        assert all(ready.acquire(timeout=60) for _ in threads)
+        try:
+            with open_scope("too late"), pytest.raises(PoolTimeout) as raised:
+                jenny.session.execute(SELECT)
+        finally:
+            leave.set()
+            for thread in threads:
+                thread.join()
+        (note,) = raised.value.__notes__
+        assert sorted(began_in(note)) == sorted(line_of(kind) for kind in planted)
+        nothing_checked_out(engine)
+        engine.dispose()
+    assert len(said.warnings) == 20  # each time another pool
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("seed", range(5))
+async def test_H2_the_time_out_names_every_async_holder(
+    tmp_path: Path, seed: int, said: Said
+) -> None:
+    """The twin, for AsyncSessions of one loop."""
+    choose = random.Random(seed)
+    for _ in range(4):
+        size = choose.randint(1, 15)
+        engine = small_async_engine(tmp_path / "a.sqlite", pool_size=size, pool_timeout=0.01)
+        jenny = AsyncSessionJenny(async_sessionmaker(engine))
+        ready: list[int] = []
+        ways = Async(jenny, lambda: ready.append(1)).kinds()  # noqa: B023
+        planted = [choose.choice(sorted(ways)) for _ in range(size)]
+        tasks = [asyncio.create_task(ways[kind]()) for kind in planted]
+        await poll(lambda: len(ready) == size)  # noqa: B023
+        with pytest.raises(PoolTimeout) as raised:
+            async with open_scope("too late"):
+                await jenny.session.execute(SELECT)
+        (note,) = raised.value.__notes__
+        assert sorted(began_in(note)) == sorted(line_of(kind) for kind in planted)
+        await cancelled(tasks)
+        await engine.dispose()
+    assert len(said.warnings) == 4
+
+
+@pytest.mark.told
+def test_H2_a_swallowed_time_out_is_logged_once_a_minute(tmp_path: Path, said: Said) -> None:
+    """An app that catches the error and goes on: the log has the table, once for each pool."""
+    engine = small(tmp_path, 1)
+    jenny = SessionJenny(sessionmaker(engine))
+
+    def another() -> None:
+        for _ in range(3):
+            with pytest.raises(PoolTimeout) as raised, Session(engine) as by_hand:
+                by_hand.execute(SELECT)
+            assert "holds it" in raised.value.__notes__[0]
+
+    with open_scope("holds it"):
+        touch(jenny)
+        run_threads([another])
+    (told,) = said.warnings
+    assert "QueuePool limit of size 1 overflow 0 reached" in told
+    assert "0 more wait for one" in told and "each worker process" in told and "holds it" in told
+    engine.dispose()
+
+
+@pytest.mark.told
+def test_H2_only_the_holders_of_that_pool(tmp_path: Path, said: Said) -> None:
+    """Another engine's connections are nobody's business here."""
+    engine, other = small(tmp_path, 1), small(tmp_path, 2)
+    jenny, elsewhere = SessionJenny(sessionmaker(engine)), SessionJenny(sessionmaker(other))
+    leave, ready = threading.Event(), threading.Semaphore(0)
+    threads = [
+        threading.Thread(target=Sync(one, ready.release, leave).block) for one in (jenny, elsewhere)
+    ]
+    for thread in threads:
+        thread.start()
+    assert all(ready.acquire(timeout=60) for _ in threads)
+    with open_scope(), pytest.raises(PoolTimeout) as raised:
+        jenny.session.execute(SELECT)
+    assert began_in(raised.value.__notes__[0]) == [line_of("block")]
+    leave.set()
+    for thread in threads:
+        thread.join()
+    engine.dispose()
+    other.dispose()
+    assert said.warnings

@@ -1,0 +1,229 @@
+"""L1 to L3: nothing is lost in silence, and nothing is said where all is well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from rope_middleware import current_scope, open_scope
+from tests.kit.models import Data, Row
+from tests.kit.said import Said
+from tests.kit.sessions import Jenny
+from tests.kit.web import Exchange, Web
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.told
+def test_L1_a_forgotten_commit_is_told_with_its_line(web: Web, said: Said) -> None:
+    """201 and no row: one WARNING with the scope, the classes, the line and the cure."""
+
+    async def handler(exchange: Exchange) -> None:
+        web.store.jenny.session.add(Row(n=1, name="secret"))
+        web.store.jenny.session.add(Row(n=2))
+        await web.store._do("flush")
+        await exchange.answer(201)
+
+    for _ in range(3):
+        assert web.ask(handler, method="POST").status == 201
+    assert web.store.rows() == []
+    (warning,) = said.warnings
+    assert "'POST /thing' ended without a commit" in warning
+    assert "2 Row added" in warning and "secret" not in warning
+    assert f"{Path(__file__).name}:{handler.__code__.co_firstlineno + 1}" in warning
+    assert "rollback()" in warning
+
+
+@pytest.mark.told
+def test_L1_pending_changes_are_told_too(web: Web, said: Said) -> None:
+    """Added, changed, deleted, and never flushed."""
+
+    async def write(exchange: Exchange) -> None:
+        web.store.jenny.session.add_all([Row(n=1), Row(n=2), Data(count=1)])
+        await web.store.commit()
+        await exchange.answer(200)
+
+    async def forget(exchange: Exchange) -> None:
+        session = web.store.jenny.session
+        one, two = [(await web.store._do("get", Row, n)) for n in (1, 2)]
+        one.name = "other"
+        await web.store._do("delete", two)
+        session.add(Row(n=3))
+        await exchange.answer(200)
+
+    web.ask(write)
+    web.ask(forget)
+    (warning,) = said.warnings
+    assert "1 Row added, 1 Row changed, 1 Row deleted" in warning
+
+
+SILENT: dict[str, Callable[[Web, Exchange], Any]] = {}
+
+
+def silent(function: Any) -> Any:
+    SILENT[function.__name__] = function
+    return function
+
+
+@silent
+async def committed(web: Web, exchange: Exchange) -> None:
+    await web.store.add(1)
+    await web.store.commit()
+    await exchange.answer(200)
+
+
+@silent
+async def rolled_back(web: Web, exchange: Exchange) -> None:
+    await web.store.add(1)
+    await web.store.rollback()
+    await exchange.answer(200)
+
+
+@silent
+async def only_read(web: Web, exchange: Exchange) -> None:
+    await web.store.read()
+    await exchange.answer(200)
+
+
+@silent
+async def set_to_what_it_was(web: Web, exchange: Exchange) -> None:
+    await web.store.add(1)
+    await web.store.commit()
+    row = await web.store._do("get", Row, 1)
+    row.name = str(row.name)
+    await exchange.answer(200)
+
+
+@silent
+async def failed(web: Web, exchange: Exchange) -> None:
+    await web.store.add(1)
+    raise ZeroDivisionError
+
+
+@silent
+async def savepoint_rolled_back(web: Web, exchange: Exchange) -> None:
+    session = web.store.jenny.session
+    if isinstance(session, AsyncSession):
+        async with session.begin_nested() as savepoint:
+            await web.store.add(1)
+            await savepoint.rollback()
+    else:
+        with session.begin_nested() as point:
+            await web.store.add(1)
+            point.rollback()
+    await exchange.answer(200)
+
+
+@silent
+async def a_flush_that_fails(web: Web, exchange: Exchange) -> None:
+    await web.store.add(1)
+    await web.store.commit()
+    web.store.jenny.session.expunge_all()
+    try:
+        await web.store.add(1)
+    except Exception:
+        await exchange.answer(409)
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_L1_nothing_is_said_where_all_is_well(web: Web, said: Said, name: str) -> None:
+    """Committed, rolled back, read, failed: silence, by the application's own commit."""
+
+    async def handler(exchange: Exchange) -> None:
+        await SILENT[name](web, exchange)
+
+    web.ask(handler)
+    assert said.warnings == []
+
+
+@pytest.mark.parametrize("way", ["status", "veto", "doom"])
+def test_L1_nothing_is_said_of_what_commit_on_success_refuses(
+    web: Web, said: Said, way: str
+) -> None:
+    """400 and above, a veto, a doom: everybody knows; also of what is written after that."""
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        if way == "doom":
+            current_scope().doom()
+        await exchange.start(400 if way == "status" else 200)
+        await web.store.add(2)
+        await exchange.chunk(b"x")
+
+    web.ask(
+        handler,
+        commit_on_success=True,
+        commit_veto=(lambda status, headers: way == "veto"),
+    )
+    assert web.store.rows() == []
+    assert said.warnings == []
+
+
+@pytest.mark.told
+def test_L1_a_savepoint_that_is_released_is_not_yet_committed(jenny: Jenny, said: Said) -> None:
+    """What a savepoint holds belongs to the transaction around it, and is lost with that."""
+    with open_scope():
+        with jenny.session.begin_nested():
+            jenny.session.add(Row(n=1))
+        with jenny.session.begin_nested() as savepoint:
+            jenny.session.add(Row(n=2))
+            jenny.session.flush()
+            savepoint.rollback()
+    (warning,) = said.warnings
+    assert "1 Row added" in warning
+
+
+def test_L1_what_the_application_closes_itself_is_its_own_affair(jenny: Jenny, said: Said) -> None:
+    """`close()` and `remove()` are as good as `rollback()`: in a scope and by rope."""
+    with open_scope("closes"):
+        with jenny.session as session:
+            session.add(Row(n=1))
+            session.flush()
+        jenny.session.scalars(select(Row)).all()
+    with open_scope("removes"):
+        jenny.session.add(Row(n=1))
+        jenny.session.flush()
+        jenny.remove()
+
+    def by_rope() -> None:
+        jenny.session.add(Row(n=1))
+        jenny.remove()
+
+    by_rope()
+    assert said.warnings == []
+
+
+@pytest.mark.told
+def test_L1_a_rope_that_ends_tells_it(jenny: Jenny, said: Said) -> None:
+    """The function that used it has returned, without a commit."""
+
+    def task() -> None:
+        jenny.session.add(Row(n=1))
+        jenny.session.flush()
+
+    task()
+    (warning,) = said.warnings
+    assert "outside of scopes" in warning and f"{Path(__file__).name}:" in warning
+
+
+@pytest.mark.told
+def test_L1_once_for_each_line_and_not_for_each_request(jenny: Jenny, said: Said) -> None:
+    """A thousand requests of one line say it once; another line says it again."""
+
+    def one() -> None:
+        with open_scope():
+            jenny.session.add(Row(n=1))
+
+    def other() -> None:
+        with open_scope():
+            jenny.session.add(Row(n=1))
+
+    for _ in range(10):
+        one()
+        other()
+    assert len(said.warnings) == 2
