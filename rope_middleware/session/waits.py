@@ -21,6 +21,7 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.session.begun import Strand, open_ties, strand, strand_of
 from rope_middleware.session.connections import connections_out
 from rope_middleware.session.door import TAG, Door, deciding, door_of, mark_of, marks
+from rope_middleware.session.giving_way import give_way
 from rope_middleware.session.holders import Holder, Holders, engine_text, holder_of
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def _through(
         before = marks.get(who)
         marks[who] = door, here(None)
         try:
-            if pool.overflow() >= overflow and not pool.checkedin():
+            is_full = pool.overflow() >= overflow and not pool.checkedin()
+            if is_full and not give_way(pool, here(None)):
                 _refuse_deadlock(door, who)
             fairy = connect()
         except PoolDeadlockError:
