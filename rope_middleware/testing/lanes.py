@@ -25,6 +25,10 @@ _T = TypeVar("_T")
 class Lane(Protocol):
     """Where the statements of one connection run, one at a time."""
 
+    def is_own(self, thread: int) -> bool:
+        """Tell whether a statement under way in that thread cannot end before the caller does."""
+        ...
+
     def call(self, job: Callable[[], _T]) -> _T:
         """Run `job` for a statement of the application's."""
         ...
@@ -51,6 +55,9 @@ class ThreadLane:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
+
+    def is_own(self, thread: int) -> bool:
+        return thread == threading.get_ident()
 
     def call(self, job: Callable[[], _T]) -> _T:
         return job()
@@ -80,6 +87,10 @@ class LoopLane:
     def __init__(self, may_cancel: bool) -> None:
         self._may_cancel = may_cancel
         self._waiting: list[asyncio.Future[None]] = []
+
+    def is_own(self, thread: int) -> bool:
+        del thread
+        return False  # all of them run in the thread of the loop, and make way
 
     def call(self, job: Callable[[], _T]) -> _T:
         # Outside of a greenlet this raises MissingGreenlet, as in production.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,7 @@ class SharedConnection:
                 return True
             if self.busy is not None or self.writer not in (None, virtual):
                 return False
-            statement.since = monotonic()
+            statement.since, statement.thread = monotonic(), get_ident()
             self.busy = statement
             return True
 
@@ -235,7 +236,12 @@ class SharedConnection:
     # Ends
 
     def _end(self, virtual: VirtualConnection, end: Callable[[VirtualConnection], None]) -> None:
-        if self.writer is not virtual and self.tainting is not virtual:
+        under_way = self.busy
+        if (self.writer is not virtual and self.tainting is not virtual) or (
+            # The garbage collector has come in the middle of somebody's statement, who undoes what
+            # is to be undone.
+            under_way is not None and self.lane.is_own(under_way.thread)
+        ):
             virtual.reset()
             return
         mine = Statement(Said(Kind.NOTHING), "", None, lambda: None, "")

@@ -16,7 +16,7 @@ class Statement:
 
     __slots__ = (
         *("is_looked_at", "is_told", "kind", "line", "parameters", "run", "said", "since"),
-        *("text", "verdict"),
+        *("text", "thread", "verdict"),
     )
 
     def __init__(
@@ -28,6 +28,7 @@ class Statement:
         self.parameters = parameters
         self.run = run
         self.line = line
+        self.thread = 0
         # Of the watch.
         self.since = 0.0
         self.is_looked_at = self.is_told = False

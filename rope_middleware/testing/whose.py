@@ -87,8 +87,9 @@ class Route:
         self._of_scope: WeakKeyDictionary[Scope, IsSandbox] = WeakKeyDictionary()
         self._create: Callable[..., Any] = registry.createfunc
         registry.createfunc = registry.outside.createfunc = self._made
-        if isinstance(registry.outside, StrictRegistry):
-            registry.outside = _InBlock(self, registry)
+        outside = registry.outside
+        if isinstance(outside, StrictRegistry):
+            registry.outside = _InBlock(self, registry, outside)
 
     def owns(self, session: Session) -> bool:
         """Tell whether `session`, made before there was a route, is the jenny's."""
@@ -207,17 +208,20 @@ class _Way:
         return self._sandbox.engine_for(bind)
 
 
-class _InBlock(ScopedRegistry[Any]):
+class _InBlock(StrictRegistry[Any]):
     """Outside of scopes, where nothing may happen: in a sandbox there is the test's own scope.
 
     Args:
         route: the jenny's.
         registry: the jenny's.
+        instead: what it had there.
     """
 
-    def __init__(self, route: Route, registry: ScopeRegistry[Any]) -> None:
-        self._instead: ScopedRegistry[Any] = registry.outside
-        super().__init__(self._instead.createfunc, self._instead.scopefunc)
+    def __init__(
+        self, route: Route, registry: ScopeRegistry[Any], instead: StrictRegistry[Any]
+    ) -> None:
+        super().__init__(instead.createfunc, instead.cure)
+        self._instead = instead
         self._route = route
         self._of_jenny = registry
 

@@ -20,8 +20,9 @@ def false(name: str) -> RopeError:
     """Make the error of a sandbox that something was committed behind."""
     return RopeError(
         f"Something has ended the transaction of the sandbox {name!r} behind its back (a COMMIT "
-        "inside of a script or a procedure, DDL on MariaDB, the driver's own connection?). What "
-        "was written before that may be in the database now, and this test proves nothing."
+        "inside of a script or a procedure, DDL on MariaDB, the driver's own connection, another "
+        "user of an in-memory database's only one?). What was written before that may be in the "
+        "database now, and this test proves nothing."
     )
 
 

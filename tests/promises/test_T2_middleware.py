@@ -217,6 +217,29 @@ def test_T2_wsgi_does_the_same(place: Place) -> None:
     assert place.rows() == 0
 
 
+def test_T2_one_that_was_committed_behind_is_told_by_409(place: Place) -> None:
+    """T3 over HTTP: rolled back as far as it goes, and told in words."""
+    app = Flask(__name__)
+    jenny = place.jenny
+
+    @app.get("/")
+    def commit() -> str:
+        connection: Any = jenny.session.connection().connection.dbapi_connection
+        jenny.session.scalar(COUNT)
+        connection.pgconn.exec_(b"COMMIT")
+        return ""
+
+    app.wsgi_app = SandboxMiddleware(RopeMiddleware(app.wsgi_app), jenny)  # type: ignore[method-assign]
+    client = app.test_client()
+    opened: Any = client.post("/rope-sandbox?name=false").json
+    client.get("/", headers=opened["headers"])
+    ended = client.delete("/rope-sandbox", headers=opened["headers"])
+    assert ended.status_code == 409
+    told: Any = ended.json
+    assert "'false'" in told["detail"]
+    assert client.delete("/rope-sandbox", headers=opened["headers"]).status_code == 410
+
+
 def test_T2_without_jennies_requests_open_nothing(place: Place) -> None:
     """The path is the application's then."""
     client = httpx.AsyncClient(

@@ -440,6 +440,35 @@ def test_T3_a_row_of_another_sandbox_is_told(
 
 
 @of("postgresql", "mariadb")
+def test_T3_an_async_session_that_waits_is_told_as_well(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The twin: the statement waits on the sandboxes' loop."""
+
+    async def write() -> None:
+        place.ajenny.session.add(Row(n=5))
+        await place.ajenny.session.commit()
+
+    def wait() -> None:
+        with Sandbox(place.ajenny, name="waiting"):
+            asyncio.run(write())
+        done.set()
+
+    done = threading.Event()
+    thread = threading.Thread(target=wait)
+    with Sandbox(place.ajenny, name="holding"):
+        asyncio.run(write())
+        thread.start()
+        eventually(lambda: caplog.records, "the warning")
+        assert not done.is_set()
+    thread.join(30)
+    assert done.is_set()
+    (record,) = caplog.records
+    assert "'waiting'" in record.getMessage()
+    assert "'holding'" in record.getMessage()
+
+
+@of("postgresql", "mariadb")
 def test_T3_an_error_that_ends_the_wait_names_both(place: Place) -> None:
     """A lock time-out, or a deadlock, of two sandboxes."""
     jenny = place.jenny
