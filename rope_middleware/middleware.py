@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
+from rope_middleware.position import following
 from rope_middleware.running.line import Line
 from rope_middleware.scope.context import is_async_callable, logger
 from rope_middleware.scope.options import DEFAULT, methods_of, options_of
@@ -123,10 +124,16 @@ class RopeMiddleware:
         most = self._options.max_active
         self._line = None if most is None else Line(most)
         self._has_more = bool(self._options.retries or self._registries or self._line)
+        self._reads = bool(self._options.read_only)
         self._adds = bool(self._registries) or self._options != DEFAULT
         self._has_told = False
         if self._options.retries:
             listen_for_retries()
+
+    @property
+    def _follows(self) -> bool:
+        """Whether clients are told how far they have written (R3): some of them read replicas."""
+        return self._reads and following.is_on
 
     def _take_in(self, outer: Scope) -> bool:
         """Add our options to the scope of another middleware around this one (S6).

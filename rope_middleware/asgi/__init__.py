@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from rope_middleware.asgi.commit import Gate
 from rope_middleware.asgi.line import Ahead, Leaving, wait_for_turn
+from rope_middleware.asgi.position import Telling, carried_by
 from rope_middleware.asgi.replay import Replay
 from rope_middleware.middleware import RopeMiddleware
+from rope_middleware.position import Carried, following
 from rope_middleware.protocols import ASGIApp, ASGIScope, Receive, Send
 from rope_middleware.running.line import Line, Place
 from rope_middleware.scope.context import SCOPE_KEY, current, unbind
 from rope_middleware.scope.ending import aend, aend_failed
+from rope_middleware.scope.reading import carried_of, carry
 from rope_middleware.scope.response import (
     count,
     inner_gate_of,
@@ -80,7 +83,12 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Serve one request within a scope of its own."""
-        if scope["type"] != "http" or self._has_more or SCOPE_KEY in scope:
+        if (
+            scope["type"] != "http"
+            or self._has_more
+            or SCOPE_KEY in scope
+            or (self._reads and following.is_on)
+        ):
             await self._serve_otherwise(scope, receive, send)
             return
         # The slots are set by hand and the ContextVar is reset without `unbind`: a call for
@@ -148,15 +156,24 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
     async def _serve_request(
         self, scope: ASGIScope, receive: Receive, send: Send, place: Place | None = None
     ) -> None:
+        carried = None
+        if self._follows:
+            carried = carried_by(scope)
+            send = Telling(carried, send)
         if self._options.retries:
-            await self._serve_tries(scope, receive, send, place)
+            await self._serve_tries(scope, receive, send, place, carried)
         else:
-            await self._serve_try(scope, receive, send, None, place)
+            await self._serve_try(scope, receive, send, None, place, carried)
 
     async def _serve_within(
         self, outer: Scope, scope: ASGIScope, receive: Receive, send: Send
     ) -> None:
         """Serve a request whose scope another RopeMiddleware around this one will end."""
+        if self._follows and carried_of(outer) is None:
+            carried = carried_by(scope)
+            carry(outer, carried)
+            if scope["type"] == "http":
+                send = Telling(carried, send)
         if self._take_in(outer) and scope["type"] == "http":
             gate = Gate(outer, send)
             set_inner_gate(outer, gate)
@@ -170,6 +187,8 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
     async def _serve_websocket(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Serve what commits, if at all, when the call ends without an error."""
         own = self._open(scope)
+        if self._follows:
+            carry(own, carried_by(scope))
         token = current.set(own)
         try:
             await self.app(scope, receive, send)
@@ -182,7 +201,12 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             unbind(token)
 
     async def _serve_tries(
-        self, scope: ASGIScope, receive: Receive, send: Send, place: Place | None
+        self,
+        scope: ASGIScope,
+        receive: Receive,
+        send: Send,
+        place: Place | None,
+        carried: Carried | None,
     ) -> None:
         """Serve a request that may be run again."""
         import anyio
@@ -190,13 +214,13 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         replay = Replay(receive)
         retries = self._options.retries
         for tried in range(retries):
-            failed = await self._serve_try(_copy(scope), replay, send, replay, place)
+            failed = await self._serve_try(_copy(scope), replay, send, replay, place, carried)
             if failed is None:
                 return
             log_retry(failed, tried + 1, retries)
             await anyio.sleep(wait_before_retry(failed, tried))
             replay.rewind()
-        await self._serve_try(_copy(scope), replay, send, None, place)
+        await self._serve_try(_copy(scope), replay, send, None, place, carried)
 
     async def _serve_try(
         self,
@@ -205,9 +229,12 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         send: Send,
         replay: Replay | None,
         place: Place | None,
+        carried: Carried | None = None,
     ) -> Scope | None:
         """Serve one try of a request; return its scope where there should be another try."""
         own = self._open(scope)
+        if carried is not None:
+            carry(own, carried)
         if place is not None:
             count(own)
             send = Leaving(place, own, send)

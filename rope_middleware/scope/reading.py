@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from rope_middleware.position import Carried
+from rope_middleware.position import UNKNOWN, Carried
 from rope_middleware.scope.kind import SessionKey
 from rope_middleware.scope.options import EVERY
 from rope_middleware.scope.scope import Scope
 
-__all__ = ["carried_of", "carry", "choice_of", "reads_only"]
+__all__ = ["carried_of", "carry", "choice_of", "reads_only", "tell_unknown"]
 
 _T = TypeVar("_T")
 
@@ -50,3 +50,10 @@ def carried_of(scope: Scope) -> Carried | None:
             return found._carried
         found = None if found._outer is None else found._outer()
     return None
+
+
+def tell_unknown(scope: Scope) -> None:
+    """Something was committed, or may be, and nobody could ask how far: only the primary has it."""
+    carried = carried_of(scope)
+    if carried is not None:
+        carried.tell(UNKNOWN)

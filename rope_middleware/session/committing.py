@@ -23,6 +23,7 @@ from rope_middleware.scope.outcome import (
     retries_of,
     timeout_of,
 )
+from rope_middleware.scope.reading import tell_unknown
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import refuse_aborted
 from rope_middleware.session.connections import made_connections
@@ -93,6 +94,7 @@ async def _commit(
         note_loss(scope, failure)
         raise failure
     note_commit(scope)
+    tell_unknown(scope)
     if verdict is Verdict.UNKNOWN:
         raise in_doubt(scope.name, _why(scope)) from failure
     logger.warning("the answer to the commit of %r was lost; the commit stands", scope.name)
@@ -172,6 +174,7 @@ async def _settle(scope: Scope, asking: Asking) -> None:
                 note_loss(scope, attempt.error)
             continue
         note_commit(scope)
+        tell_unknown(scope)
         logger.error(
             "a commit of %r %s: the application got an error for it (%s)",
             scope.name,

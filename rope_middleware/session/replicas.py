@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util.concurrency import in_greenlet
 
 from rope_middleware.position import Position, following
-from rope_middleware.scope.context import logger
+from rope_middleware.scope.context import class_of, logger
 from rope_middleware.scope.reading import carried_of, reads_only
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.autocommit import reading_engine
@@ -50,6 +50,7 @@ class Replica:
         self.reading: Engine = reading_engine(engine, refuse)
         self._out_until = 0.0
         self._is_out = False
+        self._is_mute = False
         self._system: int | None = None
         self._reached = Position(0, 0)
         event.listen(engine, "connect", self._forget)
@@ -70,6 +71,17 @@ class Replica:
         self._is_out = True
         self._out_until = monotonic() + _LEFT_OUT
 
+    def cannot_tell(self, error: Exception) -> None:
+        """It does not say how far it is: who has written does not read from it. Said once."""
+        if not self._is_mute:
+            self._is_mute = True
+            logger.warning(
+                "replica %s does not tell its log position (%s): clients that have written within "
+                "the last minute read from the primary",
+                self.engine.url,
+                class_of(error),
+            )
+
     def answered(self) -> None:
         """It is there again."""
         if self._is_out:
@@ -78,6 +90,8 @@ class Replica:
 
     def has(self, positions: dict[int, Position]) -> bool:
         """Tell whether it has replayed what a request brings. Asks it only where it must."""
+        if 0 in positions:
+            return False  # nobody knows how far it was
         if self._covers(positions):
             return True
         with self.reading.connect() as connection:
@@ -88,7 +102,7 @@ class Replica:
         return self._covers(positions)
 
     def _covers(self, positions: dict[int, Position]) -> bool:
-        if self._system is None or 0 in positions:
+        if self._system is None:
             return False
         wanted = positions.get(self._system, _NOWHERE)
         return wanted.timeline == self._reached.timeline and wanted.lsn <= self._reached.lsn
@@ -160,9 +174,10 @@ class Choice:
                     self.replica = replica
                     break
             except Exception as error:
-                if not is_lost(error):
-                    raise
-                replica.leave_out(error)
+                if is_lost(error):
+                    replica.leave_out(error)
+                else:
+                    replica.cannot_tell(error)
         self._is_made = True
 
     def again(self, tried: Replica | None, error: Exception) -> bool:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rope_middleware.errors import ScopeClosedError
 from rope_middleware.middleware import RopeMiddleware
+from rope_middleware.position import Carried, following
 from rope_middleware.running.line import wait_in_thread
 from rope_middleware.scope.context import SCOPE_KEY, current, unbind
 from rope_middleware.scope.ending import end_failed
+from rope_middleware.scope.reading import carried_of, carry
 from rope_middleware.scope.response import (
     count,
     is_counted,
@@ -28,6 +30,7 @@ from rope_middleware.session.refusal import wait_before_retry
 from rope_middleware.wsgi.body import ListBody, hand_on
 from rope_middleware.wsgi.commit import AGAIN, Gate
 from rope_middleware.wsgi.files import CLASS_OR_NONE, note_files
+from rope_middleware.wsgi.position import Telling, carried_by
 from rope_middleware.wsgi.replay import Replay
 
 if TYPE_CHECKING:
@@ -86,7 +89,12 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request within a scope of its own."""
-        if self._has_more or SCOPE_KEY in environ or "asgi.scope" in environ:
+        if (
+            self._has_more
+            or SCOPE_KEY in environ
+            or "asgi.scope" in environ
+            or (self._reads and following.is_on)
+        ):
             return self._serve_otherwise(environ, start_response)
         get = environ.get
         if type(get("wsgi.file_wrapper")) not in CLASS_OR_NONE:
@@ -144,21 +152,29 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> tuple[Scope, Iterable[bytes]]:
         """Serve a request, in as many tries as it may have; return the scope of the last one."""
+        carried = None
+        if self._follows:
+            carried = carried_by(environ)
+            start_response = Telling(carried, start_response)
         replay = Replay(environ) if self._options.retries else None
         if replay is not None:
             for tried in range(self._options.retries):
-                scope, response = self._serve_try(replay.environ(), start_response, replay)
+                scope, response = self._serve_try(replay.environ(), start_response, carried, replay)
                 if response is not AGAIN:
                     return scope, response
                 log_retry(scope, tried + 1, self._options.retries)
                 time.sleep(wait_before_retry(scope, tried))
-        return self._serve_try(replay.environ() if replay else environ, start_response)
+        return self._serve_try(replay.environ() if replay else environ, start_response, carried)
 
     def _serve_within(
         self, outer: Scope, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Serve a request whose scope another RopeMiddleware around this one will end."""
         watches = self._take_in(outer)
+        if self._follows and carried_of(outer) is None:
+            carried = carried_by(environ)
+            carry(outer, carried)
+            start_response = Telling(carried, start_response)
         environ[SCOPE_KEY] = outer
         token = current.set(outer)
         try:
@@ -171,7 +187,11 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
             unbind(token)
 
     def _serve_try(
-        self, environ: WSGIEnvironment, start_response: StartResponse, replay: Replay | None = None
+        self,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+        carried: Carried | None,
+        replay: Replay | None = None,
     ) -> tuple[Scope, Iterable[bytes]]:
         """Serve one try of a request; the response is AGAIN where there should be another."""
         if type(environ.get("wsgi.file_wrapper")) not in CLASS_OR_NONE:
@@ -179,10 +199,13 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         scope = _RequestScope()
         name = tuple(map(environ.get, ("REQUEST_METHOD", "SCRIPT_NAME", "PATH_INFO")))
         open_as(scope, name, self._options, self._registries)
+        if carried is not None:
+            carry(scope, carried)
         environ[SCOPE_KEY] = scope
         token = current.set(scope)
         try:
-            if self._options.commit_on_success or self._options.retries:
+            # A position is told with the response's start: that waits for the first chunk.
+            if self._options.commit_on_success or self._options.retries or carried is not None:
                 return scope, Gate(scope, start_response, replay).serve(self.app, environ)
             return scope, hand_on(self.app(environ, start_response), environ, scope)
         except BaseException as error:

@@ -95,6 +95,7 @@ def test_R2_a_replica_is_not_written_to(three: SessionJenny[Session]) -> None:
             three.session.flush()
         with pytest.raises(ReadOnlyError):
             three.session.connection().exec_driver_sql("DELETE FROM row")
+        three.session.rollback()
 
 
 def test_R2_requests_of_the_methods_read_from_replicas(three: SessionJenny[Session]) -> None:
@@ -184,7 +185,7 @@ def test_L4_wrong_replicas_are_refused(make_engine: MakeEngine, wrong: Any) -> N
 
 # -- on real servers -------------------------------------------------------------------------------
 
-SERVER = text("SELECT split_part(current_setting('unix_socket_directories'), '/', -1)")
+SERVER = text("SELECT current_setting('cluster_name')")
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,9 @@ class Server:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        self._running = self.home.serve(self.data, self.home.folder(self.name), _SETTINGS)
+        self._running = self.home.serve(
+            self.data, self.home.folder(self.name), _SETTINGS | {"cluster_name": self.name}
+        )
 
     def stop(self) -> None:
         """Stop it in an orderly way."""

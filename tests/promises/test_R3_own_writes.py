@@ -1,0 +1,545 @@
+"""R3: a client reads its own writes, from a replica that has them or from the primary."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http.cookies import SimpleCookie
+from typing import Any
+
+import anyio.to_thread
+import psycopg
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    AsyncSessionJenny,
+    SessionJenny,
+    WSGIRopeMiddleware,
+    open_scope,
+)
+from tests.kit.asgi import http_scope
+from tests.kit.leaks import checked_out
+from tests.kit.models import Base, Data
+from tests.kit.waiting import eventually
+from tests.kit.wsgi import make_environ
+from tests.servers.postgres import Database
+from tests.servers.replicas import Cluster, Server, cluster
+
+REQUESTS = int(os.environ.get("REQUESTS", "2000"))
+KINDS = ["asgi-async", "asgi-sync", "wsgi"]
+WAYS = ["commit", "commit_on_success", "open_scope"]
+SERVER = text("SELECT current_setting('cluster_name')")
+NUMBERS = itertools.count(1)  # what is written as it was is not written
+Headers = list[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Cluster]:
+    """A primary and two replicas."""
+    with cluster(replicas=2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def database(servers: Cluster) -> Iterator[Database]:
+    """A database on all of them, with one counter."""
+    with servers.primary.running.new_database() as found:
+        prepare(found)
+        servers.catch_up()
+        yield found
+
+
+def prepare(database: Database) -> None:
+    """Make a table with one row."""
+    engine = create_engine(database.url("psycopg"))
+    Base.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.add(Data(id=1, count=0))
+        session.commit()
+    engine.dispose()
+
+
+class Site:
+    """An application that writes a number by POST and reads it by GET, in one of the ways."""
+
+    def __init__(
+        self, kind: str, database: Database, servers: list[Server], user: str = "postgres"
+    ) -> None:
+        self.kind = kind
+        self.is_async = kind == "asgi-async"
+        driver = "asyncpg" if self.is_async else "psycopg"
+        urls = [server.database(database).url(driver).set(username=user) for server in servers]
+        self.loop = asyncio.Runner()
+        self.jenny: Any
+        if self.is_async:
+            self.engines: list[Any] = [create_async_engine(url) for url in urls]
+            factory: Any = async_sessionmaker(self.engines[0])
+            self.jenny = AsyncSessionJenny(factory, replicas=self.engines[1:])
+        else:
+            self.engines = [create_engine(url) for url in urls]
+            factory = sessionmaker(self.engines[0])
+            self.jenny = SessionJenny(factory, replicas=self.engines[1:])
+
+    def close(self) -> None:
+        """Nothing may be out."""
+        assert [checked_out(engine) for engine in self.engines] == [0] * len(self.engines)
+        for engine in self.engines:
+            if self.is_async:
+                self.loop.run(engine.dispose())
+            else:
+                engine.dispose()
+        self.loop.close()
+
+    # The application, written once; `run` carries a sync function out in the kind's way.
+
+    def write(self, session: Session, number: int | None) -> None:
+        if number is not None:
+            session.get_one(Data, 1).count = number
+            session.flush()
+
+    def read(self, session: Session) -> str:
+        session.expire_all()
+        return f"{session.get_one(Data, 1).count} {session.scalar(SERVER)}"
+
+    async def handle(self, method: str, way: str, number: int | None) -> str:
+        async def run(body: Any, *arguments: Any) -> Any:
+            if self.is_async:
+                return await self.jenny.session.run_sync(body, *arguments)
+            if self.kind == "asgi-sync":
+                return await anyio.to_thread.run_sync(lambda: body(self.jenny.session, *arguments))
+            return body(self.jenny.session, *arguments)
+
+        seen = ""
+        if method == "GET" and way == "read":
+            return str(await run(self.read))
+        if way in ("open_scope", "read, open_scope, read"):
+            if way != "open_scope":
+                seen = f"{await run(self.read)} then "
+            async with _scope(self.kind):
+                await run(self.write, number)
+                await run(lambda session: session.commit())
+            if way != "open_scope":
+                return seen + str(await run(self.read))
+        elif way == "commit, read-only scope":
+            await run(self.write, number)
+            await run(lambda session: session.commit())
+            async with _scope(self.kind, read_only=True):
+                return str(await run(self.read))
+        else:
+            await run(self.write, number)
+            if way == "commit":
+                await run(lambda session: session.commit())
+        return "written"
+
+    # The client's side.
+
+    def ask(
+        self,
+        method: str,
+        way: str,
+        number: int | None = None,
+        headers: Any = (),
+        **options: Any,
+    ) -> tuple[str, Headers]:
+        """Send one request; return the body and the headers of the response."""
+        options = {"read_only": ("GET", "HEAD"), **options}
+        if way == "commit_on_success":
+            options["commit_on_success"] = True
+        if self.kind == "wsgi":
+            return self._ask_wsgi(method, way, number, headers, options)
+        return self.loop.run(self._ask_asgi(method, way, number, headers, options))
+
+    def _ask_wsgi(
+        self, method: str, way: str, number: int | None, headers: Headers, options: Any
+    ) -> tuple[str, Headers]:
+        told: list[Headers] = []
+
+        def app(environ: Any, start_response: Any) -> list[bytes]:
+            handling = self.handle(method, way, number)
+            try:
+                handling.send(None)
+            except StopIteration as stop:
+                start_response("200 OK", [("Content-Type", "text/plain")])
+                return [stop.value.encode()]
+            raise AssertionError("it has waited")
+
+        def start_response(status: str, headers: Headers, exc_info: Any = None) -> Any:
+            assert status == "200 OK", status
+            told[:] = [headers]
+            return lambda data: None
+
+        environ = make_environ("/", REQUEST_METHOD=method)
+        for name, value in headers:
+            key = f"HTTP_{name.upper().replace('-', '_')}"
+            environ[key] = f"{environ[key]}; {value}" if key in environ else value
+        body = WSGIRopeMiddleware(app, **options)(environ, start_response)
+        try:
+            return b"".join(body).decode(), told[0]
+        finally:
+            if hasattr(body, "close"):
+                body.close()
+
+    async def _ask_asgi(
+        self, method: str, way: str, number: int | None, headers: Headers, options: Any
+    ) -> tuple[str, Headers]:
+        sent: list[Any] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            body = await self.handle(method, way, number)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": body.encode()})
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        raw = [(name.lower().encode(), value.encode()) for name, value in headers]
+        request = http_scope("/", method, headers=raw)
+        await ASGIRopeMiddleware(app, **options)(request, anyio.sleep_forever, send)
+        told = [(name.decode(), value.decode()) for name, value in sent[0]["headers"]]
+        return b"".join(message.get("body", b"") for message in sent).decode(), told
+
+
+class _scope:  # noqa: N801 - used like a function
+    """An open_scope() of the kind that the application's code needs, in a coroutine."""
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        self._is_async = kind != "wsgi"
+        self._scope = open_scope(**options)
+
+    async def __aenter__(self) -> None:
+        if self._is_async:
+            await self._scope.__aenter__()
+        else:
+            self._scope.__enter__()
+
+    async def __aexit__(self, *told: Any) -> None:
+        if self._is_async:
+            await self._scope.__aexit__(*told)
+        else:
+            self._scope.__exit__(*told)
+
+
+class Browser:
+    """A client with a cookie."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.position = ""
+
+    def post(self, way: str, number: int, **options: Any) -> Headers:
+        """Write."""
+        body, headers = self.site.ask("POST", way, number, self.headers, **options)
+        assert body == "written"
+        self._keep(headers)
+        return headers
+
+    def get(self) -> tuple[int, str]:
+        """Read; return the number and the server."""
+        body, headers = self.site.ask("GET", "read", None, self.headers)
+        self._keep(headers)
+        number, server = body.split()
+        return int(number), server
+
+    @property
+    def headers(self) -> Headers:
+        """What it sends."""
+        return [("Cookie", f"a=b; Rope-Position={self.position}; c=d")] if self.position else []
+
+    def _keep(self, headers: Headers) -> None:
+        for name, value in headers:
+            if name.lower() == "set-cookie":
+                self.position = SimpleCookie(value)["Rope-Position"].value
+
+
+@pytest.fixture(params=KINDS)
+def site(request: pytest.FixtureRequest, servers: Cluster, database: Database) -> Iterator[Site]:
+    """The application, in one of the three ways."""
+    servers.catch_up()
+    found = Site(request.param, database, [servers.primary, *servers.replicas])
+    yield found
+    found.close()
+
+
+@contextmanager
+def paused(*replicas: Server) -> Iterator[None]:
+    """Hold up the replay of some replicas for the block."""
+    with ExitStack() as stack:
+        for replica in replicas:
+            replica.pause()
+            stack.callback(replica.resume)
+        yield
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_R3_a_client_reads_its_own_write(site: Site, servers: Cluster, way: str) -> None:
+    """While no replica has it the primary serves; then one that has it; then any."""
+    browser, first = Browser(site), servers.replicas[0]
+    with paused(*servers.replicas):
+        browser.post(way, next(NUMBERS))
+        number = next(NUMBERS)
+        browser.post(way, number)
+        assert browser.get() == (number, "primary")
+        assert Browser(site).get()[1].startswith("replica")  # who has written nothing reads any
+        first.resume()
+        eventually(lambda: browser.get() == (number, "replica1"), "the replica has it")
+        assert {browser.get() for _ in range(5)} == {(number, "replica1")}
+    eventually(lambda: browser.get() == (number, "replica2"), "the other one has it, too")
+
+
+def test_R3_the_cookie_and_the_header(site: Site) -> None:
+    """Both carry the position; the cookie is HttpOnly, SameSite=Lax, and lasts for a minute."""
+    headers = dict(Browser(site).post("commit", next(NUMBERS)))
+    value = headers["Rope-Position"]
+    assert [len(part) > 0 for part in value.split("-")] == [True, True, True]
+    assert headers["Set-Cookie"] == (
+        f"Rope-Position={value}; Max-Age=60; Path=/; HttpOnly; SameSite=Lax"
+    )
+
+
+def test_R3_the_request_header_counts_as_well(site: Site, servers: Cluster) -> None:
+    """For clients without cookies; where both come, the higher one wins."""
+    browser = Browser(site)
+    browser.post("commit", next(NUMBERS))
+    old = browser.position
+    with paused(*servers.replicas):
+        number = next(NUMBERS)
+        browser.post("commit", number)
+        for headers in (
+            [("Rope-Position", browser.position)],
+            [("Rope-Position", old), *browser.headers],
+            [("Rope-Position", browser.position), ("Cookie", f"Rope-Position={old}")],
+            [("Cookie", f"Rope-Position={browser.position}; Rope-Position={old}")],
+            [("Cookie", f"Rope-Position={old}; Rope-Position={browser.position}")],
+        ):
+            assert site.ask("GET", "read", None, headers)[0] == f"{number} primary", headers
+
+
+def test_R3_nothing_is_told_where_nothing_was_written(site: Site) -> None:
+    """A request that reads, one that rolls back, one whose commit has nothing to commit."""
+    for way in WAYS:
+        _, headers = site.ask("POST", way, None)
+        assert "Rope-Position" not in dict(headers), way
+    for method in ("GET", "POST"):
+        _, headers = site.ask(method, "read")
+        assert "Rope-Position" not in dict(headers)
+
+
+def test_R3_an_answer_never_tells_less_than_its_request_brought(site: Site) -> None:
+    """A tab that was open for long does not take back what another one has written."""
+    browser = Browser(site)
+    browser.post("commit", next(NUMBERS))
+    system, timeline, lsn = browser.position.split("-")
+    later = f"{system}-{timeline}-{int(lsn, 16) + 10**9:x}"
+    _, headers = site.ask("POST", "commit", next(NUMBERS), [("Rope-Position", later)])
+    assert dict(headers)["Rope-Position"] == later
+    _, headers = site.ask("POST", "commit", next(NUMBERS), [("Rope-Position", browser.position)])
+    assert dict(headers)["Rope-Position"] > browser.position
+    _, headers = site.ask("POST", "commit", next(NUMBERS), [("Rope-Position", "7-1-5")])
+    assert "7-1-5" in dict(headers)["Rope-Position"].split(".")  # of another system
+
+
+@pytest.mark.parametrize(
+    "forged", ["0-0-0", "ffff-1-1", f"{1:x}-ffffffff-ffffffffffffffff", "7-1-1.8-1-1"]
+)
+def test_R3_a_forged_position_sends_its_sender_to_the_primary(site: Site, forged: str) -> None:
+    """And does no harm to anybody."""
+    assert site.ask("GET", "read", None, [("Rope-Position", forged)])[0].endswith("primary")
+    assert site.ask("GET", "read")[0].split()[1].startswith("replica")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["", "x", "1-2", "1-2-3-4", "g-1-1", "-", ".", "1" * 10_000, "é-1-1", "1 -1-1", "--" * 99],
+)
+def test_R3_what_is_no_position_is_nothing(site: Site, wrong: str) -> None:
+    """Whatever comes, the request is served."""
+    for headers in ([("Cookie", f"Rope-Position={wrong}")], [("Rope-Position", wrong)]):
+        raw = [(name, value.encode().decode("latin-1")) for name, value in headers]
+        assert site.ask("GET", "read", None, raw)[0].split()[1].startswith("replica")
+
+
+def test_R3_a_request_reads_what_it_has_written_itself(site: Site, servers: Cluster) -> None:
+    """An inner scope writes in a request that reads; a read-only scope reads in one that writes."""
+    with paused(*servers.replicas):
+        first, second = next(NUMBERS), next(NUMBERS)
+        body, headers = site.ask("GET", "read, open_scope, read", first)
+        before, after = body.split(" then ")
+        assert before.split()[1].startswith("replica")
+        assert after == f"{first} primary"
+        assert "Rope-Position" in dict(headers)
+        body, _ = site.ask("POST", "commit, read-only scope", second)
+        assert body == f"{second} primary"
+
+
+def test_R3_two_middlewares_tell_once(site: Site) -> None:
+    """Whichever of two asks for it."""
+    if site.kind == "wsgi":
+        return
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await site.handle("POST", "commit", next(NUMBERS))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    for inner, outer in (({"read_only": ["GET"]}, {}), ({}, {"read_only": ["GET"]})):
+        both = ASGIRopeMiddleware(ASGIRopeMiddleware(app, **inner), **outer)
+        sent.clear()
+        site.loop.run(both(http_scope("/", "POST"), anyio.sleep_forever, send))
+        assert [name for name, _ in sent[0]["headers"]] == [b"Rope-Position", b"Set-Cookie"]
+
+
+def test_R3_retries_keep_what_an_earlier_try_has_committed(site: Site, servers: Cluster) -> None:
+    """With `retries` the position is told as well."""
+    with paused(*servers.replicas):
+        browser = Browser(site)
+        number = next(NUMBERS)
+        browser.post("commit_on_success", number, retries=2)
+        assert browser.get() == (number, "primary")
+
+
+def test_R3_the_rights_of_a_plain_role_are_enough(
+    servers: Cluster, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without EXECUTE on pg_control_system() the client reads from the primary, which is told."""
+    database.query("CREATE ROLE plain LOGIN")
+    database.query("GRANT ALL ON data TO plain")
+    servers.catch_up()
+    everybody = [servers.primary, *servers.replicas]
+    sites = {kind: Site(kind, database, everybody, user="plain") for kind in KINDS}
+    for kind, site in sites.items():
+        browser = Browser(site)
+        browser.post("commit", next(NUMBERS))
+        eventually(lambda: browser.get()[1].startswith("replica"), kind)  # noqa: B023
+        position = browser.position
+    assert not caplog.records
+    database.query("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+    try:
+        for site in sites.values():
+            browser = Browser(site)
+            number = next(NUMBERS)
+            browser.post("commit", number)
+            assert {browser.get() for _ in range(5)} == {(number, "primary")}
+            assert "does not tell its log position" in caplog.text
+        with_position = [("Rope-Position", f"{position}0")]  # later than anybody knows of
+        for site in sites.values():
+            assert site.ask("GET", "read", None, with_position)[0].endswith("primary")
+    finally:
+        database.query("GRANT EXECUTE ON FUNCTION pg_control_system() TO PUBLIC")
+        for site in sites.values():
+            site.close()
+        database.query("DROP OWNED BY plain")
+        database.query("DROP ROLE plain")
+
+
+class Delays:
+    """Holds the replay of replicas up, at random."""
+
+    def __init__(self, replicas: list[Server], longest: float) -> None:
+        self._replicas = replicas
+        self._longest = longest
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._hold_up, args=(replica, number))
+            for number, replica in enumerate(replicas)
+        ]
+
+    def _hold_up(self, replica: Server, seed: int) -> None:
+        chance = random.Random(seed)
+        while not self._ended.wait(chance.random() * self._longest / 2):
+            with paused(replica):
+                self._ended.wait(chance.random() * self._longest)
+
+    def __enter__(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_R3_no_stale_read_and_95_of_100_on_a_replica_that_has_it(
+    servers: Cluster, database: Database, kind: str
+) -> None:
+    """Each write is read back at once, while the replay of both replicas is held up at random."""
+    site = Site(kind, database, [servers.primary, *servers.replicas])
+    stale = could = did = 0
+    ask = "SELECT pg_last_wal_replay_lsn() - '0/0'"
+    with ExitStack() as stack:
+        eyes = [
+            stack.enter_context(
+                psycopg.connect(
+                    host=str(replica.url.query["host"]), user="postgres", autocommit=True
+                )
+            )
+            for replica in servers.replicas
+        ]
+        stack.enter_context(Delays(servers.replicas, 0.5))
+        browser = Browser(site)
+        for _ in range(REQUESTS // len(KINDS)):
+            number = next(NUMBERS)
+            browser.post(random.choice(WAYS), number)
+            wanted = int(browser.position.split("-")[2], 16)
+            has_it = False
+            for eye in eyes:
+                row = eye.execute(ask).fetchone()
+                assert row is not None
+                has_it = has_it or int(row[0]) >= wanted
+            seen, server = browser.get()
+            stale += seen != number
+            could += has_it
+            did += has_it and server.startswith("replica")
+    site.close()
+    print(
+        f"{kind}, {REQUESTS // len(KINDS)} writes: {stale} stale, "
+        f"{did} of {could} from a replica that had it"
+    )
+    assert stale == 0
+    assert could > REQUESTS / len(KINDS) / 20
+    assert did >= 0.95 * could
+
+
+def test_R3_after_a_fail_over_the_primary_serves_until_replicas_follow() -> None:
+    """Another timeline: what was written before it is read from the new primary."""
+    with cluster(replicas=2) as servers:
+        servers.primary.query("CREATE DATABASE app")
+        database = Database(servers.primary.url, "app")
+        prepare(database)
+        servers.catch_up()
+        old, new, other = servers.primary, *servers.replicas
+        before = Site("wsgi", database, [old, new, other])
+        browser = Browser(before)
+        browser.post("commit", 1)
+        servers.catch_up()
+        eventually(lambda: browser.get()[1].startswith("replica"), "a replica has it")
+        other.pause()
+        browser.post("commit", 2)
+        eventually(lambda: browser.get() == (2, new.name), "the other replica has it")
+        before.close()
+        old.kill()
+        new.promote()
+        after = Site("wsgi", database, [new, other])
+        browser.site = after
+        assert browser.get() == (2, new.name)  # by its position of the old timeline
+        other.resume()
+        browser.post("commit", 3)
+        assert browser.position.split("-")[1] == "2"
+        assert browser.get() == (3, new.name)
+        other.follow(new)
+        eventually(lambda: browser.get() == (3, other.name), "the replica follows the new primary")
+        after.close()
