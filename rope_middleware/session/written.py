@@ -37,7 +37,7 @@ _MOST = 20  # names that are kept then
 class Notes:
     """The statements that were executed on one connection."""
 
-    __slots__ = ("_dml", "_texts", "executions", "is_gone", "is_whole", "statements")
+    __slots__ = ("_dml", "_texts", "executions", "is_gone", "is_whole", "many", "statements")
 
     def __init__(self) -> None:
         # Each once: what SQLAlchemy has compiled, or the text that was given to the driver.
@@ -47,6 +47,8 @@ class Notes:
         self._texts: list[str] = []
         self.is_whole = True
         """False once there were so many that not all of them are kept."""
+        self.many = _MANY
+        """How many executions are noted before they are looked through."""
         self.is_gone = False
         """True once the connection is taken from its session: see `take`."""
 
@@ -68,6 +70,7 @@ class Notes:
 
     def put_together(self) -> None:
         self.executions = [one for one in self.executions if one() is not None]
+        self.many = max(_MANY, 2 * len(self.executions))  # somebody may keep all results
         if len(self.statements) > _MANY:
             self._dml = self.dml()[:_MOST]
             self._texts = self.textual_dml()[:_MOST]
@@ -91,7 +94,7 @@ def _on_execute(_: Any, statement: str, __: Any, context: ExecutionContext) -> N
     notes.executions.append(ref(context))
     if notes.is_gone:  # after the append: see `take`
         _refuse_gone(notes)
-    if len(notes.executions) > _MANY:
+    if len(notes.executions) > notes.many:
         notes.put_together()
 
 
