@@ -15,7 +15,9 @@
 from __future__ import annotations
 
 import enum
+import inspect
 from collections.abc import Callable
+from typing import Any, cast
 
 from rope_middleware.protocols import Veto
 from rope_middleware.scope.outcome import has_refused
@@ -86,7 +88,7 @@ class Gate:
         may_replay: tells whether the request can be run again as it came; None: no try follows.
     """
 
-    __slots__ = ("_may_replay", "_scope", "commits", "state", "why")
+    __slots__ = ("_may_replay", "_scope", "commits", "raised", "state", "why")
 
     def __init__(self, scope: Scope, may_replay: Callable[[], bool] | None) -> None:
         self._scope = scope
@@ -94,6 +96,7 @@ class Gate:
         self.state = WAITING
         self.commits = False  # what is done after the response's start
         self.why = ""  # it is not committed
+        self.raised: BaseException | None = None  # by on_commit_error, or by what it returned
 
     def passes(self, status: int) -> bool:
         """Let a plain success start: no session was used, so there is nothing to settle.
@@ -150,8 +153,46 @@ class Gate:
             doom_rest(self._scope)
             raise
 
+    def instead_of(self, error: BaseException, protocol: str) -> Any:
+        """Ask `on_commit_error` for the application that answers a commit that has failed for good.
+
+        Raises:
+            BaseException: what it raised.
+            TypeError: what it returned is no application.
+        """
+        ask = options_now(self._scope).on_commit_error
+        if ask is None or not isinstance(error, Exception) or self.may_try_again():
+            return None
+        self.state = REPLACED  # whatever it does: nothing of the app's response starts
+        doom_rest(self._scope)
+        try:
+            found = ask(error)
+            if found is not None and not _is_application(found, protocol):
+                raise TypeError(_NO_ANSWER.format(ask, found, protocol.upper()))
+        except BaseException as raised:
+            self.raised = raised
+            raise
+        if found is None:
+            self.state = FAILED
+        return found
+
     def why_not(self) -> str:
         """Tell why what was done after the response's start is not committed; "" where it is."""
         if not self.commits:
             return self.why or ("no response" if self.state == WAITING else "no success")
         return "doomed" if is_doomed(self._scope) else ""
+
+
+_NO_ANSWER = (
+    "on_commit_error {!r} returned {!r}; it must return an {} application (for example a response "
+    "of your framework's, where that is one), or None."
+)
+
+
+def _is_application(found: object, protocol: str) -> bool:
+    arguments = range(3 if protocol == "asgi" else 2)
+    try:
+        inspect.signature(cast("Callable[..., object]", found)).bind(*arguments)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(found, type)

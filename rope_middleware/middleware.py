@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     # For type checkers alone: at run time neither is known here.
     from rope_middleware.asgi import ASGIRopeMiddleware
-    from rope_middleware.protocols import ASGIApp, Veto
+    from rope_middleware.protocols import ASGIApp, CommitError, Veto
     from rope_middleware.wsgi import WSGIRopeMiddleware
 
     class GivenOptions(TypedDict, total=False):
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
         commit_on_success: bool
         commit_veto: Veto | None
+        on_commit_error: CommitError | None
         retries: int
         max_active: int | None
         read_only: Collection[str]
@@ -59,9 +60,14 @@ class RopeMiddleware:
         commit_veto: with commit_on_success, called with the status and the headers (a list of
             pairs of str); where it returns something true, the scope rolls back. It must not
             block.
+        on_commit_error: called with the error of a commit that has failed, after the last try; it
+            returns the application that answers (every Starlette or Werkzeug response is one), or
+            None for the default. What it raises comes out of the middleware. It must not block.
         retries: how often a request is run again when the database refused its transaction as
-            one to try again (serialization failure, deadlock, SQLite busy). The request's body
-            is kept for that, up to 1 MiB; a longer one is served once.
+            one to try again (serialization failure, deadlock, SQLite busy), or when a connection
+            was lost or could not be made before anything was committed. With PostgreSQL a commit
+            whose answer was lost is asked for. The request's body is kept for that, up to 1 MiB;
+            a longer one is served once.
         max_active: how many requests may be served at a time, between their start and the moment
             when they hold no connection any more: their end, or their response's start where
             nothing is held then. The others wait in line, first come, first served. A good number

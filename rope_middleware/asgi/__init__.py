@@ -101,7 +101,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         own._thread = get_ident()
         gate = None
         if options.commit_on_success:
-            gate = Gate(own, send)
+            gate = Gate(own, send, (scope, receive))
             send = gate.send
         token = _set_current(own)
         try:
@@ -175,7 +175,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             if scope["type"] == "http":
                 send = Telling(carried, send)
         if self._take_in(outer) and scope["type"] == "http":
-            gate = Gate(outer, send)
+            gate = Gate(outer, send, (scope, receive))
             set_inner_gate(outer, gate)
             send = gate.send
         token = current.set(outer)
@@ -238,7 +238,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         if place is not None:
             count(own)
             send = Leaving(place, own, send)
-        gate = Gate(own, send, replay)
+        gate = Gate(own, send, (scope, receive), replay)
         token = current.set(own)
         try:
             await self.app(scope, receive, gate.send)

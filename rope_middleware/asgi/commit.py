@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rope_middleware import answer
 from rope_middleware.answer import FAILED, HELD, REPLACED, SERVER_ERROR, SETTLING, STARTED, WAITING
-from rope_middleware.protocols import Message, Send
+from rope_middleware.protocols import ASGIApp, ASGIScope, Message, Receive, Send
 from rope_middleware.running.finish import finish, running_loop
 from rope_middleware.scope.ending import acommit, aend, aroll_back
 from rope_middleware.scope.response import doom_rest, is_head, options_now
@@ -30,19 +30,28 @@ class Gate(answer.Gate):
     Args:
         scope: the request's.
         send: the server's.
+        request: what `on_commit_error` needs to answer.
         replay: the request's body for another try; None where there is none to come.
     """
 
-    __slots__ = ("_replay", "_send", "_settled")
+    __slots__ = ("_replay", "_request", "_send", "_settled")
 
-    def __init__(self, scope: Scope, send: Send, replay: Replay | None = None) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        send: Send,
+        request: tuple[ASGIScope, Receive],
+        replay: Replay | None = None,
+    ) -> None:
         # The base's, without the price of a call.
         self._scope = scope
         self._may_replay = None if replay is None else replay.can_repeat
         self.state = WAITING
         self.commits = False
         self.why = ""
+        self.raised = None
         self._send = send
+        self._request = request
         self._replay = replay
         self._settled: Any = None  # an anyio.Event, where another task waits for the commit
 
@@ -62,6 +71,8 @@ class Gate(answer.Gate):
     async def end(self) -> None:
         """The app has returned: end the scope."""
         try:
+            if self.raised is not None:
+                raise self.raised  # the app has swallowed it
             # The app may have swallowed the error of a commit that failed, and kept quiet.
             if self.state == FAILED:
                 await asettle(self._scope)
@@ -142,9 +153,13 @@ class Gate(answer.Gate):
             # The response that was announced starts before the cancellation goes on.
             await self._start_shielded(message)
             raise
-        except BaseException:
+        except BaseException as error:
             self._set(FAILED)
-            raise
+            instead = self.instead_of(error, "asgi")
+            if instead is None:
+                raise
+            await self._answer(instead)
+            return
         if running_loop() is None:
             # In trio a cancellation that came during the commit is felt at the next await.
             await self._start_shielded(message)
@@ -158,6 +173,21 @@ class Gate(answer.Gate):
     async def _start_shielded(self, message: Message) -> None:
         self._set(STARTED)
         await finish(_sent(self._send(message)), options_now(self._scope).close_timeout)
+
+    async def _answer(self, instead: ASGIApp) -> None:
+        """Answer by the application that `on_commit_error` has returned."""
+        bodiless = is_head(self._scope)
+
+        async def send(message: Message) -> None:
+            if bodiless and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await self._send(message)
+
+        try:
+            await instead(*self._request, send)
+        except BaseException as error:
+            self.raised = error
+            raise
 
     async def _replace(self) -> None:
         """Answer a plain 500 instead of a success whose commit failed."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
-from rope_middleware.protocols import Veto
+from rope_middleware.protocols import CommitError, Veto
 from rope_middleware.scope.context import is_async_callable
 
 __all__ = ["DEFAULT", "EVERY", "Options", "methods_of", "options_of"]
@@ -28,8 +28,10 @@ class Options:
             back; `open_scope` commits when its block ends without an error.
         commit_veto: called with the status and the headers (a list of pairs of str) of a response
             that would commit; where it returns something true, the scope rolls back.
+        on_commit_error: called with the error of a commit that has failed for good; returns the
+            application that answers, or None.
         retries: how often a request is run again when the database refused its transaction as
-            one to try again.
+            one to try again, or a connection was lost.
         max_active: how many requests may be served at a time; the others wait in line.
         read_only: the methods whose requests read only (R1), or `EVERY`.
         close_timeout: seconds that each async session may take to give its connection back; past
@@ -42,6 +44,7 @@ class Options:
 
     commit_on_success: bool = False
     commit_veto: Veto | None = None
+    on_commit_error: CommitError | None = None
     retries: int = 0
     max_active: int | None = None
     read_only: tuple[str, ...] = ()
@@ -55,6 +58,12 @@ class Options:
                 "commit_veto must be a plain function of (status, headers) that returns true "
                 f"where the request must not be committed, not {veto!r}."
             )
+        answering: object = self.on_commit_error
+        if answering is not None and (not callable(answering) or is_async_callable(answering)):
+            raise TypeError(
+                "on_commit_error must be a plain function of the error that returns an application "
+                f"(a response), or None, not {answering!r}."
+            )
         _check_number("retries", "further tries", self.retries, 0)
         if self.max_active is not None:
             _check_number("max_active", "requests", self.max_active, 1)
@@ -66,6 +75,7 @@ class Options:
             self,
             commit_on_success=self.commit_on_success or inner.commit_on_success,
             commit_veto=_either(self.commit_veto, inner.commit_veto),
+            on_commit_error=inner.on_commit_error or self.on_commit_error,
             read_only=tuple(dict.fromkeys((*self.read_only, *inner.read_only))),
         )
 

@@ -55,9 +55,10 @@ async def committing(
                 "write by a session that is committed before?"
             )
     except BaseException as error:
-        is_doubt = isinstance(error, CommitInDoubtError)
-        what = "commit of %r in doubt: %s" if is_doubt else "commit of %r failed: %s"
-        logger.error(what, scope.name, class_of(error.__cause__ if is_doubt else error))
+        if isinstance(error, CommitInDoubtError):
+            logger.error("commit of %r in doubt: %s", scope.name, class_of(error.__cause__))
+        else:
+            logger.error("commit of %r failed: %s", scope.name, class_of(error))
         await rolling_back(scope, hands, "its commit failed")
         return error
     if note is not None:

@@ -97,7 +97,7 @@ async def _commit(
     tell_unknown(scope)
     if verdict is Verdict.UNKNOWN:
         raise in_doubt(scope.name, _why(scope)) from failure
-    logger.warning("the answer to the commit of %r was lost; the commit stands", scope.name)
+    logger.warning("the answer to the commit of %r was lost; it stands", scope.name)
     await adopt()
 
 
@@ -175,9 +175,10 @@ async def _settle(scope: Scope, asking: Asking) -> None:
             continue
         note_commit(scope)
         tell_unknown(scope)
+        is_unknown = verdict is Verdict.UNKNOWN
         logger.error(
-            "a commit of %r %s: the application got an error for it (%s)",
+            "a commit of %r, by the application itself, is in doubt%s: %s",
             scope.name,
-            "is in doubt" if verdict is Verdict.UNKNOWN else "was in doubt, and stands",
+            "" if is_unknown else " no more, and stands",
             class_of(attempt.error),
         )

@@ -224,13 +224,13 @@ class GatedBody(_Body):
     def __iter__(self) -> Iterator[bytes]:
         for chunk in super().__iter__():
             if self._gate is not None and (instead := self._settle(self._gate)) is not None:
-                yield from instead
+                yield from _to_the_end(instead)
                 return
             yield chunk
         if self._gate is not None:  # a body without any chunk
-            yield from self._settle(self._gate) or ()
+            yield from _to_the_end(self._settle(self._gate) or ())
 
-    def _settle(self, gate: Gate) -> list[bytes] | None:
+    def _settle(self, gate: Gate) -> Iterable[bytes] | None:
         """Let the response start, or return what the server gets in its place."""
         scope = self._scope
         if scope is None:  # closed
@@ -243,6 +243,14 @@ class GatedBody(_Body):
             self._commits = gate.commits
             if not gate.is_waiting:
                 self._gate = None
+
+
+def _to_the_end(body: Iterable[bytes]) -> Iterator[bytes]:
+    """Hand on another application's body, and close it."""
+    try:
+        yield from body
+    finally:
+        close_unsent(body)
 
 
 class _SizedBody(_Body):

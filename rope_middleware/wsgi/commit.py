@@ -39,7 +39,17 @@ class Gate(answer.Gate):
         owns: False where another middleware ends the scope.
     """
 
-    __slots__ = ("_call", "_owns", "_replay", "_start_response", "_write_on")
+    __slots__ = (
+        "_call",
+        "_environ",
+        "_instead",
+        "_owns",
+        "_replay",
+        "_start_response",
+        "_write_on",
+    )
+
+    _environ: WSGIEnvironment
 
     def __init__(
         self,
@@ -54,6 +64,8 @@ class Gate(answer.Gate):
         self.state = WAITING
         self.commits = False
         self.why = ""
+        self.raised = None
+        self._instead: WSGIApplication | None = None  # what `on_commit_error` has returned
         self._start_response = start_response
         self._replay = replay
         self._owns = owns
@@ -67,6 +79,7 @@ class Gate(answer.Gate):
             BaseException: what the app raised, unless a commit failed or another try follows.
         """
         body: Iterable[bytes] = ()
+        self._environ = environ
         try:
             body = app(environ, self.start_response)
             streamed = self.state == WAITING and is_streamed(body, environ)
@@ -77,25 +90,29 @@ class Gate(answer.Gate):
             if streamed and self.state == WAITING:
                 return GatedBody(body, self._scope, self, self._owns)
         except BaseException as error:
-            self.why = class_of(error)
-            settle(self._scope)
-            if not isinstance(error, Exception) or not (
-                self.state == FAILED or self.may_try_again()
-            ):
-                close_unsent(body)
-                raise
-            if self.state == WAITING:
-                self.state = HELD
-            if not self.may_try_again():
-                self._tell(error)
+            self._note_error(error, body)
         if self.state in (WAITING, STARTED):
             return hand_on(body, environ, self._scope, self.commits, self._owns)
         close_unsent(body)
         if self.may_try_again():
             self.state = HELD
+        instead = None if self.state == HELD else self._answer()
         if self._owns:
             end(self._scope, why=self.why)
-        return AGAIN if self.state == HELD else self._plain_error()
+        return AGAIN if instead is None else instead
+
+    def _note_error(self, error: BaseException, body: Iterable[bytes]) -> None:
+        """The app's call, or the commit, has raised: raise it again, unless we answer."""
+        self.why = class_of(error)
+        settle(self._scope)
+        is_ours = self.state == FAILED or self.may_try_again()
+        if not isinstance(error, Exception) or not is_ours:
+            close_unsent(body)
+            raise error
+        if self.state == WAITING:
+            self.state = HELD
+        if self.state == FAILED and not self.may_try_again():
+            self._tell(error)
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
@@ -145,8 +162,20 @@ class Gate(answer.Gate):
                 self._refuse_success(self.why)
             elif act is Act.COMMIT:
                 self.state = FAILED  # assumed; corrected below when the commit has succeeded
-                commit(self._scope, self._note_commit)
+                if not self._commit():
+                    return
             self._start(call)
+
+    def _commit(self) -> bool:
+        """Commit; tell whether the response may start."""
+        try:
+            commit(self._scope, self._note_commit)
+        except Exception as error:
+            self._instead = self.instead_of(error, "wsgi")
+            if self._instead is None:
+                raise
+            return False
+        return True
 
     def _start(self, call: Any) -> None:
         self.state = STARTED
@@ -167,7 +196,7 @@ class Gate(answer.Gate):
         """Whether the app has not called start_response yet."""
         return self.state == WAITING
 
-    def announce_or_replace(self) -> list[bytes] | None:
+    def announce_or_replace(self) -> Iterable[bytes] | None:
         """`announce` of a body that the server reads; what it gets in place of it, or None."""
         try:
             self.announce()
@@ -176,11 +205,27 @@ class Gate(answer.Gate):
                 raise
             self.why = class_of(error)
             self._tell(error)
-        return None if self.state in (WAITING, STARTED) else self._plain_error()
+        return None if self.state in (WAITING, STARTED) else self._answer()
 
     def _tell(self, error: BaseException) -> None:
         """Log what nobody else hears of: the framework has done its part already."""
         logger.error("%r is answered by a plain 500: %s", self._scope.name, traceback_of(error))
+
+    def _answer(self) -> Iterable[bytes]:
+        """Answer instead of a success whose commit failed; return the body.
+
+        Raises:
+            BaseException: what `on_commit_error` raised, where the app has swallowed it.
+        """
+        if self.raised is not None:
+            raise self.raised
+        if self._instead is None:
+            return self._plain_error()
+        body = self._instead(self._environ, self._start_response)
+        if not is_head(self._scope):
+            return body
+        close_unsent(body)
+        return []
 
     def _plain_error(self) -> list[bytes]:
         """Answer a plain 500 instead of a success whose commit failed; return its body."""
