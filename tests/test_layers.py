@@ -85,6 +85,7 @@ HOUSE = (
     "asgi",
     "wsgi.files",
     "wsgi.replay",
+    "wsgi.begun",
     "wsgi.body",
     "wsgi.position",
     "wsgi.commit",

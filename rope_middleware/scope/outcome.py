@@ -61,7 +61,9 @@ def is_loss(scope: Scope) -> bool:
 
 def has_refused(scope: Scope) -> bool:
     """Tell whether the request may be run again: refused, and nothing is committed (C6, C8)."""
-    return scope._refused is not None and not scope._committed
+    if scope._refused is None or scope._committed:
+        return False
+    return scope._trial is None or not scope._trial.stands(scope._is_lost)
 
 
 def retries_of(scope: Scope) -> int:

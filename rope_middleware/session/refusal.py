@@ -27,7 +27,7 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import aborted_by, suspect, tells_of_aborted
 from rope_middleware.session.doubt import can_be_asked, transaction_id
 from rope_middleware.session.lost import is_lost, note_refused_connects, was_sent
-from rope_middleware.session.trial import LOST, Attempt, find_trial, trial_for
+from rope_middleware.session.trial import LOST, Attempt, find_trial, is_of_session, trial_for
 from rope_middleware.session.writes import ends_transaction, may_write
 
 __all__ = [
@@ -204,6 +204,7 @@ def _on_commit(connection: Connection) -> None:
         return
     transaction = connection.get_transaction()
     attempt = Attempt(connection, transaction, wrote=transaction in trial.writing)
+    attempt.is_of_session = is_of_session(scope, connection)
     if attempt.wrote and can_be_asked(connection):
         try:
             attempt.xid = transaction_id(connection)

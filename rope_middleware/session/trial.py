@@ -11,8 +11,11 @@ from typing import Any, cast
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.base import Transaction
 
+from rope_middleware.scope.order import held
 from rope_middleware.scope.outcome import retries_of, set_trial, trial_of
-from rope_middleware.scope.scope import Scope
+from rope_middleware.scope.scope import Scope, registries_of
+from rope_middleware.session.connections import lent_connections, made_connections
+from rope_middleware.session.tie import tie_of
 
 __all__ = [
     "LOST",
@@ -21,7 +24,7 @@ __all__ = [
     "Trial",
     "attempts_lost",
     "find_trial",
-    "has_sent",
+    "is_of_session",
     "trial_for",
 ]
 
@@ -41,6 +44,7 @@ class Attempt:
         "connection",
         "engine",
         "error",
+        "is_of_session",
         "is_twophase",
         "state",
         "transaction",
@@ -56,6 +60,7 @@ class Attempt:
         self.transaction: Transaction | None = transaction
         self.wrote = wrote
         self.is_twophase = is_twophase
+        self.is_of_session = True  # of the scope; False of a connection besides
         self.xid: str | None = None  # PostgreSQL's transaction id, where it is known
         self.error: BaseException | None = None  # by which its answer was lost
         self.state = SENT
@@ -75,11 +80,36 @@ class Trial:
         transaction = connection.get_transaction()
         return next((one for one in self.attempts if one.transaction is transaction), None)
 
+    def stands(self, is_lost: bool) -> bool:
+        """Tell whether something is committed, so that the request is not run again (C6, C8).
+
+        Args:
+            is_lost: after a lost connection commits that no session has made count, too.
+        """
+        return any(
+            one.wrote and one.state == SENT and (is_lost or one.is_of_session)
+            for one in self.attempts
+        )
+
     def settle(self, attempt: Attempt, failed: bool) -> None:
         """It is known what became of `attempt`, or that nobody can tell."""
         attempt.state = SENT
         if failed:
             self.attempts.remove(attempt)
+
+
+def is_of_session(scope: Scope, connection: Connection) -> bool:
+    """Tell whether `connection` is that of a session of `scope`, its own or lent to it."""
+    if registries_of(scope):
+        return True  # a plain scoped_session keeps its session itself
+    sessions = (key.kind.inner(session) for key, session in held(scope))
+    ties = (tie_of(session) for session in sessions if session is not None)
+    return any(
+        connection in made_connections(tie.transaction)
+        or connection in lent_connections(tie.transaction)
+        for tie in ties
+        if tie is not None
+    )
 
 
 def trial_for(scope: Scope) -> Trial | None:
@@ -100,9 +130,3 @@ def attempts_lost(scope: Scope) -> list[Attempt]:
     """Return the commits of `scope` whose answer was lost, and nobody has asked for yet."""
     trial = find_trial(scope)
     return [] if trial is None else [one for one in trial.attempts if one.state == LOST]
-
-
-def has_sent(scope: Scope) -> bool:
-    """Tell whether anything that may have written is committed, by a session or without one."""
-    trial = find_trial(scope)
-    return trial is not None and any(one.wrote for one in trial.attempts)

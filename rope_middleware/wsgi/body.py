@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from types import GeneratorType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,6 +9,7 @@ from rope_middleware.scope.context import current, logger, unbind
 from rope_middleware.scope.ending import end, end_failed, explain, is_untouched
 from rope_middleware.scope.response import inner_gate_of, is_doomed
 from rope_middleware.scope.scope import Scope
+from rope_middleware.wsgi.begun import to_the_end
 from rope_middleware.wsgi.files import is_file
 
 if TYPE_CHECKING:
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "Begun",
     "GatedBody",
     "ListBody",
-    "close_unsent",
     "hand_on",
     "is_streamed",
 ]
@@ -32,16 +30,6 @@ __all__ = [
 # Bound once: this is the way of every request.
 _set_current = current.set
 _reset_current = current.reset
-
-
-def close_unsent(body: object) -> None:
-    """Close a body that the server does not get to see (PEP 3333: exactly once)."""
-    close = getattr(body, "close", None)
-    if close is not None:
-        try:
-            close()
-        except Exception:
-            logger.exception("close() of a response that was not sent failed")
 
 
 def _is_odd(body: object) -> bool:
@@ -224,11 +212,11 @@ class GatedBody(_Body):
     def __iter__(self) -> Iterator[bytes]:
         for chunk in super().__iter__():
             if self._gate is not None and (instead := self._settle(self._gate)) is not None:
-                yield from _to_the_end(instead)
+                yield from to_the_end(instead)
                 return
             yield chunk
         if self._gate is not None:  # a body without any chunk
-            yield from _to_the_end(self._settle(self._gate) or ())
+            yield from to_the_end(self._settle(self._gate) or ())
 
     def _settle(self, gate: Gate) -> Iterable[bytes] | None:
         """Let the response start, or return what the server gets in its place."""
@@ -243,14 +231,6 @@ class GatedBody(_Body):
             self._commits = gate.commits
             if not gate.is_waiting:
                 self._gate = None
-
-
-def _to_the_end(body: Iterable[bytes]) -> Iterator[bytes]:
-    """Hand on another application's body, and close it."""
-    try:
-        yield from body
-    finally:
-        close_unsent(body)
 
 
 class _SizedBody(_Body):
@@ -285,24 +265,3 @@ def _end_with_file(body: Any, scope: Scope, commits: bool) -> Iterable[bytes]:
         ending._body = None  # the server will close it
         ending.close()
     return cast("Iterable[bytes]", body)
-
-
-class Begun:
-    """A body whose first chunk has been made already."""
-
-    def __init__(self, body: Iterable[bytes]) -> None:
-        self._body = body
-        self._chunks = iter(body)
-        self._first = list(islice(self._chunks, 1))
-        self._inner = current.get(None)  # an open_scope() around several chunks
-
-    def __iter__(self) -> Iterator[bytes]:
-        current.set(self._inner)  # undone by who asks for the chunk
-        yield from self._first
-        yield from self._chunks
-
-    def close(self) -> None:
-        """Close the app's body."""
-        close = getattr(self._body, "close", None)
-        if close is not None:
-            close()

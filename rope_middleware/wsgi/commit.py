@@ -11,7 +11,8 @@ from rope_middleware.scope.ending import commit, end, roll_back
 from rope_middleware.scope.response import doom_rest, is_head
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.committing import settle
-from rope_middleware.wsgi.body import Begun, GatedBody, close_unsent, hand_on, is_streamed
+from rope_middleware.wsgi.begun import Begun, close_unsent
+from rope_middleware.wsgi.body import GatedBody, hand_on, is_streamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

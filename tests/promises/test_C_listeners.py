@@ -22,12 +22,6 @@ from tests.kit.web import Answer, Exchange, Web
 Listen = Callable[[str, Callable[..., object]], None]
 
 
-TWICE = (
-    "issue 14, item 4: retries that write twice: the application's own after_commit listener that "
-    "raises"
-)
-
-
 class ListenerError(Exception):
     """The application's own."""
 
@@ -95,15 +89,6 @@ def test_C3_a_listener_that_raises_after_the_commit_leaves_one_row(
     assert web.store.rows() == [1]
 
 
-@pytest.mark.parametrize(
-    "listen",
-    [
-        pytest.param("before ours", marks=pytest.mark.xfail(reason=TWICE, strict=True)),
-        # Not strict: it depends on what the process has listened to before.
-        pytest.param("after ours", marks=pytest.mark.xfail(reason=TWICE, strict=False)),
-    ],
-    indirect=True,
-)
 def test_C6_what_a_session_committed_is_not_written_again(
     web: Web, listen: Listen, tmp_path: Path
 ) -> None:

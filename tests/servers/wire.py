@@ -72,7 +72,7 @@ Plan = Callable[[], Cut | None]
 class RandomCuts:
     """Cuts a share of the connections, each somewhere else. The same seed, the same cuts."""
 
-    def __init__(self, seed: int, share: float = 1.0, most: int = 40) -> None:
+    def __init__(self, seed: int, share: float = 1.0, most: int = 20) -> None:
         self._random = random.Random(seed)
         self._share = share
         self._most = most

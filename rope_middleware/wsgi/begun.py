@@ -1,0 +1,52 @@
+"""Bodies that have begun, that are not sent, and that come from another application."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from rope_middleware.scope.context import current, logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["Begun", "close_unsent", "to_the_end"]
+
+
+def close_unsent(body: object) -> None:
+    """Close a body that the server does not get to see (PEP 3333: exactly once)."""
+    close = getattr(body, "close", None)
+    if close is not None:
+        try:
+            close()
+        except Exception:
+            logger.exception("close() of a response that was not sent failed")
+
+
+def to_the_end(body: Iterable[bytes]) -> Iterator[bytes]:
+    """Hand on another application's body, and close it."""
+    try:
+        yield from body
+    finally:
+        close_unsent(body)
+
+
+class Begun:
+    """A body whose first chunk has been made already."""
+
+    def __init__(self, body: Iterable[bytes]) -> None:
+        self._body = body
+        self._chunks = iter(body)
+        self._first = list(islice(self._chunks, 1))
+        self._inner = current.get(None)  # an open_scope() around several chunks
+
+    def __iter__(self) -> Iterator[bytes]:
+        current.set(self._inner)  # undone by who asks for the chunk
+        yield from self._first
+        yield from self._chunks
+
+    def close(self) -> None:
+        """Close the app's body."""
+        close = getattr(self._body, "close", None)
+        if close is not None:
+            close()
