@@ -117,6 +117,8 @@ def _shield() -> AbstractContextManager[object]:
     """Return a context in which no anyio or trio cancel scope outside of it is felt."""
     if "anyio" not in sys.modules and "trio" not in sys.modules:
         return nullcontext()
+    if not is_async_running():  # somebody drives the coroutine by hand: nobody can cancel it
+        return nullcontext()
     import anyio
 
     return anyio.CancelScope(shield=True)
