@@ -17,6 +17,7 @@ __all__ = [
     "belongs_to_parent",
     "has_ended",
     "in_doubt",
+    "memory_of_thread",
     "no_scope",
     "other_loop",
     "pool_deadlock",
@@ -172,4 +173,19 @@ def pool_deadlock(engine: str, size: int, holders: str) -> PoolDeadlockError:
         "that itself waits for another one, so none would ever come back. Give back the outer "
         "connection before an inner scope asks for one: commit() or rollback(). Or make the pool "
         f"larger than the number of such requests at once.\n{holders}"
+    )
+
+
+def memory_of_thread(*, is_async: bool) -> RopeError:
+    """Make the error for an in-memory SQLite database that each thread has for itself."""
+    where = (
+        "an async scope ends its sessions in another thread than the one that used them"
+        if is_async
+        else "another thread has used this engine before, and its tables are not here"
+    )
+    return RopeError(
+        "This engine gives each thread an in-memory SQLite database of its own "
+        "(SingletonThreadPool), "
+        f'and {where}. Make it one database for all threads: create_engine("sqlite://", '
+        'poolclass=StaticPool, connect_args={"check_same_thread": False}), or use a file.'
     )

@@ -49,6 +49,7 @@ HOUSE = (
     "session.holders",
     "session.giving_way",
     "session.waits",
+    "session.notice",
     "session.unsaved",
     "session.tie",
     "session.switches",

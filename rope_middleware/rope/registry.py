@@ -100,7 +100,7 @@ class RopeRegistry(ScopedRegistry[_T]):
         """Set a new rope in `frame`, by default the first frame outside the facade."""
         name = self._create_name()
         rope = self._list(name, OwnRope(self, self._home()))
-        hold(frame or calling_frame(), name, rope)
+        _hold(frame or calling_frame(), name, rope)
         return rope
 
     def rope(self) -> OwnRope[_T]:
@@ -115,7 +115,7 @@ class RopeRegistry(ScopedRegistry[_T]):
                 rope = self._list(name, cast("OwnRope[_T]", held))
             else:
                 rope = self._list(name, OwnRope(self, home))
-        hold(frame, name, rope)
+        _hold(frame, name, rope)
         return rope
 
     def remove(self, name: str | None = None) -> None:
@@ -158,6 +158,12 @@ class RopeRegistry(ScopedRegistry[_T]):
         rope = self._forget()
         if rope is not None:
             rope._session = None
+
+
+def _hold(frame: FrameType, name: str, rope: OwnRope[Any]) -> None:
+    if frame.f_locals is frame.f_globals and rope.module is None:
+        rope.module = frame.f_code, frame.f_lasti
+    hold(frame, name, rope)
 
 
 def _task() -> object:

@@ -17,6 +17,8 @@ from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.scope.context import logger
 from rope_middleware.session.closing import close, detach
+from rope_middleware.session.lines import Line
+from rope_middleware.session.notice import notice_module
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.tie import listen_to, tie_of, tie_to
 from rope_middleware.session.unsaved import tell_lost
@@ -158,6 +160,7 @@ class OwnRope(SessionRope[_T]):
     def __init__(self, registry: Any, home: WeakValueDictionary[str, OwnRope[_T]]) -> None:
         super().__init__(registry)
         self.home: WeakValueDictionary[str, OwnRope[_T]] | None = home
+        self.module: Line | None = None  # where a module's frame holds it
 
     @property
     def session(self) -> _T:
@@ -167,6 +170,10 @@ class OwnRope(SessionRope[_T]):
 
     def hold(self, session: _T) -> _T:
         self._session = _watched(session)
+        made: object = session
+        tie = tie_of(made) if isinstance(made, Session) else None
+        if self.module is not None and tie is not None:
+            notice_module(tie, self.module)
         return session
 
     def remove(self) -> None:

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 from rope_middleware.scope.scope import AsyncScope, Scope
 
-__all__ = ["expects_nothing", "is_async", "loop_of", "with_outer"]
+__all__ = [
+    "expects_nothing",
+    "is_async",
+    "is_request",
+    "is_thread_of",
+    "loop_of",
+    "with_outer",
+]
 
 
 def expects_nothing(scope: Scope) -> bool:
@@ -32,3 +39,13 @@ def with_outer(scope: Scope | None) -> Iterator[Scope]:
     while scope is not None:
         yield scope
         scope = None if scope._outer is None else scope._outer()
+
+
+def is_request(scope: Scope) -> bool:
+    """Tell whether a middleware has opened `scope`, and not an `open_scope()`."""
+    return isinstance(scope._name, tuple)  # of the method and the path
+
+
+def is_thread_of(scope: Scope, thread: int) -> bool:
+    """Tell whether `thread` is the one that the event loop of `scope` runs in."""
+    return isinstance(scope, AsyncScope) and scope._thread == thread

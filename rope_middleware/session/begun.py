@@ -18,19 +18,19 @@ from rope_middleware.session.lines import application_line
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
-__all__ = ["Strand", "is_open", "note_begin", "open_ties", "strand", "strand_of"]
+__all__ = ["DEPTH", "Strand", "is_open", "note_begin", "open_ties", "strand", "strand_of"]
 
 Strand = object
 """What runs, and can wait for a connection: a task of asyncio, or the ident of a thread."""
 
 # Above `note_begin` and its caller there are always frames of SQLAlchemy's, on 2.0 and 2.1: the
 # event's call, SessionTransaction.__init__, Session._autobegin_t.
-_DEPTH = 6
+DEPTH = 6
 
 _ties: set[ref[Tie]] = set()
 
 
-def note_begin(tie: Tie, depth: int = _DEPTH) -> None:
+def note_begin(tie: Tie, depth: int = DEPTH) -> None:
     """Write down that the session of `tie` begins a transaction here.
 
     Args:

@@ -17,7 +17,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
-from rope_middleware.errors import CrossLoopError, other_loop
+from rope_middleware.errors import CrossLoopError, RopeError, other_loop
 from rope_middleware.running.finish import running_loop
 from rope_middleware.scope.context import current
 from rope_middleware.scope.kind import SessionKind
@@ -34,13 +34,13 @@ from rope_middleware.scope.scope import (
 from rope_middleware.session.begun import note_begin
 from rope_middleware.session.connections import connections_out, made_connections
 from rope_middleware.session.lines import Line
+from rope_middleware.session.notice import learn_engines, notice_begin
 from rope_middleware.session.unsaved import (
     Written,
     forget_committed,
     forget_rolled_back,
     note_flush,
 )
-from rope_middleware.session.waits import put_door
 from rope_middleware.session.written import watch, watch_binds
 
 __all__ = [
@@ -60,7 +60,6 @@ _TIE = "_rope_middleware_tie"
 # sessionmaker makes a class each time.
 _listening_to: WeakSet[type[Session]] = WeakSet()
 _listening = threading.Lock()
-_late: WeakSet[type[Session]] = WeakSet()
 
 
 class Tie:
@@ -143,7 +142,7 @@ def listen(session_class: type[Session]) -> None:
             _listen(session_class)
             if session_class.get_bind is not Session.get_bind:
                 watch_binds(session_class)
-                _listen_late(session_class)
+                learn_engines(session_class)
             _listening_to.add(session_class)
 
 
@@ -209,23 +208,11 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
             _check_begin(session, transaction, cast("AsyncScope", scope))
     if transaction.parent is None and (tie.kind is not None or scope is None):
         tie.written = None  # of one that the application has closed
-        note_begin(tie)
-        bind = session.bind
-        if bind is None:
-            _listen_late(type(session))
-        else:
-            put_door(bind.engine)
-
-
-def _listen_late(session_class: type[Session]) -> None:
-    """Learn the engines of sessions whose `bind` does not tell them."""
-    if session_class not in _late:
-        _late.add(session_class)
-        event.listen(session_class, "after_begin", _on_connection)
-
-
-def _on_connection(_: Session, __: SessionTransaction, connection: Connection) -> None:
-    put_door(connection.engine)
+        try:
+            notice_begin(tie, session)
+        except RopeError:
+            session.reset()
+            raise
 
 
 def _adopted(session: Session) -> Tie | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -23,6 +23,7 @@ from rope_middleware.session.connections import connections_out
 from rope_middleware.session.door import TAG, Door, deciding, door_of, mark_of, marks
 from rope_middleware.session.giving_way import give_way
 from rope_middleware.session.holders import Holder, Holders, engine_text, holder_of
+from rope_middleware.session.pools import is_memory_of_thread
 
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
@@ -32,18 +33,25 @@ __all__ = ["put_door"]
 _DOOR = "_rope_middleware_door"
 
 
-def put_door(engine: Engine) -> None:
-    """Put a door in front of the pool of `engine`, once."""
+def put_door(engine: Engine) -> dict[str, int] | None:
+    """Put a door in front of the pool of `engine`, once.
+
+    Returns:
+        Of an in-memory SQLite database that each thread has for itself: where the thread is noted
+        that has the first one. Else None.
+    """
     pool = engine.pool
-    if _DOOR in vars(pool):
-        return
+    known: Any = vars(pool).get(_DOOR, pool)
+    if known is not pool:
+        return cast("dict[str, int]", known) if type(known) is dict else None
     with deciding:
         if _DOOR not in vars(pool):
             door = Door(pool, engine_text(engine)) if isinstance(pool, QueuePool) else None
             if door is not None and isinstance(pool, QueuePool):
                 # Under its name on this one object: everything else about the pool stays as it is.
                 pool.connect = _through(door, pool, pool.connect)  # type: ignore[method-assign]
-            vars(pool)[_DOOR] = door
+            vars(pool)[_DOOR] = {} if is_memory_of_thread(engine) else door
+    return put_door(engine)
 
 
 def _through(

@@ -21,13 +21,28 @@ class Said(logging.Handler):
 
     @property
     def warnings(self) -> list[str]:
-        """The warnings, without errors."""
-        return [r.getMessage() for r in self.records if r.levelno == logging.WARNING]
+        """The warnings; not those of `blocking`."""
+        return [text for text in self._texts() if _BLOCKING not in text]
+
+    @property
+    def blocking(self) -> list[str]:
+        """What is told of sync sessions on the event loop.
+
+        The tests whose text serves all kinds of session use them there, so nobody minds them.
+        """
+        return [text for text in self._texts() if _BLOCKING in text]
 
     @property
     def unexpected(self) -> list[str]:
         """What is told of the application's code: see H and L of the contract."""
-        return [r.getMessage() for r in self.records if r.module in ("telling", "waits")]
+        told = [r.getMessage() for r in self.records if r.module in ("telling", "waits")]
+        return [text for text in told if _BLOCKING not in text]
+
+    def _texts(self) -> list[str]:
+        return [r.getMessage() for r in self.records if r.levelno == logging.WARNING]
+
+
+_BLOCKING = "on the event loop of"
 
 
 @contextmanager

@@ -48,6 +48,12 @@ def pool(path: Path, size: int, **options: Any) -> Any:
     )
 
 
+def occupy(jenny: Any) -> None:
+    """Hold a connection that does not give way to an inner scope: `begin()` was called."""
+    jenny.session.begin()
+    jenny.session.execute(SELECT)
+
+
 @pytest.fixture
 def make_pool(tmp_path: Path) -> Iterator[Any]:
     made: list[Any] = []
@@ -74,7 +80,7 @@ def test_H3_whoever_closes_the_circle_is_told_at_once(
     def request(number: int) -> None:
         try:
             with open_scope(f"request {number}"):
-                touch(jenny)
+                occupy(jenny)
                 together.wait(60)
                 with open_scope("audit"):
                     touch(jenny)
@@ -88,7 +94,7 @@ def test_H3_whoever_closes_the_circle_is_told_at_once(
     assert isinstance(error, PoolTimeout)
     for number in range(size + overflow):
         assert f"request {number} " in str(error)
-    assert "sessions.py:" in str(error)  # where `touch` is
+    assert "test_H3_deadlock.py:" in str(error)
     assert holders() == ()
 
 
@@ -101,6 +107,7 @@ async def test_H3_tasks_are_told_as_threads_are(tmp_path: Path) -> None:
     async def request() -> None:
         nonlocal begun
         async with open_scope():
+            await jenny.session.begin()
             await jenny.session.execute(SELECT)
             begun += 1
             await poll(lambda: begun == 3)
@@ -141,7 +148,7 @@ async def test_H3_requests_with_handlers_in_threads(make_pool: Any) -> None:
     failed: list[PoolDeadlockError] = []
 
     def handler() -> None:
-        touch(jenny)
+        occupy(jenny)
         together.wait(60)
         with open_scope("audit"):
             touch(jenny)
@@ -164,6 +171,7 @@ def test_H3_one_thread_alone_can_stand_in_its_own_way(make_pool: Any) -> None:
     jenny, other = SessionJenny(sessionmaker(engine)), SessionJenny(sessionmaker(engine))
 
     def by_rope() -> None:
+        jenny.session.begin()
         jenny.session.execute(SELECT)
         with open_scope(), pytest.raises(PoolDeadlockError):
             other.session.execute(SELECT)
@@ -196,11 +204,11 @@ def test_H3_somebody_elses_connection_makes_it_unknown(make_pool: Any, said: Sai
     engine = make_pool(2, pool_timeout=0.05)
     jenny = SessionJenny(sessionmaker(engine))
     with engine.connect(), open_scope():
-        touch(jenny)
+        occupy(jenny)
         waits_out(jenny)
     with Session(engine) as by_hand, open_scope():
         by_hand.execute(SELECT)
-        touch(jenny)
+        occupy(jenny)
         waits_out(jenny)
     assert said.warnings
 
@@ -221,7 +229,7 @@ def test_H3_whoever_works_will_give_back(make_pool: Any) -> None:
     def waits() -> None:
         assert begun.wait(60)
         with open_scope():
-            touch(jenny)
+            occupy(jenny)
             waits_out(jenny)
         leave.set()
 
@@ -259,6 +267,7 @@ async def test_H3_a_task_that_only_waits_for_others_is_unknown(tmp_path: Path) -
             await jenny.session.execute(SELECT)
 
     async with open_scope():
+        await jenny.session.begin()
         await jenny.session.execute(SELECT)
         task = asyncio.create_task(child())
         with pytest.raises(PoolTimeout) as raised:
@@ -276,10 +285,10 @@ def test_H3_connections_of_a_disposed_pool_do_not_count(make_pool: Any) -> None:
     engine = make_pool(1)
     jenny = SessionJenny(sessionmaker(engine))
     with open_scope():
-        touch(jenny)
+        occupy(jenny)
         engine.dispose()
         with open_scope():
-            touch(jenny)  # the new pool has one
+            occupy(jenny)  # the new pool has one
             with open_scope(), pytest.raises(PoolDeadlockError):
                 touch(jenny)
 
@@ -334,7 +343,7 @@ def test_H3_nothing_is_left_behind_by_who_waited(make_pool: Any) -> None:
 
     jenny = SessionJenny(sessionmaker(make_pool(1)))
     with open_scope():
-        touch(jenny)
+        occupy(jenny)
         with open_scope(), pytest.raises(PoolDeadlockError):
             touch(jenny)
     eventually(lambda: not marks, lambda: f"no marks: {marks}")

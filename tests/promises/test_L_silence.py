@@ -6,15 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import pytest
-from sqlalchemy import select
+from sqlalchemy import create_engine, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from rope_middleware import current_scope, open_scope
+from rope_middleware import RopeError, SessionJenny, current_scope, open_scope
 from tests.kit.models import Data, Row
 from tests.kit.said import Said
-from tests.kit.sessions import Jenny
+from tests.kit.sessions import SELECT, Jenny, run_threads
+from tests.kit.stores import Store
 from tests.kit.web import Exchange, Web
+from tests.kit.wsgi import serve_wsgi
 
 pytestmark = pytest.mark.anyio
 
@@ -227,3 +232,120 @@ def test_L1_once_for_each_line_and_not_for_each_request(jenny: Jenny, said: Said
         one()
         other()
     assert len(said.warnings) == 2
+
+
+# -- L2 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.told
+async def test_L2_a_sync_session_on_the_event_loop_is_told(jenny: Jenny, said: Said) -> None:
+    """Once for each line; not in a thread, and not in a sync scope."""
+    with open_scope("sync"):
+        jenny.session.execute(SELECT)
+    async with open_scope("thread"):
+        await anyio.to_thread.run_sync(lambda: jenny.session.execute(SELECT))
+    assert said.blocking == []
+    for _ in range(3):
+        async with open_scope("loop"):
+            jenny.session.execute(SELECT)
+    (warning,) = said.blocking
+    assert "'loop'" in warning and f"{Path(__file__).name}:" in warning
+    assert "AsyncSessionJenny" in warning
+
+
+async def test_L2_an_async_session_is_where_it_belongs(store: Store, said: Said) -> None:
+    """Nothing is said of an AsyncSession."""
+    async with open_scope():
+        await store.read()
+    assert said.blocking == []
+
+
+MODULE = """
+session = jenny.session
+def view():
+    return session.execute(SELECT)
+"""
+
+
+@pytest.mark.told
+def test_L2_a_rope_on_a_modules_frame_is_told_where_requests_are_served(
+    jenny: Jenny, said: Said
+) -> None:
+    """`session = jenny.session` at the top of a module keeps one connection for ever."""
+    module: dict[str, Any] = {"jenny": jenny, "SELECT": SELECT}
+    exec(compile(MODULE, "shop.py", "exec"), module)
+    module["view"]()  # in a script: nobody minds
+    module["session"].rollback()
+    assert said.warnings == []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        module["view"]()
+        start_response("200 OK", [])
+        return [b""]
+
+    for _ in range(3):
+        serve_wsgi(app)
+    (warning,) = said.warnings
+    assert "shop.py:2" in warning and "strict=True" in warning
+    module.clear()
+
+
+@pytest.mark.told
+def test_L2_also_where_the_request_uses_the_jenny(jenny: Jenny, said: Said) -> None:
+    """The module's session may hold its connection since before the first request."""
+    module: dict[str, Any] = {"jenny": jenny, "SELECT": SELECT}
+    exec(compile("jenny.session.execute(SELECT)", "shop.py", "exec"), module)
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        jenny.session.execute(SELECT)
+        start_response("200 OK", [])
+        return [b""]
+
+    serve_wsgi(app)
+    (warning,) = said.warnings
+    assert "shop.py:1" in warning
+    module.clear()
+
+
+# -- L3 --------------------------------------------------------------------------------------------
+
+
+def in_memory(**options: Any) -> Any:
+    return SessionJenny(sessionmaker(create_engine("sqlite://", **options)))
+
+
+async def test_L3_a_database_for_each_thread_is_refused_in_an_async_scope() -> None:
+    """At its first use, with the two arguments that cure it; and again at the next."""
+    jenny = in_memory()
+    for _ in range(2):
+        async with open_scope():
+            with pytest.raises(RopeError, match=r"StaticPool.*check_same_thread"):
+                jenny.session.execute(SELECT)
+
+
+def test_L3_a_database_for_each_thread_is_refused_where_a_second_thread_uses_it() -> None:
+    """One thread alone has one database: a script, a test."""
+    jenny = in_memory()
+    for _ in range(2):
+        with open_scope():
+            jenny.session.execute(SELECT)
+
+    def another() -> None:
+        with open_scope(), pytest.raises(RopeError, match="StaticPool"):
+            jenny.session.execute(SELECT)
+
+    run_threads([another])
+    with open_scope():
+        jenny.session.execute(SELECT)
+
+
+async def test_L3_other_pools_and_files_are_as_they_were(tmp_path: Path) -> None:
+    """StaticPool, a file, and a shared cache are one database."""
+    cured = in_memory(poolclass=StaticPool, connect_args={"check_same_thread": False})
+    file = create_engine(f"sqlite:///{tmp_path}/f.sqlite", poolclass=SingletonThreadPool)
+    for jenny in (cured, SessionJenny(sessionmaker(file))):
+        with open_scope():
+            jenny.session.execute(SELECT)
+        run_threads([lambda one=jenny: one.execute(SELECT)])  # type: ignore[misc]
+    async with open_scope():
+        cured.session.execute(SELECT)

@@ -1,0 +1,100 @@
+"""What is noticed where a transaction begins: who begins it, at which pool, and misuse (L2, L3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session, SessionTransaction
+
+from rope_middleware.errors import memory_of_thread
+from rope_middleware.scope.asking import is_async, is_request, is_thread_of
+from rope_middleware.scope.context import current
+from rope_middleware.session.begun import DEPTH, note_begin
+from rope_middleware.session.lines import Line, text_of
+from rope_middleware.session.telling import tell_once
+from rope_middleware.session.waits import put_door
+
+if TYPE_CHECKING:
+    from rope_middleware.session.tie import Tie
+
+__all__ = ["learn_engines", "notice_begin", "notice_module"]
+
+_late: WeakSet[type[Session]] = WeakSet()
+_of_modules: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()
+
+
+def notice_begin(tie: Tie, session: Session) -> None:
+    """Notice that `session` begins a transaction.
+
+    Raises:
+        RopeError: its engine gives each thread a database of its own, and this is another thread's.
+    """
+    note_begin(tie, DEPTH + 1)
+    bind, scope = session.bind, tie.scope
+    if bind is None:
+        learn_engines(type(session))
+    else:
+        memory = put_door(bind.engine)
+        if memory is not None:
+            first = memory.setdefault("thread", tie.thread)
+            if first != tie.thread or (scope is not None and is_async(scope)):
+                raise memory_of_thread(is_async=scope is not None and is_async(scope))
+    if scope is not None and not _awaits(tie) and is_thread_of(scope, tie.thread):
+        _tell_blocking(tie, scope.name)
+    if _of_modules:
+        _look_at_modules()
+
+
+def _awaits(tie: Tie) -> bool:
+    """Tell whether the session of `tie` is that of an AsyncSession."""
+    return tie.kind is None or tie.kind.is_async
+
+
+def _look_at_modules() -> None:
+    here = current.get(None)
+    if here is not None and is_request(here):
+        for line in list(_of_modules.values()):
+            _tell_module(line)
+
+
+def learn_engines(session_class: type[Session]) -> None:
+    """Learn the engines of sessions whose `bind` does not tell them."""
+    if session_class not in _late:
+        _late.add(session_class)
+        event.listen(session_class, "after_begin", _on_connection)
+
+
+def _on_connection(_: Session, __: SessionTransaction, connection: Connection) -> None:
+    put_door(connection.engine)
+
+
+def notice_module(tie: Tie, line: Line) -> None:
+    """Note that a rope on the frame of a module holds the session of `tie`."""
+    _of_modules[tie] = line
+
+
+def _tell_module(line: Line) -> None:
+    tell_once(
+        "module",
+        line,
+        "The session that %s holds belongs to a module: it lives as long as this process, which "
+        "serves requests, and so does its connection. Write jenny.session where it is used, in a "
+        'function; or "with open_scope():" around work at the start. (strict=True refuses it.)',
+        text_of(line),
+    )
+
+
+def _tell_blocking(tie: Tie, name: str) -> None:
+    if tie.line is not None:
+        tell_once(
+            "blocking",
+            tie.line,
+            "A sync session is used on the event loop of %r, at %s: every other request waits "
+            "while it talks to the database. Make the handler a plain function (frameworks run "
+            "it in a thread), use anyio.to_thread.run_sync(), or an AsyncSessionJenny.",
+            name,
+            text_of(tie.line),
+        )
