@@ -17,6 +17,7 @@ __all__ = [
     "belongs_to_parent",
     "has_ended",
     "in_doubt",
+    "left_at_once",
     "memory_of_thread",
     "no_scope",
     "other_loop",
@@ -86,7 +87,18 @@ def no_scope(more: str = "") -> NoScopeError:
     """
     return NoScopeError(
         'No request scope is open. Wrap the app in RopeMiddleware, or use "with open_scope():" '
-        f'("async with" for an AsyncSession) in scripts, threads and background jobs.{more}'
+        '("async with" for an AsyncSession) in scripts, threads, background jobs, and in '
+        f"Starlette's handler of Exception, which stands around all middlewares.{more}"
+    )
+
+
+def left_at_once() -> RopeError:
+    """Make the error for a scope that a framework would leave behind in a thread."""
+    return RopeError(
+        'This "with open_scope():" stands in a generator that the framework runs in a worker '
+        "thread, in a copy of the request's context: nobody else would find the scope, and what "
+        'they write would be lost. Make the dependency an "async def" with '
+        '"async with open_scope():"; endpoints and other dependencies may stay "def".'
     )
 
 

@@ -1,4 +1,4 @@
-"""Which scope is current here, and a few words about errors and functions for all floors."""
+"""Which scope is current here and stays so; a few words about errors and functions for all."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import logging
 import traceback
 from contextvars import ContextVar, Token
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from rope_middleware.errors import left_at_once
 
 if TYPE_CHECKING:
     from rope_middleware.scope.scope import Scope
 
 __all__ = [
     "SCOPE_KEY",
+    "check_stays",
     "class_of",
     "current",
     "is_async_callable",
@@ -91,3 +95,24 @@ def is_async_callable(fn: object) -> bool:
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
         getattr(fn, "__call__", None)  # noqa: B004 - not a test for callable()
     )
+
+
+def check_stays(frame: FrameType | None) -> None:
+    """Check that what a generator makes current stays so when it has yielded.
+
+    FastAPI enters a dependency that is a plain generator in a worker thread of anyio's, which
+    works in a copy of the context: https://github.com/fastapi/fastapi/issues/953
+
+    Raises:
+        RopeError: it would be gone.
+    """
+    is_entered = False
+    while frame is not None:
+        is_generator = frame.f_code.co_flags & inspect.CO_GENERATOR
+        module = str(frame.f_globals.get("__name__"))
+        if not is_generator and module != "contextlib":
+            if is_entered and module.startswith("anyio."):
+                raise left_at_once()
+            return
+        is_entered = module == "contextlib"
+        frame = frame.f_back

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import threading
 from asyncio import CancelledError
 from collections.abc import Awaitable, Callable
@@ -14,7 +15,13 @@ from weakref import ref
 
 from rope_middleware.errors import RopeError, no_scope
 from rope_middleware.running.finish import is_async_running
-from rope_middleware.scope.context import class_of, current, is_async_callable, removing
+from rope_middleware.scope.context import (
+    check_stays,
+    class_of,
+    current,
+    is_async_callable,
+    removing,
+)
 from rope_middleware.scope.ending import aend, detach, end, end_closing, explain
 from rope_middleware.scope.options import EVERY, options_of
 from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
@@ -75,6 +82,8 @@ class open_scope:  # noqa: N801 - used like a function
             runs after the call.
         ValueError: `close_timeout` is not more than 0.
         RuntimeError: it is entered a second time before it is left.
+        RopeError: a plain generator enters it that a framework runs in a worker thread, as FastAPI
+            does with dependencies: nobody would find the scope.
     """
 
     def __init__(
@@ -149,6 +158,8 @@ class open_scope:  # noqa: N801 - used like a function
         restore(scope, former)
 
     def __enter__(self) -> Scope:
+        if sys._getframe(1).f_code.co_flags & inspect.CO_GENERATOR:
+            check_stays(sys._getframe(1))
         return self._enter(Scope())
 
     def __exit__(

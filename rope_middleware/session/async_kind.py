@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.session import closing, committing
 from rope_middleware.session.kinds import SyncKind
-from rope_middleware.session.sharing import note_reason
+from rope_middleware.session.sharing import note_reason, note_rollback
 
 __all__ = ["ASYNC", "FOREIGN_ASYNC", "AsyncKind", "ForeignAsyncKind"]
 
@@ -77,6 +77,7 @@ class AsyncKind(SyncKind):
         closing.detach(session.sync_session)
 
     def explain(self, error: BaseException, /) -> None:
+        note_rollback(error)
         note_reason(error)
 
 

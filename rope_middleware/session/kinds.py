@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from rope_middleware.session import closing, committing
+from rope_middleware.session.sharing import note_rollback
 
 __all__ = ["FOREIGN", "SYNC", "ForeignKind", "SyncKind"]
 
@@ -69,8 +70,8 @@ class SyncKind:
     def detach(self, session: Any, /) -> None:
         closing.detach(session)
 
-    def explain(self, _: BaseException, /) -> None:
-        pass
+    def explain(self, error: BaseException, /) -> None:
+        note_rollback(error)
 
     def owns(self, _: Any, /) -> bool:
         return False

@@ -1,6 +1,7 @@
-"""Errors of an AsyncSession that say what is wrong, and not why: the notes that do.
+"""Errors of a session that say what is wrong, and not why: the notes that do.
 
-Two tasks have shared it (Y3), or an object that a commit has expired was read.
+Two tasks have shared it (Y3), an object that a commit has expired was read, or an error handler has
+used a session whose flush had failed.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import cast
 
-from sqlalchemy.exc import MissingGreenlet
+from sqlalchemy.exc import MissingGreenlet, PendingRollbackError
 
-__all__ = ["note_reason"]
+__all__ = ["note_reason", "note_rollback"]
 
 _SHARED_SESSION = (
     "Two tasks have probably used one AsyncSession at the same time, which SQLAlchemy does not "
@@ -24,6 +25,20 @@ _EXPIRED = (
     "by async_sessionmaker(..., expire_on_commit=False). A relationship is loaded with its object: "
     "selectinload() (rope_middleware)."
 )
+
+_ROLL_BACK = (
+    "A flush of this session has failed before, and the application went on (an error handler?). "
+    "Roll back first: jenny.rollback(), which an AsyncSession awaits. What was loaded is read anew "
+    "then (rope_middleware)."
+)
+
+
+def note_rollback(error: BaseException) -> None:
+    """Tell what to call where a session is used on after a failed flush."""
+    if isinstance(error, PendingRollbackError) and _ROLL_BACK not in getattr(
+        error, "__notes__", ()
+    ):
+        error.add_note(_ROLL_BACK)
 
 
 def note_reason(error: BaseException) -> None:
