@@ -70,6 +70,9 @@ test-all: .venv-nox/.test-all ## run all tests on each Python found, with SQLAlc
 
 soak: $(VENV)/.test ## send a million requests with random faults, look for leaks (REQUESTS, SEED)
 	$(bin)/python -m tests.soak --requests $(REQUESTS) $(if $(SEED),--seed $(SEED))
+	@# A fiftieth of them over lines to PostgreSQL that are cut.
+	$(bin)/python -m tests.soak.truth --requests $$(( $(REQUESTS) / 50 )) \
+		$(if $(SEED),--seed $(SEED))
 
 compatibility: $(VENV)/.test ## run every framework, server and database, write docs/compatibility.md
 	$(pytest) tests/matrix --compatibility docs/compatibility.md $(PYTEST_ARGS)
