@@ -50,6 +50,7 @@ HOUSE = (
     "session.giving_way",
     "session.waits",
     "session.notice",
+    "session.locks",
     "session.unsaved",
     "session.tie",
     "session.switches",

@@ -26,6 +26,7 @@ from rope_middleware.scope.outcome import (
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import aborted_by, suspect, tells_of_aborted
 from rope_middleware.session.doubt import can_be_asked, transaction_id
+from rope_middleware.session.locks import name_other_side
 from rope_middleware.session.lost import is_lost, note_refused_connects, was_sent
 from rope_middleware.session.trial import LOST, Attempt, find_trial, is_of_session, trial_for
 from rope_middleware.session.writes import ends_transaction, may_write
@@ -90,7 +91,7 @@ _listens_to: set[str] = set()
 
 def listen_for_errors() -> None:
     """Note on a scope the errors of its database. Done once."""
-    _listen_once("errors", ("handle_error", _on_error))
+    _listen_once("errors", ("handle_error", _on_error), ("handle_error", name_other_side))
 
 
 def _listen_once(what: str, *listeners: tuple[str, Any]) -> None:

@@ -34,6 +34,7 @@ from rope_middleware.scope.scope import (
 from rope_middleware.session.begun import note_begin
 from rope_middleware.session.connections import connections_out, made_connections
 from rope_middleware.session.lines import Line
+from rope_middleware.session.locks import note_ended
 from rope_middleware.session.notice import learn_engines, notice_begin
 from rope_middleware.session.unsaved import (
     Written,
@@ -258,6 +259,8 @@ def _on_commit(session: Session) -> None:
     tie: Tie | None = session.__dict__.get(_TIE)
     if tie is None:
         return
+    if tie.written is not None and not session.in_nested_transaction():
+        note_ended(tie, made_connections(tie.transaction))
     forget_committed(tie, session)
     if tie.scope is None or session.in_nested_transaction():
         return

@@ -1,0 +1,161 @@
+"""Who holds the lock: deadlocks, lock time-outs and "database is locked" name the other side (H5).
+
+The other side is a transaction of this process that is open, or was a second ago. PostgreSQL tells
+the process that it belongs to; elsewhere it is one of those that have written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from sqlalchemy.engine import Connection, Engine, ExceptionContext
+
+from rope_middleware.session.begun import open_ties
+from rope_middleware.session.connections import connections_out
+from rope_middleware.session.lines import text_of
+from rope_middleware.session.where import now
+from rope_middleware.session.written import notes_of
+
+if TYPE_CHECKING:
+    from rope_middleware.session.tie import Tie
+
+__all__ = ["name_other_side", "note_ended"]
+
+_SECOND = 1.0
+
+# 40P01 deadlock_detected, 55P03 lock_not_available:
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_SQLSTATES = frozenset({"40P01", "55P03"})
+_MYSQL_CODES = frozenset({1205, 1213})  # lock wait time-out, deadlock
+_SQLITE_CODES = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED: https://www.sqlite.org/rescode.html
+_PROCESS = re.compile(r"[Pp]rocess (\d+)")
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A transaction that has written and has just ended."""
+
+    at: float
+    name: str
+    line: str
+    database: tuple[Any, ...]
+    drivers: tuple[ref[Any], ...]
+
+
+_ended: deque[_Ended] = deque(maxlen=1000)
+
+
+def note_ended(tie: Tie, connections: Collection[Connection]) -> None:
+    """Write down that a transaction which has written ends now."""
+    time = monotonic()
+    while _ended and time - _ended[0].at > _SECOND:
+        _ended.popleft()
+    for connection in connections:
+        driver = _driver(connection)
+        if tie.line is not None and driver is not None:
+            _ended.append(
+                _Ended(
+                    time,
+                    _name(tie),
+                    text_of(tie.line),
+                    _database(connection.engine),
+                    (ref(driver),),
+                )
+            )
+
+
+def name_other_side(context: ExceptionContext) -> None:
+    """Add to an error of the database the other request and its line, where it is one of ours."""
+    error, connection = context.original_exception, context.connection
+    if connection is None or not _is_of_lock(error):
+        return
+    found = list(dict.fromkeys(_others(connection, _processes(error))))
+    if not found:
+        return
+    note = "The other side, in this process: " + "; ".join(found) + "."
+    for told in (error, context.sqlalchemy_exception):
+        if told is not None and note not in getattr(told, "__notes__", ()):
+            told.add_note(note)
+
+
+def _is_of_lock(error: BaseException) -> bool:
+    for attribute in ("sqlstate", "pgcode"):
+        if getattr(error, attribute, None) in _SQLSTATES:
+            return True
+    code = getattr(error, "sqlite_errorcode", None)
+    if isinstance(code, int):
+        return code & 0xFF in _SQLITE_CODES
+    first = error.args[0] if error.args else None
+    module = type(error).__module__.lower()
+    is_mysql = any(name in module for name in ("mysql", "maria", "asyncmy"))
+    return is_mysql and getattr(error, "errno", first) in _MYSQL_CODES
+
+
+def _processes(error: BaseException) -> set[int]:
+    """Return the processes that PostgreSQL names in a deadlock; nothing elsewhere."""
+    detail = getattr(getattr(error, "diag", None), "message_detail", None)
+    if detail is None:
+        detail = getattr(error.__cause__, "detail", None)
+    return {int(number) for number in _PROCESS.findall(detail or "")}
+
+
+def _others(connection: Connection, processes: set[int]) -> Iterator[str]:
+    database = _database(connection.engine)
+    for tie in open_ties():
+        out = connections_out(tie)
+        if any(one is connection for one in out) or tie.line is None:
+            continue
+        if any(_is_other(one, database, processes) for one in out):
+            began, here = text_of(tie.line), text_of(now(tie) or tie.line)
+            yield f"{_name(tie)} at {here} (its transaction began at {began})"
+    own = _driver(connection)
+    for ended in [one for one in _ended if monotonic() - one.at <= _SECOND]:
+        drivers = [driver for one in ended.drivers if (driver := one()) is not None]
+        if ended.database != database or own in drivers:
+            continue
+        if not processes or any(_process(driver) in processes for driver in drivers):
+            yield f"{ended.name}, which has just ended (its transaction began at {ended.line})"
+
+
+def _is_other(connection: Connection, database: tuple[Any, ...], processes: set[int]) -> bool:
+    if _database(connection.engine) != database:
+        return False
+    if processes:
+        return _process(_driver(connection)) in processes
+    notes = notes_of(connection)
+    return bool(notes.dml() or notes.textual_dml())
+
+
+def _name(tie: Tie) -> str:
+    return "a session outside of scopes" if tie.scope is None else repr(tie.scope.name)
+
+
+def _database(engine: Engine) -> tuple[Any, ...]:
+    url = engine.url
+    return url.get_backend_name(), url.host, url.port, url.database
+
+
+def _driver(connection: Connection) -> Any:
+    if connection.closed or connection.invalidated:
+        return None
+    return connection.connection.driver_connection
+
+
+def _process(driver: Any) -> int | None:
+    """Return the server's process that serves a driver's connection."""
+    for found in _ways(driver):
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _ways(driver: Any) -> Iterable[Any]:
+    yield getattr(getattr(driver, "info", None), "backend_pid", None)  # psycopg, psycopg2
+    ask = getattr(driver, "get_server_pid", None)  # asyncpg
+    yield None if ask is None else ask()
