@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
@@ -45,7 +45,7 @@ class _Ended:
     name: str
     line: str
     database: tuple[Any, ...]
-    drivers: tuple[ref[Any], ...]
+    process: int | None  # of the server
 
 
 _ended: deque[_Ended] = deque(maxlen=1000)
@@ -56,18 +56,13 @@ def note_ended(tie: Tie, connections: Collection[Connection]) -> None:
     time = monotonic()
     while _ended and time - _ended[0].at > _SECOND:
         _ended.popleft()
-    for connection in connections:
-        driver = _driver(connection)
-        if tie.line is not None and driver is not None:
-            _ended.append(
-                _Ended(
-                    time,
-                    _name(tie),
-                    text_of(tie.line),
-                    _database(connection.engine),
-                    (ref(driver),),
-                )
-            )
+    if tie.line is None:
+        return
+    with suppress(Exception):  # a driver's own: no commit fails for a note
+        for connection in connections:
+            process = _process(_driver(connection))
+            database = _database(connection.engine)
+            _ended.append(_Ended(time, _name(tie), text_of(tie.line), database, process))
 
 
 def name_other_side(context: ExceptionContext) -> None:
@@ -75,7 +70,9 @@ def name_other_side(context: ExceptionContext) -> None:
     error, connection = context.original_exception, context.connection
     if connection is None or not _is_of_lock(error):
         return
-    found = list(dict.fromkeys(_others(connection, _processes(error))))
+    found: list[str] = []
+    with suppress(Exception):  # a driver's own, or a session that ends meanwhile
+        found = list(dict.fromkeys(_others(connection, _processes(error))))
     if not found:
         return
     note = "The other side, in this process: " + "; ".join(found) + "."
@@ -114,12 +111,11 @@ def _others(connection: Connection, processes: set[int]) -> Iterator[str]:
         if any(_is_other(one, database, processes) for one in out):
             began, here = text_of(tie.line), text_of(now(tie) or tie.line)
             yield f"{_name(tie)} at {here} (its transaction began at {began})"
-    own = _driver(connection)
+    own = _process(_driver(connection))
     for ended in [one for one in _ended if monotonic() - one.at <= _SECOND]:
-        drivers = [driver for one in ended.drivers if (driver := one()) is not None]
-        if ended.database != database or own in drivers:
+        if ended.database != database or (own is not None and ended.process == own):
             continue
-        if not processes or any(_process(driver) in processes for driver in drivers):
+        if not processes or ended.process in processes:
             yield f"{ended.name}, which has just ended (its transaction began at {ended.line})"
 
 

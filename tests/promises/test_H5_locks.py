@@ -49,9 +49,8 @@ def test_H5_a_locked_database_names_who_has_written(tmp_path: Path) -> None:
             jenny.session.add(Row(n=2))
             jenny.session.flush()
         leave.set()
-        assert "The other side, in this process: 'writes' at test_H5_locks.py:" in notes(
-            raised.value
-        )
+        told = notes(raised.value)
+        assert "The other side, in this process: 'writes' at test_H5_locks.py:" in told
         assert "began at test_H5_locks.py:" in told
 
     run_threads([writes, fails])
@@ -146,4 +145,23 @@ def test_H5_a_lock_that_is_not_waited_for_names_who_has_written(server_database:
             jenny.session.execute(text("SELECT 1 FROM row WHERE n = 5 FOR UPDATE NOWAIT"))
         assert "'has written' at test_H5_locks.py:" in notes(raised.value)
         jenny.session.rollback()
+    engine.dispose()
+
+
+def test_H5_who_has_just_committed_is_named(tmp_path: Path) -> None:
+    """The other side may have ended before the error is here: for a second it is named."""
+    engine = small_engine(
+        tmp_path / "x.sqlite", connect_args={"timeout": 0.01, "check_same_thread": False}
+    )
+    jenny = SessionJenny(sessionmaker(engine))
+    with engine.connect() as other:
+        with open_scope("was here"):
+            jenny.session.add(Row(n=1))
+            jenny.session.commit()
+        other.exec_driver_sql("BEGIN IMMEDIATE")
+        with open_scope("fails"), pytest.raises(OperationalError) as raised:
+            jenny.session.add(Row(n=2))
+            jenny.session.flush()
+        other.rollback()
+    assert "'was here', which has just ended" in notes(raised.value)
     engine.dispose()
