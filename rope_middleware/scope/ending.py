@@ -28,6 +28,7 @@ from rope_middleware.scope.order import (
     worse,
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
+from rope_middleware.scope.settling import Settling
 
 __all__ = [
     "acommit",
@@ -107,7 +108,8 @@ def commit(scope: Scope, note: Callable[[], None]) -> None:
         note()
         return
     _note_results(scope)
-    failure = run_now(committing(scope, HERE, note))
+    with Settling(scope):
+        failure = run_now(committing(scope, HERE, note))
     if failure is not None:
         raise failure
 
@@ -177,9 +179,14 @@ async def acommit(scope: Scope, note: Callable[[], None]) -> None:
         return
     _note_results(scope)
     timeout = scope._options.close_timeout
-    failure = await finish(committing(scope, Async(timeout), note), timeout)
+    failure = await finish(_settle(scope, Async(timeout), note), timeout)
     if failure is not None:
         raise failure
+
+
+async def _settle(scope: Scope, hands: Async, note: Callable[[], None]) -> BaseException | None:
+    with Settling(scope):
+        return await committing(scope, hands, note)
 
 
 async def aroll_back(scope: Scope, why: str) -> None:

@@ -7,6 +7,7 @@ coroutine is being closed and nothing can be awaited any more.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -15,12 +16,16 @@ from rope_middleware.running.finish import within
 from rope_middleware.running.threads import in_app_thread, in_thread
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.kind import SessionKey, SessionKind
+from rope_middleware.scope.options import DEFAULT
 
 __all__ = ["CLOSING", "HERE", "Async", "Hands", "Work", "run_now"]
 
 _T = TypeVar("_T")
 Work: TypeAlias = list[tuple[SessionKey, Any]]
 _Call: TypeAlias = Callable[[Any], Any]
+
+# Seconds between two looks at a statement that is under way: the drivers have no event for its end.
+TURN = 0.001
 
 
 class Hands(Protocol):
@@ -29,6 +34,9 @@ class Hands(Protocol):
     def takes(self, work: Work) -> Work:
         """Return the sessions that can be committed so."""
         ...
+
+    async def until(self, is_free: Callable[[], bool]) -> None:
+        """Wait, not for ever, until a statement of somebody else's is over."""
 
     async def use(self, kind: SessionKind, call: _Call, session: Any) -> None:
         """Flush or commit: functions of the application may run, and the pool be waited for."""
@@ -46,6 +54,11 @@ class Here:
     def takes(self, work: Work) -> Work:
         # A WSGI app that is mounted in an ASGI app has that one's scope.
         return [(key, session) for key, session in work if not key.kind.is_async]
+
+    async def until(self, is_free: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEFAULT.close_timeout
+        while not is_free() and time.monotonic() < deadline:
+            time.sleep(TURN)  # noqa: ASYNC251 - here nothing is async
 
     async def use(self, kind: SessionKind, call: _Call, session: Any) -> None:  # noqa: ARG002
         call(session)
@@ -73,6 +86,14 @@ class Async:
 
     def takes(self, work: Work) -> Work:
         return work
+
+    async def until(self, is_free: Callable[[], bool]) -> None:
+        if not is_free():
+            import anyio
+
+            with anyio.move_on_after(self._close_timeout):
+                while not is_free():  # noqa: ASYNC110 - there is no event to wait for
+                    await anyio.sleep(TURN)
 
     async def use(self, kind: SessionKind, call: _Call, session: Any) -> None:
         if kind.is_async:

@@ -39,6 +39,10 @@ class SessionKind(Protocol):
         """Tell whether a result of `session` is still being read."""
         ...
 
+    def is_busy(self, session: Any, /) -> bool:
+        """Tell whether somebody is in the middle of a statement, or of a flush."""
+        ...
+
     def is_twophase(self, session: Any, /) -> bool:
         """Tell whether `session` commits in two phases."""
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any
 
 from rope_middleware.errors import CommitInDoubtError, RopeError
@@ -15,6 +16,7 @@ from rope_middleware.scope.context import class_of, logger, removing, traceback_
 from rope_middleware.scope.hands import Hands, Work
 from rope_middleware.scope.kind import SessionKind
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
+from rope_middleware.scope.settling import settling_of
 
 __all__ = [
     "committing",
@@ -47,6 +49,7 @@ async def committing(
             work = hands.takes(open_sessions(scope))
             if not work:
                 break
+            await hands.until(partial(_is_free, work))
             await _commit_each(work, hands)
         else:
             raise RopeError(
@@ -61,12 +64,19 @@ async def committing(
             logger.error("commit of %r failed: %s", scope.name, class_of(error))
         await rolling_back(scope, hands, "its commit failed")
         return error
+    settling = settling_of(scope)
+    if settling is not None:
+        settling.end()  # the functions' own work comes after the commit
     if note is not None:
         note()
     return await _run_all(scope, hands, "on_commit", _take_on_commit(scope))
 
 
 MOST_ROUNDS = 10
+
+
+def _is_free(work: Work) -> bool:
+    return not any(key.kind.is_busy(session) for key, session in work)
 
 
 async def _commit_each(work: Work, hands: Hands) -> None:
@@ -208,4 +218,9 @@ def held(scope: Scope) -> Work:
 
 def open_sessions(scope: Scope) -> Work:
     """Return what has something open, in the order in which it was made."""
-    return [(key, session) for key, session in held(scope) if not key.kind.is_idle(session)]
+    settling = settling_of(scope)
+    return [
+        (key, session)
+        for key, session in held(scope)
+        if (settling is None or settling.takes(key)) and not key.kind.is_idle(session)
+    ]

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from rope_middleware.session import closing, committing
+from rope_middleware.session.busy import is_busy
 from rope_middleware.session.sharing import note_rollback
 
 __all__ = ["FOREIGN", "SYNC", "ForeignKind", "SyncKind"]
@@ -42,6 +43,10 @@ class SyncKind:
     def has_open_result(self, session: Any, /) -> bool:
         inner = self.inner(session)
         return inner is not None and closing.has_open_result(inner)
+
+    def is_busy(self, session: Any, /) -> bool:
+        inner = self.inner(session)
+        return inner is not None and is_busy(inner)
 
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.twophase)

@@ -17,6 +17,7 @@ from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.kind import PlainKind, SessionKind
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.session import closing, committing
+from rope_middleware.session.busy import is_busy
 from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.sharing import note_reason
@@ -87,6 +88,10 @@ class PlainSessions:
     def has_open_result(self, _: Any, /) -> bool:
         session = self.find()
         return session is not None and closing.has_open_result(session)
+
+    def is_busy(self, _: Any, /) -> bool:
+        session = self.find()
+        return session is not None and is_busy(session)
 
     def is_twophase(self, _: Any, /) -> bool:
         return bool(getattr(self.find(), "twophase", False))

@@ -24,6 +24,7 @@ from rope_middleware.scope.scope import (
     require_open,
     session_of,
 )
+from rope_middleware.scope.settling import settling_of
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.tie import keep_also, listen, listen_to, tie_of, tie_to
@@ -117,6 +118,9 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         if scope is None:
             return self.outside()
         require_open(scope)
+        settling = settling_of(scope)
+        if settling is not None and (session := settling.session_for(self)) is not None:
+            return session  # type: ignore[no-any-return]
         return self._adopt(scope, self.createfunc())
 
     def _adopt(self, scope: Scope, session: _T) -> _T:

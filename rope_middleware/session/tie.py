@@ -31,11 +31,13 @@ from rope_middleware.scope.scope import (
     registries_of,
     require_open,
 )
+from rope_middleware.scope.settling import settling_of
 from rope_middleware.session.begun import note_begin
 from rope_middleware.session.connections import connections_out, made_connections
 from rope_middleware.session.lines import Line
 from rope_middleware.session.locks import note_ended
 from rope_middleware.session.notice import learn_engines, notice_begin
+from rope_middleware.session.turns import wait_for_commit
 from rope_middleware.session.unsaved import (
     Written,
     forget_committed,
@@ -149,7 +151,8 @@ def listen(session_class: type[Session]) -> None:
 
 def _listen(target: type[Session] | Session) -> None:
     event.listen(target, "after_transaction_create", _on_begin)
-    event.listen(target, "after_commit", _on_commit)
+    # First: one of the application's that raises must not keep the commit from being known.
+    event.listen(target, "after_commit", _on_commit, insert=True)
     event.listen(target, "after_rollback", _on_rollback)
     event.listen(target, "after_flush", _on_flush)
 
@@ -167,13 +170,19 @@ def listen_to(session: Session) -> bool:
     session_class = type(session)
     if any(base in _listening_to for base in session_class.__mro__):
         return True
-    # `Session` itself is the class of everybody's sessions. And a factory that makes a sessionmaker
-    # each time makes a class each time: SQLAlchemy keeps a listener's entry for each of them.
-    if session_class is Session or len(_found) >= MOST_CLASSES:
-        _listen(session)
-        return False
-    _found.append(None)
-    listen(session_class)
+    # A sessionmaker makes a class, of the application's own or of `Session`.
+    is_makers = session_class.__module__ == Session.__module__
+    base = session_class.__mro__[1] if is_makers else session_class
+    if not issubclass(base, Session) or base is Session:
+        # `Session` itself is the class of everybody's sessions. And a factory that makes a
+        # sessionmaker each time makes a class each time: SQLAlchemy keeps a listener's entry for
+        # each of them.
+        if session_class is Session or len(_found) >= MOST_CLASSES:
+            _listen(session)
+            return False
+        _found.append(None)
+        base = session_class
+    listen(base)
     return True
 
 
@@ -189,6 +198,8 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     scope = tie.scope
     if tie.transaction is transaction:
         return  # a base class of its class is listened to as well
+    if scope is not None and settling_of(scope) is not None:
+        wait_for_commit(scope)
     if scope is not None and is_over(scope):
         if transaction.parent is None:
             # SQLAlchemy has assigned the transaction already; it must go, for the next use

@@ -68,6 +68,14 @@ class Notes:
         """Tell whether a statement is under way, or a result still has its cursor open."""
         return any(_is_open(context) for one in self.executions if (context := one()) is not None)
 
+    def is_executing(self) -> bool:
+        """Tell whether a statement is under way: it has no description of its rows yet."""
+        return any(
+            _is_open(context) and _has_no_rows_yet(context)
+            for one in self.executions
+            if (context := one()) is not None
+        )
+
     def put_together(self) -> None:
         self.executions = [one for one in self.executions if one() is not None]
         self.many = max(_MANY, 2 * len(self.executions))  # somebody may keep all results
@@ -238,6 +246,11 @@ class _Sole:
 
 _sole = _Sole()
 _SOLE = sys.getrefcount(_sole.cursor)
+
+
+def _has_no_rows_yet(context: ExecutionContext) -> bool:
+    cursor: Any = context.cursor
+    return cursor is not None and cursor.description is None
 
 
 def _is_open(context: ExecutionContext) -> bool:

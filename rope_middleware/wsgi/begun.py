@@ -43,7 +43,8 @@ class Begun:
     def __iter__(self) -> Iterator[bytes]:
         current.set(self._inner)  # undone by who asks for the chunk
         yield from self._first
-        yield from self._chunks
+        for chunk in self._chunks:  # noqa: UP028 - `yield from` would close the iterator, too
+            yield chunk
 
     def close(self) -> None:
         """Close the app's body."""

@@ -21,12 +21,9 @@ Wrap = Callable[[Any], WSGIRopeMiddleware]
 WRAPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "commit": {"commit_on_success": True},
+    "retries": {"retries": 2},
 }
-"""The options with which the tests of WSGI are served, one after the other.
-
-``"retries": {"retries": 2}`` comes back with the iterator of a body that is not closed: see
-`test_W1_with_retries_the_iterator_of_a_body_is_not_closed`.
-"""
+"""The options with which the tests of WSGI are served, one after the other."""
 
 
 def served(*without: str, **faults: str) -> pytest.MarkDecorator:

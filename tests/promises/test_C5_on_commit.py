@@ -231,8 +231,8 @@ def test_C5_in_open_scope_on_commit_runs_after_the_commit(tmp_path: Path) -> Non
 
     other.loop.run(run())
     assert order == [[1], "closed", [2]]
+    other.close()  # first: the other one waits for its threads
     sync.close()
-    other.close()
 
 
 def test_C5_a_callback_that_is_cancelled_is_logged_and_changes_nothing(

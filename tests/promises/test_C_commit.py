@@ -485,8 +485,8 @@ def test_C2_the_decorators_commit(tmp_path: Path) -> None:
     assert other.loop.run(async_work(2)) == 2
     assert sync.store.rows() == other.store.rows() == [1, 2]
     assert sync.store.held() == other.store.held() == 0
+    other.close()  # first: the other one waits for its threads
     sync.close()
-    other.close()
 
 
 @pytest.mark.parametrize("is_async", [False, True])

@@ -136,6 +136,7 @@ def test_S3_a_listener_that_raises_when_a_transaction_begins_leaves_nothing_out(
     assert web.store.rows() == [1]
 
 
+@pytest.mark.told
 def test_S3_a_listener_that_raises_while_the_scope_ends_leaves_nothing_out(
     web: Web, listen: Listen
 ) -> None:
@@ -260,6 +261,7 @@ def test_C2_a_slow_listener_holds_the_success_back(web: Web, listen: Listen, wha
     assert web.store.rows() == [1]
 
 
+@pytest.mark.told
 def test_S3_a_slow_listener_of_the_rollback_is_waited_for(web: Web) -> None:
     """When the request is over, so is its rollback."""
     order: list[str] = []
@@ -281,6 +283,7 @@ def test_S3_a_slow_listener_of_the_rollback_is_waited_for(web: Web) -> None:
 # -- ours hears as before ----------------------------------------------------------------------
 
 
+@pytest.mark.told
 def test_S4_a_captured_session_raises_beside_listeners_of_the_application(
     web: Web, listen: Listen
 ) -> None:

@@ -53,11 +53,6 @@ def test_W1_abandoned_body_is_closed_once(
     assert checked_out(engine) == 0
 
 
-@pytest.mark.xfail(
-    reason="W1: `yield from` in wsgi.body.Begun closes the iterator; where that is mended, WRAPS "
-    "in tests/kit/wsgi.py gets `retries` back, under which many tests fail by it today",
-    strict=True,
-)
 def test_W1_with_retries_the_iterator_of_a_body_is_not_closed() -> None:
     """PEP 3333: close() of the iterable is called once; its iterator's is nobody's business."""
     closed: list[str] = []

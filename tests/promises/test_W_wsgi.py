@@ -293,6 +293,7 @@ def test_W3_an_exhausted_body_kept_without_close_ends_when_dropped(
     assert probe.scope.closed
 
 
+@pytest.mark.told
 def test_W3_nothing_is_committed_on_collection(
     jenny: SessionJenny[Session], engine: Engine
 ) -> None:

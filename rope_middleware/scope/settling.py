@@ -1,0 +1,118 @@
+"""The commit before a response's start has the sessions for itself (C10).
+
+The start of a response may reach the middleware while the application goes on: start and body are
+sent from two tasks by `BaseHTTPMiddleware`, by bridges to WSGI, by some streams. So for as long as
+that commit is under way its sessions are set aside. Who asks for one meanwhile gets another one of
+the same scope, which begins only when the commit stands, and is committed at the scope's end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextvars import ContextVar, Token
+from typing import Any
+
+from rope_middleware.scope.kind import SessionKey, SessionKind
+from rope_middleware.scope.scope import Scope
+
+__all__ = ["Settling", "must_wait_for", "settling_of"]
+
+# The scope whose commit the running code is part of: its listeners have the commit's own sessions.
+_committing: ContextVar[Scope | None] = ContextVar("rope_middleware.committing", default=None)
+
+
+class _Aside:
+    """Under what a session is kept that a commit has for itself."""
+
+    __slots__ = ("kind",)
+
+    def __init__(self, kind: SessionKind) -> None:
+        self.kind: SessionKind = kind
+
+
+class Settling:
+    """One commit that is under way while its scope goes on."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._aside: dict[SessionKey, tuple[_Aside, Any]] = {}
+        self._late: set[SessionKey] = set()  # whose session was made meanwhile by somebody else
+        self._ended = threading.Event()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._lock = threading.Lock()
+        self._token: Token[Scope | None] | None = None
+
+    def __enter__(self) -> Settling:
+        scope = self._scope
+        sessions = scope._sessions
+        scope._settling = self
+        self._token = _committing.set(scope)
+        if sessions is not None:
+            for key in [key for key in sessions if key not in scope._registries]:
+                aside = _Aside(key.kind)
+                session = sessions[aside] = sessions.pop(key)
+                self._aside[key] = aside, session
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        if self._token is not None:
+            _committing.reset(self._token)
+
+    def end(self) -> None:
+        """Put the sessions back where nobody has another one by now; who has waited goes on."""
+        scope = self._scope
+        if scope._settling is not self:
+            return
+        scope._settling = None
+        sessions = scope._sessions or {}
+        for key, (aside, session) in self._aside.items():
+            if sessions.setdefault(key, session) is session:
+                sessions.pop(aside, None)
+        with self._lock:
+            self._ended.set()
+            waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.get_loop().call_soon_threadsafe(_wake, waiter)
+
+    def session_for(self, key: SessionKey) -> Any:
+        """Return the commit's session, to the commit's own listeners; None for a new one."""
+        if _committing.get() is self._scope:
+            return self._aside.get(key, (None, None))[1]
+        self._late.add(key)
+        return None
+
+    def takes(self, key: SessionKey) -> bool:
+        """Tell whether the session of `key` belongs to this commit."""
+        return key not in self._late
+
+    def wait(self, seconds: float) -> None:
+        """Wait in this thread until the commit has ended."""
+        self._ended.wait(seconds)
+
+    def waiter(self) -> asyncio.Future[None]:
+        """Return a future that is done when the commit has ended."""
+        waiter = asyncio.get_running_loop().create_future()
+        with self._lock:
+            if not self._ended.is_set():
+                self._waiters.append(waiter)
+                return waiter
+        waiter.set_result(None)
+        return waiter
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def settling_of(scope: Scope) -> Settling | None:
+    """Return the commit that is under way in `scope`, or None."""
+    settling: Settling | None = scope._settling
+    return settling
+
+
+def must_wait_for(scope: Scope) -> Settling | None:
+    """Return the commit that has to stand before the running code may begin something."""
+    return None if _committing.get() is scope else settling_of(scope)

@@ -1,0 +1,21 @@
+"""Is somebody in the middle of something in a session? Its commit waits for that (C10)."""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from rope_middleware.session.connections import made_connections
+from rope_middleware.session.tie import tie_of
+from rope_middleware.session.written import notes_of
+
+__all__ = ["is_busy"]
+
+
+def is_busy(session: Session) -> bool:
+    """Tell whether a statement or a flush of `session` is under way."""
+    tie = tie_of(session)
+    if tie is None:
+        return False
+    if tie.flush is not None and tie.flush[0].is_active:
+        return True
+    return any(notes_of(one).is_executing() for one in made_connections(tie.transaction))

@@ -1,0 +1,245 @@
+"""C10: the commit has the session for itself, while the application goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine, event, func, select
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Mount, Route
+
+from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny
+from tests.kit.asgi import client, http_scope
+from tests.kit.engines import rows
+from tests.kit.leaks import checked_out
+from tests.kit.models import Base, Row
+from tests.kit.waiting import PATIENCE, never
+
+COUNT = select(func.count()).select_from(Row)
+
+
+class Passing(BaseHTTPMiddleware):
+    """Runs the endpoint in a task of its own, and sends its response from another one."""
+
+    async def dispatch(self, request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        return response
+
+
+@pytest.fixture
+def jenny(engine: Engine) -> SessionJenny[Session]:
+    return SessionJenny(sessionmaker(engine, expire_on_commit=False))
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def async_engine(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/async.db")
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    yield engine
+    await engine.dispose()
+
+
+def stack(*routes: Any) -> Any:
+    """A Starlette app with a BaseHTTPMiddleware inside of ours."""
+    rope = Middleware(RopeMiddleware, commit_on_success=True)  # type: ignore[arg-type]
+    return Starlette(routes=list(routes), middleware=[rope, Middleware(Passing)])
+
+
+async def twenty(app: Any) -> list[tuple[int, str]]:
+    answers = []
+    async with client(app) as web:
+        for _ in range(20):
+            answer: httpx.Response = await web.get("/")
+            answers.append((answer.status_code, answer.text))
+    return answers
+
+
+@pytest.mark.anyio
+async def test_C10_a_sync_stream_behind_base_http_middleware(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """Its chunks read, and write, while the commit is under way: 200, whole, every row."""
+
+    def view(request: Request) -> Response:
+        jenny.session.add(Row(name="view"))
+        jenny.session.flush()
+
+        def chunks() -> Iterator[str]:
+            for number in range(3):
+                jenny.session.add(Row(name=f"chunk {number}"))
+                jenny.session.flush()
+                yield f"{jenny.session.scalar(COUNT)} "
+
+        return StreamingResponse(chunks())
+
+    answers = await twenty(stack(Route("/", view)))
+    expected = [(200, f"{4 * n + 2} {4 * n + 3} {4 * n + 4} ") for n in range(20)]
+    assert answers == expected
+    assert rows(engine) == 80
+    assert checked_out(engine) == 0
+
+
+@pytest.mark.anyio
+async def test_C10_an_async_stream_behind_base_http_middleware(async_engine: AsyncEngine) -> None:
+    """The twin, by AsyncSession."""
+    jenny = AsyncSessionJenny(async_sessionmaker(async_engine, expire_on_commit=False))
+
+    async def view(request: Request) -> Response:
+        jenny.session.add(Row(name="view"))
+        await jenny.session.flush()
+
+        async def chunks() -> AsyncIterator[str]:
+            for number in range(3):
+                jenny.session.add(Row(name=f"chunk {number}"))
+                await jenny.session.flush()
+                yield f"{await jenny.session.scalar(COUNT)} "
+
+        return StreamingResponse(chunks())
+
+    answers = await twenty(stack(Route("/", view)))
+    assert answers == [(200, f"{4 * n + 2} {4 * n + 3} {4 * n + 4} ") for n in range(20)]
+    async with async_engine.connect() as connection:
+        assert await connection.scalar(COUNT) == 80
+
+
+@pytest.mark.anyio
+async def test_C10_a_wsgi_app_that_is_mounted_inside(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """A bridge sends the start while the app's thread goes on."""
+    from a2wsgi import WSGIMiddleware
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        jenny.session.add(Row(name="view"))
+        jenny.session.flush()
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        for number in range(3):
+            jenny.session.add(Row(name=f"chunk {number}"))
+            jenny.session.flush()
+            yield f"{jenny.session.scalar(COUNT)} ".encode()
+
+    answers = await twenty(stack(Mount("/", WSGIMiddleware(app))))
+    assert [status for status, _ in answers] == [200] * 20
+    assert rows(engine) == 80
+    assert checked_out(engine) == 0
+
+
+def commit_slowly(engine: Engine) -> tuple[threading.Event, threading.Event]:
+    """Hold each commit up: return what says that one has begun, and what lets it go on."""
+    began, may_go = threading.Event(), threading.Event()
+
+    @event.listens_for(engine, "commit")
+    def wait(connection: Any) -> None:
+        began.set()
+        assert may_go.wait(PATIENCE)
+
+    return began, may_go
+
+
+def test_C10_who_asks_meanwhile_gets_a_session_that_begins_after_the_commit(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """Another one of the same scope; what it writes is committed at the scope's end."""
+    began, may_go = commit_slowly(engine)
+    seen: dict[str, Any] = {}
+
+    def beside() -> None:
+        assert began.wait(PATIENCE)
+        seen["other"] = jenny.session
+        threading.Timer(0.2, may_go.set).start()
+        seen["count"] = jenny.session.scalar(COUNT)  # waits until the commit stands
+        jenny.session.add(Row(name="beside"))
+        jenny.session.flush()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.add(Row(name="first"))
+        seen["first"] = jenny.session
+        other = asyncio.create_task(asyncio.to_thread(beside))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await other
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message: Any) -> None: ...
+
+    app = RopeMiddleware(app, commit_on_success=True)
+    asyncio.run(app(http_scope(), never, send))
+    assert seen["other"] is not seen["first"]
+    assert seen["count"] == 1
+    assert rows(engine) == 2
+    assert checked_out(engine) == 0
+
+
+def test_C10_a_listener_of_the_commit_has_the_commits_own_session(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """What it writes by jenny.session belongs to the commit."""
+    same: list[bool] = []
+
+    @event.listens_for(jenny.session_factory, "before_commit")
+    def audit(session: Session) -> None:
+        if not same:
+            same.append(jenny.session is session)
+            jenny.session.add(Row(name="audit"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.add(Row(name="x"))
+        before = jenny.session
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert rows(engine) == 2
+        assert jenny.session is before
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message: Any) -> None: ...
+
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+    assert same == [True]
+
+
+def test_C10_the_commit_waits_for_a_statement_under_way(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """Its writes belong to the commit."""
+    executing, may_go = threading.Event(), threading.Event()
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def slowly(conn: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "INSERT" in statement:
+            executing.set()
+            assert may_go.wait(PATIENCE)
+
+    def writes() -> None:
+        jenny.session.add(Row(name="slow"))
+        jenny.session.flush()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.execute(COUNT)
+        other = asyncio.create_task(asyncio.to_thread(writes))
+        await asyncio.to_thread(executing.wait, PATIENCE)
+        threading.Timer(0.2, may_go.set).start()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert rows(engine) == 1
+        await other
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message: Any) -> None: ...
+
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+    assert checked_out(engine) == 0
