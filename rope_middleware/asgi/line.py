@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable
-from typing import Any
 
 from rope_middleware.protocols import Message, Receive, Send
+from rope_middleware.running.finish import running_loop
 from rope_middleware.running.line import AGAIN, LONG, Line, Place
 from rope_middleware.scope.response import holds_connection
 from rope_middleware.scope.scope import Scope
@@ -39,39 +39,57 @@ async def wait_for_turn(line: Line, ahead: Ahead) -> Place | None:
     return await _wait_in_asyncio(line, ahead, loop)
 
 
+EAGER = 0.05  # seconds in line before messages are read ahead: 60 us that a short wait need not pay
+
+
 async def _wait_in_asyncio(
     line: Line, ahead: Ahead, loop: asyncio.AbstractEventLoop
 ) -> Place | None:
-    turn: asyncio.Future[None] = loop.create_future()
+    woken: asyncio.Future[None] = loop.create_future()
+    gone: asyncio.Task[bool] | None = None
 
-    def come() -> None:
-        if not turn.done():
-            turn.set_result(None)
+    def wake(*_: object) -> None:
+        if not woken.done():
+            woken.set_result(None)
 
-    place = line.enter(lambda: loop.call_soon_threadsafe(come))
+    def wake_from_anywhere() -> None:
+        wake() if running_loop() is loop else loop.call_soon_threadsafe(wake)
+
+    place = line.enter(wake_from_anywhere)
     assert place is not None  # noqa: S101 - there always is one with a `wake`
-    gone = loop.create_task(ahead.hears_end())
-    awaited: set[asyncio.Future[Any]] = {turn, gone}
     is_gone = True  # or something has ended the wait
+    began = loop.time()
     try:
-        seconds = LONG
         while not place.has_turn:
-            done, _ = await asyncio.wait(
-                awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-            if gone in done:
-                if gone.result():
-                    return None
-                awaited.discard(gone)
-            elif not done:
-                line.tell()
-                seconds = AGAIN
+            if gone is not None and gone.done() and gone.result():
+                return None
+            waited = loop.time() - began
+            if gone is None and waited >= EAGER:
+                gone = loop.create_task(ahead.hears_end())
+                gone.add_done_callback(wake)
+            timer = loop.call_later(_next_look(line, waited), wake)
+            try:
+                await woken
+            finally:
+                timer.cancel()
+            woken = loop.create_future()
         is_gone = False
         return place
     finally:
-        gone.cancel()
+        if gone is not None:
+            gone.cancel()
         if is_gone:
             place.give_back()
+
+
+def _next_look(line: Line, waited: float) -> float:
+    """Return the seconds until there is something to do; tell that it has lasted long."""
+    if waited < EAGER:
+        return EAGER - waited
+    if waited < LONG:
+        return LONG - waited
+    line.tell()
+    return AGAIN
 
 
 async def _wait_in_trio(line: Line, ahead: Ahead) -> Place | None:
