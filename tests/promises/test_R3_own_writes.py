@@ -543,3 +543,27 @@ def test_R3_after_a_fail_over_the_primary_serves_until_replicas_follow() -> None
         other.follow(new)
         eventually(lambda: browser.get() == (3, other.name), "the replica follows the new primary")
         after.close()
+
+
+def test_R3_a_replica_on_the_old_timeline_is_not_taken_for_one_that_has_it() -> None:
+    """It has come further on the old timeline than the new primary has on its own."""
+    with cluster(replicas=2) as servers:
+        servers.primary.query("CREATE DATABASE app")
+        database = Database(servers.primary.url, "app")
+        prepare(database)
+        servers.catch_up()
+        old, new, other = servers.primary, *servers.replicas
+        new.stop()
+        old.query("SELECT pg_logical_emit_message(true, 'tests', repeat('x', 1000000))")
+        ask = "SELECT pg_last_wal_replay_lsn() - '0/0'"
+        [(end,)] = old.query("SELECT pg_current_wal_flush_lsn() - '0/0'")
+        eventually(lambda: other.query(ask)[0][0] >= end, "the other replica has it all")
+        old.kill()
+        new.start()
+        new.promote()
+        site = Site("wsgi", database, [new, other])
+        browser = Browser(site)
+        browser.post("commit", 1)
+        assert int(browser.position.split("-")[2], 16) < end
+        assert {browser.get() for _ in range(10)} == {(1, new.name)}
+        site.close()
