@@ -1,5 +1,6 @@
 """One session for each request, in any ASGI and any WSGI application."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.asgi import ASGIRopeMiddleware
@@ -42,6 +43,17 @@ __all__ = [
     "holders",
     "open_scope",
 ]
+
+
+def _has_greenlet() -> bool:
+    try:
+        return find_spec("greenlet") is not None
+    except ValueError:  # somebody has put something else in its place
+        return False
+
+
+if not _has_greenlet():  # `import *` asks for every name
+    globals()["__all__"] = [name for name in __all__ if name != "AsyncSessionJenny"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from rope_middleware.middleware import RopeMiddleware
 from rope_middleware.position import Carried, following
 from rope_middleware.protocols import ASGIApp, ASGIScope, Receive, Send
 from rope_middleware.running.line import Line, Place
-from rope_middleware.scope.context import SCOPE_KEY, current, unbind
+from rope_middleware.scope.context import SCOPE_KEY, current, printable, unbind
 from rope_middleware.scope.ending import aend, aend_failed
 from rope_middleware.scope.reading import carried_of, carry
 from rope_middleware.scope.response import (
@@ -58,7 +58,7 @@ class _RequestScope(AsyncScope):
     def name(self) -> str:
         # Put together only where somebody wants to know.
         method, path = self._name
-        return f"{method or 'WEBSOCKET'} {path}"
+        return printable(f"{method or 'WEBSOCKET'} {path}")
 
 
 class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):

@@ -22,6 +22,7 @@ __all__ = [
     "current",
     "is_async_callable",
     "logger",
+    "printable",
     "removing",
     "traceback_of",
     "unbind",
@@ -50,6 +51,15 @@ def unbind(token: Token[Scope | None]) -> None:
         # Left in another context than it was entered in (a coroutine closed by the garbage
         # collector, a generator dependency run in two threads): here nothing was set.
         pass
+
+
+def printable(name: str) -> str:
+    """Escape what is no text in `name`: a client chooses it, and a log has lines."""
+    if name.isprintable():
+        return name
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in name
+    )
 
 
 def class_of(error: BaseException | None) -> str:

@@ -47,6 +47,10 @@ class SessionKind(Protocol):
         """Tell whether `session` commits in two phases."""
         ...
 
+    def is_opaque(self, session: Any, /) -> bool:
+        """Tell whether nothing can be known of what it has open: it is no Session."""
+        ...
+
     def flush(self, session: Any, /) -> Any:
         """Write what is pending."""
         ...

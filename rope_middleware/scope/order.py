@@ -14,7 +14,7 @@ from typing import Any
 from rope_middleware.errors import CommitInDoubtError, RopeError
 from rope_middleware.scope.context import class_of, logger, removing, traceback_of
 from rope_middleware.scope.hands import Hands, Work
-from rope_middleware.scope.kind import SessionKind
+from rope_middleware.scope.kind import SessionKey, SessionKind
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 from rope_middleware.scope.settling import settling_of
 
@@ -43,13 +43,16 @@ async def committing(
     Returns:
         What the first failing step raised; everything is rolled back then.
     """
+    told: set[SessionKey] = set()  # opaque ones that are committed; they always look open
     try:
         for _ in range(MOST_ROUNDS):
             # A listener may write by another jenny while this commit is under way.
             work = hands.takes(open_sessions(scope))
+            work = [(key, session) for key, session in work if key not in told]
             if not work:
                 break
             await hands.until(partial(_is_free, work))
+            told.update(key for key, session in work if key.kind.is_opaque(session))
             await _commit_each(work, hands)
         else:
             raise RopeError(

@@ -87,6 +87,9 @@ class ForeignAsyncKind(AsyncKind):
     def inner(self, session: Any, /) -> Any:
         return session.sync_session if isinstance(session, AsyncSession) else None
 
+    def is_opaque(self, session: Any, /) -> bool:
+        return self.inner(session) is None
+
     def is_idle(self, session: Any, /) -> bool:
         return isinstance(session, AsyncSession) and super().is_idle(session)
 

@@ -51,6 +51,9 @@ class SyncKind:
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.twophase)
 
+    def is_opaque(self, _: Any, /) -> bool:
+        return False
+
     def flush(self, session: Any, /) -> Any:
         return session.flush()
 
@@ -99,6 +102,9 @@ class ForeignKind(SyncKind):
 
     def is_twophase(self, session: Any, /) -> bool:
         return isinstance(session, Session) and super().is_twophase(session)
+
+    def is_opaque(self, session: Any, /) -> bool:
+        return self.inner(session) is None
 
     def flush(self, session: Any, /) -> Any:
         return _call(session, "flush")

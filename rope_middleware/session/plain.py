@@ -96,6 +96,9 @@ class PlainSessions:
     def is_twophase(self, _: Any, /) -> bool:
         return bool(getattr(self.find(), "twophase", False))
 
+    def is_opaque(self, _: Any, /) -> bool:
+        return False
+
     def flush(self, _: Any, /) -> Any:
         return self.registry().flush()
 
@@ -159,6 +162,8 @@ def kinds_of(registries: Iterable[Any]) -> tuple[PlainKind, ...]:
     """
     if hasattr(registries, "remove") and hasattr(registries, "registry"):
         raise TypeError(f"registries= takes a list of scoped_session objects: [{registries!r}].")
+    if not isinstance(cast("object", registries), Iterable):
+        raise TypeError(f"registries= takes a list of scoped_session objects, not {registries!r}.")
     # A jenny's session is the scope's anyway.
     return tuple(
         PlainSessions(scoped)

@@ -20,6 +20,7 @@ from rope_middleware.scope.reading import reads_only
 from rope_middleware.scope.scope import (
     Scope,
     forget,
+    is_over,
     keep,
     require_open,
     session_of,
@@ -121,7 +122,27 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         settling = settling_of(scope)
         if settling is not None and (session := settling.session_for(self)) is not None:
             return session  # type: ignore[no-any-return]
-        return self._adopt(scope, self.createfunc())
+        made = self.createfunc()
+        inner = self.kind.inner(made)
+        if inner is not None:
+            self._check_own(inner, scope)
+        return self._adopt(scope, made)
+
+    def _check_own(self, made: Session, scope: Scope) -> None:
+        """Check that a factory has not returned the session of another scope.
+
+        Raises:
+            RopeError: two scopes would share it, and one of them commit and close for the other.
+        """
+        tie = tie_of(made)
+        other = None if tie is None else tie.scope
+        if other is None or other is scope or is_over(other):
+            return
+        raise RopeError(
+            f"The session factory of this jenny has returned the same session twice: it is that of "
+            f"{other.name!r}, which is still open. A factory makes a new session each time: give "
+            "the sessionmaker itself, as in SessionJenny(sessionmaker(engine))."
+        )
 
     def _adopt(self, scope: Scope, session: _T) -> _T:
         inner = self.kind.inner(session)

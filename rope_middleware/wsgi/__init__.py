@@ -14,7 +14,7 @@ from rope_middleware.errors import ScopeClosedError
 from rope_middleware.middleware import RopeMiddleware
 from rope_middleware.position import Carried, following
 from rope_middleware.running.line import wait_in_thread
-from rope_middleware.scope.context import SCOPE_KEY, current, unbind
+from rope_middleware.scope.context import SCOPE_KEY, current, printable, unbind
 from rope_middleware.scope.ending import end_failed
 from rope_middleware.scope.reading import carried_of, carry
 from rope_middleware.scope.response import (
@@ -61,7 +61,7 @@ class _RequestScope(Scope):
         decoded = f"{script or ''}{path or ''}".encode("latin-1", "replace").decode(
             errors="replace"
         )
-        return f"{method} {decoded}"
+        return printable(f"{method} {decoded}")
 
 
 class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
