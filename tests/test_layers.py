@@ -65,6 +65,7 @@ HOUSE = (
     "session.doubt",
     "session.committing",
     "session.refusal",
+    "session.shared_at",
     "session.sharing",
     "session.busy",
     "session.kinds",

@@ -24,6 +24,7 @@ __all__ = [
     "is_applications",
     "is_in_sqlalchemy",
     "is_ours",
+    "is_sqlalchemys",
     "line_of",
     "text_of",
 ]
@@ -208,6 +209,11 @@ def is_in_sqlalchemy(frames: Iterable[FrameType]) -> bool:
 def is_applications(frame: FrameType) -> bool:
     """Tell whether `frame` runs code of the application's."""
     return _kind_of(frame.f_code.co_filename) == _APPLICATION
+
+
+def is_sqlalchemys(frame: FrameType) -> bool:
+    """Tell whether `frame` runs code of SQLAlchemy's."""
+    return frame.f_code.co_filename.startswith(_SQLALCHEMY)
 
 
 def is_ours(frame: FrameType) -> bool:

@@ -11,6 +11,10 @@ from typing import cast
 
 from sqlalchemy.exc import MissingGreenlet, PendingRollbackError
 
+from rope_middleware.session.lines import text_of
+from rope_middleware.session.shared_at import lines_of_both
+from rope_middleware.session.telling import tell_once
+
 __all__ = ["note_reason", "note_rollback"]
 
 _SHARED_SESSION = (
@@ -66,8 +70,21 @@ def _add_note(error: BaseException) -> None:
 
 def _note_for(error: BaseException) -> str:
     if _tells_of_sharing(error):
-        return _SHARED_SESSION
+        if any(note.startswith(_SHARED_SESSION) for note in getattr(error, "__notes__", ())):
+            return ""
+        return _SHARED_SESSION + _both(error)
     return _EXPIRED if isinstance(error, MissingGreenlet) else ""
+
+
+def _both(error: BaseException) -> str:
+    """Say at which lines the two tasks are, and tell it once in the log."""
+    here, other = lines_of_both(error)
+    if here is None:
+        return ""
+    where = f" This one is at {text_of(here)}"
+    where += "." if other is None else f", the other at {text_of(other)}."
+    tell_once("shared", here, "%s%s", _SHARED_SESSION, where)
+    return where
 
 
 # The drivers' own errors of this kind: asyncpg's InterfaceError, psycopg's OperationalError.

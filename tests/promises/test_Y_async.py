@@ -34,6 +34,7 @@ from rope_middleware import (
 from tests.kit.asgi import serve
 from tests.kit.engines import small_async_engine
 from tests.kit.models import Row
+from tests.kit.said import Said
 from tests.kit.sessions import SELECT
 from tests.kit.stores import Store, open_store
 from tests.kit.waiting import poll
@@ -270,6 +271,7 @@ def leaves(error: BaseException) -> list[BaseException]:
     return [error]
 
 
+@pytest.mark.told
 @pytest.mark.parametrize("how", ["gather", "TaskGroup", "open_scope"])
 async def test_Y3_a_shared_session_gets_a_note_that_names_open_scope(
     store: Store, how: str
@@ -300,6 +302,29 @@ async def test_Y3_a_shared_session_gets_a_note_that_names_open_scope(
         notes = getattr(leaf, "__notes__", [])
         assert len([note for note in notes if "open_scope" in note]) == 1, notes
     await poll(lambda: store.held() == 0)
+
+
+@pytest.mark.told
+async def test_Y3_the_note_names_both_lines(store: Store, said: Said) -> None:
+    """Where this task is, and where the other one; the log says it once for each line."""
+
+    async def one() -> None:
+        await store.jenny.execute(text("SELECT 1"))
+
+    async def other() -> None:
+        await store.jenny.execute(text("SELECT 2"))
+
+    name = Path(__file__).name
+    at = {f"{name}:{query.__code__.co_firstlineno + 1}" for query in (one, other)}
+    for _ in range(3):
+        await store.async_engine.dispose()
+        with pytest.raises(InvalidRequestError) as caught:
+            async with open_scope():
+                await asyncio.gather(one(), other())
+        (note,) = [n for n in caught.value.__notes__ if "open_scope" in n]
+        assert all(line in note for line in at), note
+        await poll(lambda: store.held() == 0)
+    assert len([text for text in said.warnings if "Two tasks" in text]) == 1
 
 
 async def test_Y3_another_error_gets_no_note(store: Store) -> None:

@@ -1,0 +1,61 @@
+"""At which lines two tasks use one AsyncSession (Y3): looked up when an error tells of it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+from sqlalchemy.orm import Session, SessionTransaction
+
+from rope_middleware.session.lines import Line, frames_of_task, is_sqlalchemys, line_of
+
+__all__ = ["lines_of_both"]
+
+
+def lines_of_both(error: BaseException) -> tuple[Line | None, Line | None]:
+    """Return the line that `error` was raised from, and the one where another task is."""
+    frames = list(_frames(error.__traceback__))[::-1]
+    session = next((found for frame in frames if (found := _session_of(frame))), None)
+    return line_of(frames), None if session is None else _line_of_other(session)
+
+
+def _frames(traceback: TracebackType | None) -> Iterator[FrameType]:
+    while traceback is not None:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next
+
+
+def _session_of(frame: FrameType) -> Session | None:
+    """Return the session whose method `frame` runs, a frame of SQLAlchemy's; else None."""
+    if not is_sqlalchemys(frame):
+        return None
+    variables = frame.f_locals
+    found: Any = variables.get("self")
+    if _COPIES:
+        del variables
+        frame.f_locals.clear()
+    if isinstance(found, SessionTransaction):
+        return found.session
+    found = getattr(found, "sync_session", found)
+    return found if isinstance(found, Session) else None
+
+
+# Before Python 3.13 what is read is a copy that stays in the frame, and keeps what it refers to.
+_COPIES = sys.version_info < (3, 13)
+
+
+def _line_of_other(session: Session) -> Line | None:
+    try:
+        current = asyncio.current_task()
+        tasks = asyncio.all_tasks()
+    except RuntimeError:
+        return None
+    for task in tasks:
+        if task is not current:
+            frames = frames_of_task(task)
+            if any(_session_of(frame) is session for frame in frames):
+                return line_of(frames)
+    return None
