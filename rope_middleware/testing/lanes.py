@@ -13,9 +13,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sqlalchemy.util import await_only, greenlet_spawn
+
+if TYPE_CHECKING:
+    from rope_middleware.testing.statement import Statement
 
 __all__ = ["Lane", "LoopLane", "ThreadLane", "at_exit", "loop"]
 
@@ -29,8 +33,17 @@ class Lane(Protocol):
         """Tell whether a statement under way in that thread cannot end before the caller does."""
         ...
 
-    def call(self, job: Callable[[], _T]) -> _T:
-        """Run `job` for a statement of the application's."""
+    def call(self, job: Callable[[], _T], cancel: Callable[[], None] | None = None) -> _T:
+        """Run `job` for the application, to its end.
+
+        Args:
+            job: what to run.
+            cancel: called where the job runs, if the caller is cancelled meanwhile.
+        """
+        ...
+
+    def run(self, statement: Statement) -> Any:
+        """Run, within a job, what may be cancelled: a statement of the application's."""
         ...
 
     def block(self, job: Callable[[], _T]) -> _T:
@@ -59,8 +72,12 @@ class ThreadLane:
     def is_own(self, thread: int) -> bool:
         return thread == threading.get_ident()
 
-    def call(self, job: Callable[[], _T]) -> _T:
+    def call(self, job: Callable[[], _T], cancel: Callable[[], None] | None = None) -> _T:
+        del cancel
         return job()
+
+    def run(self, statement: Statement) -> Any:
+        return statement.run()
 
     def block(self, job: Callable[[], _T]) -> _T:
         return job()
@@ -92,9 +109,15 @@ class LoopLane:
         del thread
         return False  # all of them run in the thread of the loop, and make way
 
-    def call(self, job: Callable[[], _T]) -> _T:
+    def call(self, job: Callable[[], _T], cancel: Callable[[], None] | None = None) -> _T:
         # Outside of a greenlet this raises MissingGreenlet, as in production.
-        return await_only(self._hop(job))
+        return await_only(self._hop(job, cancel))
+
+    def run(self, statement: Statement) -> Any:
+        if not self._may_cancel:
+            return statement.run()
+        statement.task = loop().create_task(greenlet_spawn(statement.run))
+        return await_only(statement.task)
 
     def block(self, job: Callable[[], _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(greenlet_spawn(job), loop()).result()
@@ -119,12 +142,32 @@ class LoopLane:
             if not turn.done():
                 turn.set_result(None)
 
-    async def _hop(self, job: Callable[[], _T]) -> _T:
+    async def _hop(self, job: Callable[[], _T], cancel: Callable[[], None] | None) -> _T:
         running: Coroutine[Any, Any, _T] = greenlet_spawn(job)
         if asyncio.get_running_loop() is _thread.loop:
             return await running
-        done = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(running, loop()))
-        return await (done if self._may_cancel else asyncio.shield(done))
+        here = asyncio.get_running_loop()
+        is_done = here.create_future()
+
+        def wake() -> None:
+            if not is_done.done():
+                is_done.set_result(None)
+
+        def tell(_: object) -> None:
+            with suppress(RuntimeError):  # the caller was cancelled, and its loop is closed
+                here.call_soon_threadsafe(wake)
+
+        # Never cancelled itself: a savepoint that is set or released half-way would be everybody's
+        # loss. Nor a future of the caller's loop, which would log an error that nobody waits for.
+        done = asyncio.run_coroutine_threadsafe(running, loop())
+        done.add_done_callback(tell)
+        try:
+            await is_done
+        except asyncio.CancelledError:
+            if cancel is not None:
+                loop().call_soon_threadsafe(cancel)
+            raise
+        return done.result()
 
 
 class _LoopThread:

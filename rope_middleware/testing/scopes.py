@@ -25,6 +25,15 @@ class OwnScope(AsyncScope):
         # The connections of a sandbox do not live on the loop that runs here.
         return running_loop()
 
+    @property
+    def _thread(self) -> int:
+        # That of no loop: a test may use a sync session where its loop runs.
+        return 0
+
+    @_thread.setter
+    def _thread(self, _: int) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        pass
+
     def open(self, name: str, *, is_async: bool) -> None:
         """Begin. In a sync block it takes no async callbacks: nothing would await them."""
         open_as(self, name, DEFAULT)

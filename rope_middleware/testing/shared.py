@@ -7,6 +7,7 @@ turn: what a session has only read can be undone at any time without anybody not
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable
 from functools import partial
 from threading import get_ident
@@ -14,18 +15,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.errors import RopeError
+from rope_middleware.testing import words
 from rope_middleware.testing.database import Database
 from rope_middleware.testing.lanes import Lane
 from rope_middleware.testing.statement import Statement
 from rope_middleware.testing.text import Kind, Said, local_settings
-from rope_middleware.testing.words import (
-    blocked,
-    blocked_by_own,
-    closed,
-    false,
-    not_your_turn,
-    refused,
-)
 
 if TYPE_CHECKING:
     from rope_middleware.testing.virtual import VirtualConnection
@@ -81,6 +75,11 @@ class SharedConnection:
             self.busy = None
             self.lane.wake()
 
+    def cancel(self, statement: Statement) -> None:
+        """Stop a statement whose sender was cancelled; it may not have got its turn yet."""
+        statement.cancel()
+        self.lane.wake()
+
     def commit(self, virtual: VirtualConnection) -> None:
         """Make what `virtual` has written a part of the sandbox's transaction.
 
@@ -109,17 +108,17 @@ class SharedConnection:
 
     def blocked_by(self, other: SharedConnection) -> str:
         """Say that a statement waits for a row of another sandbox."""
-        return blocked(self.name, other.name, other.line if other.writer else other.wrote)
+        return words.blocked(self.name, other.name, other.line if other.writer else other.wrote)
 
     def blocked_by_own(self, other: SharedConnection) -> RopeError:
         """Make the error for a statement that waits for another engine of its own sandbox."""
-        return blocked_by_own(self.name, other.line if other.writer else other.wrote)
+        return words.blocked_by_own(self.name, other.line if other.writer else other.wrote)
 
     # Turns
 
     def _take(self, virtual: VirtualConnection, statement: Statement) -> None:
         def take() -> bool:
-            if self.is_closed:
+            if self.is_closed or statement.is_cancelled:
                 return True
             if self.busy is not None or self.writer not in (None, virtual):
                 return False
@@ -129,9 +128,11 @@ class SharedConnection:
 
         while not self.lane.wait(take, self.seconds):
             if self.writer not in (None, virtual):
-                raise not_your_turn(self.name, self.seconds, self.line)
+                raise words.not_your_turn(self.name, self.seconds, self.line)
+        if statement.is_cancelled:
+            raise CancelledError
         if self.is_closed:
-            raise closed(self.name)
+            raise words.closed(self.name)
 
     def _enter(self, virtual: VirtualConnection) -> None:
         """Bring the real connection to where `virtual` left it."""
@@ -150,7 +151,7 @@ class SharedConnection:
         kind, said = statement.kind, statement.said
         virtual.is_used = True
         if kind is Kind.REFUSED:
-            raise refused(self.name, said.name)
+            raise words.refused(self.name, said.name)
         if kind is Kind.BEGIN:
             virtual.is_in_block = True
         elif kind is Kind.COMMIT:
@@ -178,7 +179,7 @@ class SharedConnection:
                 if name not in virtual.settings:
                     virtual.settings[name] = database.setting(name)
         try:
-            result = statement.run()
+            result = self.lane.run(statement)
         except BaseException as error:
             self._failed(virtual, error)
             if statement.verdict is not None:
@@ -228,7 +229,7 @@ class SharedConnection:
 
     def _told_false(self, error: BaseException | None = None) -> None:
         self.is_false = True
-        told = false(self.name)
+        told = words.false(self.name)
         if error is None:
             raise told
         error.add_note(str(told))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import Task
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ class Statement:
     """A statement of the application's, on its way to the real connection."""
 
     __slots__ = (
-        *("is_looked_at", "is_told", "kind", "line", "parameters", "run", "said", "since"),
-        *("text", "thread", "verdict"),
+        *("is_cancelled", "is_looked_at", "is_told", "kind", "line", "parameters", "run", "said"),
+        *("since", "task", "text", "thread", "verdict"),
     )
 
     def __init__(
@@ -29,7 +30,15 @@ class Statement:
         self.run = run
         self.line = line
         self.thread = 0
+        self.is_cancelled = False
+        self.task: Task[Any] | None = None  # on the sandboxes' loop, once it runs
         # Of the watch.
         self.since = 0.0
         self.is_looked_at = self.is_told = False
         self.verdict: RopeError | None = None
+
+    def cancel(self) -> None:
+        """Stop it: whoever sent it was cancelled. Runs on the sandboxes' loop."""
+        self.is_cancelled = True
+        if self.task is not None:
+            self.task.cancel()

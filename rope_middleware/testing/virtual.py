@@ -153,7 +153,9 @@ class VirtualConnection:
         if said.kind is not Kind.READ and shared.writer is not self:
             line = text_of(application_line(1))
         statement = Statement(said, text, parameters, run, line or "a SELECT that writes")
-        return shared.lane.call(partial(shared.say, self, statement))
+        return shared.lane.call(
+            partial(shared.say, self, statement), partial(shared.cancel, statement)
+        )
 
     def forget(self, savepoint: str, *, keep_settings: bool) -> None:
         """Forget what is not said again: a savepoint was released, or gone back to."""

@@ -342,3 +342,14 @@ def test_T1_an_in_memory_database_of_one_thread() -> None:
             assert app.test_client().post("/").status_code == 201
             assert jenny.session.scalar(COUNT) == 1
     engine.dispose()
+
+
+@pytest.mark.anyio
+async def test_T1_a_test_may_use_both_kinds_where_its_loop_runs(jenny: Any, ajenny: Any) -> None:
+    """In a test that is no mistake, and nothing is told of it."""
+    async with Sandbox(jenny):
+        jenny.session.add(Row(n=1))
+        jenny.session.commit()
+    with Sandbox(jenny):
+        jenny.session.add(Row(n=1))
+        jenny.session.flush()

@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 from rope_middleware import AsyncSessionJenny, RopeError, ScopeClosedError, open_scope
 from rope_middleware.testing import Sandbox
 from tests.kit.sandboxes import COUNT, PLACES, Child, Parent, Place, Row, open_place
-from tests.kit.waiting import eventually
+from tests.kit.waiting import eventually, poll
 from tests.servers.mariadb import NoMariaDBError
 
 
@@ -510,18 +510,24 @@ async def test_T3_the_end_waits_for_a_statement_under_way(place: Place) -> None:
 
     async def work() -> None:
         async with open_scope():
-            started.set()
-            seen.append(await place.ajenny.session.scalar(text("SELECT 1 FROM pg_sleep(0.5)")))
+            seen.append(await place.ajenny.session.scalar(text("SELECT 1 FROM pg_sleep(1)")))
             try:
                 await place.ajenny.session.scalar(COUNT)
             except ScopeClosedError as error:
                 seen.append(error)
 
-    started = asyncio.Event()
+    def sleeping() -> list[Any]:
+        with place.engine.connect() as connection:
+            return list(
+                connection.exec_driver_sql(
+                    "SELECT 1 FROM pg_stat_activity WHERE state = 'active'"
+                    " AND starts_with(query, 'SELECT 1 FROM pg_sleep')"
+                )
+            )
+
     async with Sandbox(place.ajenny, name="short"):
         task = asyncio.create_task(work())
-        await started.wait()
-        await asyncio.sleep(0.1)
+        await poll(lambda: bool(sleeping()))
         assert not seen
     await task
     assert seen[0] == 1
