@@ -7,6 +7,7 @@ install.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import Signature
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -151,6 +152,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         self.registry = AsyncScopeRegistry(  # pyright: ignore[reportIncompatibleVariableOverride]
             create, outside
         )
+        self.__signature__: Signature = Signature()  # for Depends(jenny): see SessionJenny
         if replicas != ():
             use_replicas(self.registry, replicas, AsyncEngine, session_factory)
 

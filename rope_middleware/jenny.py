@@ -7,6 +7,7 @@ registry. Its async twin stands in `async_jenny`, because it cannot be imported 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import Signature
 from types import FrameType
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakValueDictionary
@@ -99,6 +100,9 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         if replicas != ():
             use_replicas(self.registry, replicas, Engine, session_factory)
         self._unbound_rope = ScopeRope(self.registry)
+        # For Depends(jenny): it takes nothing from the request. (Of the instance: the class is
+        # called with other arguments.)
+        self.__signature__: Signature = Signature()
 
     @property
     def session(self) -> _S:

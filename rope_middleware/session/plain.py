@@ -160,6 +160,12 @@ def kinds_of(registries: Iterable[Any]) -> tuple[PlainKind, ...]:
     Raises:
         TypeError: one of them is no scoped_session, or it is one and not a list of them.
     """
+    if isinstance(getattr(registries, "registry", None), ScopeRegistry):
+        raise TypeError(
+            f"registries= was given {registries!r}: a jenny needs no mention, its sessions belong "
+            "to the scope anyway. Leave it out: add_middleware(RopeMiddleware), or "
+            "RopeMiddleware(app)."
+        )
     if hasattr(registries, "remove") and hasattr(registries, "registry"):
         raise TypeError(f"registries= takes a list of scoped_session objects: [{registries!r}].")
     if not isinstance(cast("object", registries), Iterable):

@@ -8,12 +8,14 @@ from typing import Any
 
 import anyio.to_thread
 import pytest
+from fastapi import Depends, FastAPI
 from sqlalchemy import create_engine, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from rope_middleware import RopeError, SessionJenny, current_scope, open_scope
+from rope_middleware import RopeError, RopeMiddleware, SessionJenny, current_scope, open_scope
+from tests.kit.asgi import asgi_app, client
 from tests.kit.models import Data, Row
 from tests.kit.said import Said
 from tests.kit.sessions import SELECT, Jenny, run_threads
@@ -349,3 +351,30 @@ async def test_L3_other_pools_and_files_are_as_they_were(tmp_path: Path) -> None
         run_threads([lambda one=jenny: one.execute(SELECT)])  # type: ignore[misc]
     async with open_scope():
         cured.session.execute(SELECT)
+
+
+# -- L4 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_L4_depends_on_a_jenny_simply_works(tmp_path: Path, is_async: bool) -> None:
+    """FastAPI's `Depends(jenny)` gives the session of the request, and asks for no parameter."""
+    found = Store(tmp_path / "depends.sqlite", is_async=is_async)
+    app = FastAPI()
+    seen: list[Any] = []
+
+    @app.get("/")
+    def view(session: Any = Depends(found.jenny)) -> int:
+        seen.append(session is found.jenny.session)
+        return 1
+
+    answer = await client(RopeMiddleware(app)).get("/")
+    assert (answer.status_code, answer.text, seen) == (200, "1", [True])
+    assert app.openapi()["paths"]["/"]["get"].get("parameters", []) == []
+    await found.dispose()
+
+
+def test_L4_a_jenny_needs_no_mention(jenny: Jenny) -> None:
+    """`add_middleware(RopeMiddleware, jenny)`: the text names the cure."""
+    with pytest.raises(TypeError, match="a jenny needs no mention"):
+        RopeMiddleware(asgi_app(lambda: None), jenny)
