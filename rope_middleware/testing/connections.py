@@ -15,7 +15,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import NullPool, Pool
 
 from rope_middleware.testing.shared import SharedConnection
-from rope_middleware.testing.stock import stock_of
+from rope_middleware.testing.stock import Stock, stock_of
 from rope_middleware.testing.virtual import virtual_class
 from rope_middleware.testing.watch import forget, others, watch
 from rope_middleware.testing.words import closed
@@ -61,7 +61,7 @@ class Opened:
     """
 
     def __init__(self, engine: Engine, name: str, wait: float) -> None:
-        self.stock = stock_of(engine)
+        self.stock: Stock = stock_of(engine)
         self.name = name
         self.shared: SharedConnection | None = None
         self._wait = wait
@@ -70,7 +70,7 @@ class Opened:
         self._is_ended = False
         self._virtual = virtual_class(engine.dialect.name)
         self._heard: set[str] = set()
-        self.pool = NullPool(self.connect, dialect=engine.dialect)
+        self.pool: NullPool = NullPool(self.connect, dialect=engine.dialect)
 
     def engine(self, engine: Engine) -> SandboxEngine:
         """Return an engine that stands for `engine`, which has the pool of this one's."""

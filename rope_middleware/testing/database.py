@@ -28,7 +28,7 @@ class Database:
     """A rollback undoes SET."""
     one_writer: ClassVar[bool] = False
     """Only one connection at a time can write at all."""
-    reads_late = False
+    reads_late: bool = False
     """The driver reads rows from the database when they are fetched."""
     may_cancel: ClassVar[bool] = True
     """The async driver's connection is as good as new after a statement was cancelled."""
@@ -36,7 +36,7 @@ class Database:
     def __init__(self, real: Any, dialect: Any) -> None:
         self.real = real
         self.dialect = dialect
-        self.begins_itself = False
+        self.begins_itself: bool = False
         """What the application configured: the driver's own autocommit."""
 
     @property

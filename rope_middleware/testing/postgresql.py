@@ -94,7 +94,7 @@ class PostgreSQL(Database):
         self._deferrable: list[tuple[str, bool, bool]] = []
         self._has_ddl = False
         # So that the driver says no BEGIN of its own.
-        self.begins_itself = bool(real.autocommit)
+        self.begins_itself: bool = bool(real.autocommit)
         real.autocommit = True
 
     def open(self) -> None:

@@ -44,18 +44,18 @@ class SharedConnection:
         self.name = name
         self.database = database
         self.lane = lane
-        self.is_closed = False
-        self.is_false = False
+        self.is_closed: bool = False
+        self.is_false: bool = False
         """Somebody has committed behind the sandbox's back."""
         self.busy: Statement | None = None  # the one under way
         self.writer: VirtualConnection | None = None  # whose turn it is
-        self.line = ""  # of the write that began the turn
-        self.wrote = ""  # the line of the last turn's, for other sandboxes that wait for a row
+        self.line: str = ""  # of the write that began the turn
+        self.wrote: str = ""  # the line of the last turn's, for other sandboxes that wait for a row
         # Who has done something since TURN that has to be undone before somebody else may go on:
         # settings, savepoints, or an error that has spoilt the transaction.
         self.tainting: VirtualConnection | None = None
         self.seconds = wait
-        self.pid = database.pid()
+        self.pid: int | None = database.pid()
         self.others: Callable[[], list[SharedConnection]] = list
         """Other sandboxes' connections to such a server, for whose rows this one may wait."""
 

@@ -18,7 +18,7 @@ class SQLite(Database):
 
     def __init__(self, real: Any, dialect: Any) -> None:
         super().__init__(real, dialect)
-        self.reads_late = not dialect.is_async
+        self.reads_late: bool = not dialect.is_async
         self._known: Counter[Any] | None = None  # foreign keys that were violated before
         self._defers = False  # a PRAGMA was said
         self._has_deferred: bool | None = None

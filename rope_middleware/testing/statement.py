@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rope_middleware.errors import RopeError
-from rope_middleware.testing.text import Said
+from rope_middleware.testing.text import Kind, Said
 
 __all__ = ["Statement"]
 
@@ -24,16 +24,16 @@ class Statement:
         self, said: Said, text: str, parameters: Any, run: Callable[[], Any], line: str
     ) -> None:
         self.said = said
-        self.kind = said.kind
+        self.kind: Kind = said.kind
         self.text = text
         self.parameters = parameters
         self.run = run
         self.line = line
         self.thread = 0
-        self.is_cancelled = False
+        self.is_cancelled: bool = False
         self.task: Task[Any] | None = None  # on the sandboxes' loop, once it runs
         # Of the watch.
-        self.since = 0.0
+        self.since: float = 0.0
         self.is_looked_at = self.is_told = False
         self.verdict: RopeError | None = None
 

@@ -43,10 +43,10 @@ class VirtualConnection:
         """What is said again after an interruption: savepoints by name, settings, an error."""
         self.settings: dict[str, str | None] = {}
         """What settings were before this transaction set them for itself."""
-        self.is_used = False
-        self.has_written = False
-        self.is_spoilt = False
-        self.is_in_block = False
+        self.is_used: bool = False
+        self.has_written: bool = False
+        self.is_spoilt: bool = False
+        self.is_in_block: bool = False
         """Between a BEGIN and a COMMIT that were sent as text."""
 
     # DBAPI
@@ -230,7 +230,7 @@ class VirtualPostgreSQL(VirtualConnection):
         super().__init__(shared)
         self.autocommit: bool = shared.database.begins_itself
         if shared.database.dialect.driver == "psycopg":
-            self.info = _Info(self, self._real.info)
+            self.info: _Info = _Info(self, self._real.info)
             if shared.database.dialect.is_async:
                 self._connection = _AsyncDriver(self, self._real.driver_connection)
 
