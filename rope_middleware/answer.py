@@ -93,9 +93,9 @@ class Gate:
     def __init__(self, scope: Scope, may_replay: Callable[[], bool] | None) -> None:
         self._scope = scope
         self._may_replay = may_replay
-        self.state = WAITING
-        self.commits = False  # what is done after the response's start
-        self.why = ""  # it is not committed
+        self.state: int = WAITING
+        self.commits: bool = False  # what is done after the response's start
+        self.why: str = ""  # it is not committed
         self.raised: BaseException | None = None  # by on_commit_error, or by what it returned
 
     def passes(self, status: int) -> bool:

@@ -114,7 +114,7 @@ class Carried:
 class Following:
     """Whether anybody in this process reads from replicas: else no request is looked at."""
 
-    is_on = False
+    is_on: bool = False
 
 
-following = Following()
+following: Following = Following()

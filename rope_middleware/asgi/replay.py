@@ -22,7 +22,7 @@ class Replay:
         self._body: bytearray | None = bytearray()
         self._has_ended = False  # the server has given its last part
         self._is_again = False  # what is kept comes first
-        self.is_whole = True
+        self.is_whole: bool = True
         """False once the body has outgrown REPLAY_LIMIT, the client has gone, or no try follows."""
 
     async def __call__(self) -> Message:

@@ -21,7 +21,7 @@ __all__ = ["AGAIN", "LONG", "Line", "Place", "wait_in_thread"]
 LONG = 5.0  # seconds in line that are worth a word in the log
 AGAIN = 60.0  # seconds until the next one
 
-logger = logging.getLogger("rope_middleware")
+logger: logging.Logger = logging.getLogger("rope_middleware")
 
 
 class Place:
@@ -31,9 +31,9 @@ class Place:
 
     def __init__(self, line: Line, wake: Callable[[], object] | None) -> None:
         self._line = line
-        self.wake = wake
-        self.since = time.monotonic()
-        self.has_turn = False
+        self.wake: Callable[[], object] | None = wake
+        self.since: float = time.monotonic()
+        self.has_turn: bool = False
 
     def __enter__(self) -> Place:
         return self

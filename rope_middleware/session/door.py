@@ -32,7 +32,7 @@ TAG = "rope_middleware.door"
 marks: dict[Strand, tuple[Door, Scope | None]] = {}
 """Who is between a door and a connection: by which door, in which scope."""
 
-deciding = threading.Lock()
+deciding: threading.Lock = threading.Lock()
 """Held while somebody finds out whether it closes a circle."""
 
 

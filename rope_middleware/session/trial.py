@@ -55,15 +55,15 @@ class Attempt:
     def __init__(
         self, connection: Connection, transaction: Any, wrote: bool, is_twophase: bool = False
     ) -> None:
-        self.connection = connection
+        self.connection: Connection = connection
         self.engine: Engine = connection.engine
         self.transaction: Transaction | None = transaction
-        self.wrote = wrote
-        self.is_twophase = is_twophase
-        self.is_of_session = True  # of the scope; False of a connection besides
+        self.wrote: bool = wrote
+        self.is_twophase: bool = is_twophase
+        self.is_of_session: bool = True  # of the scope; False of a connection besides
         self.xid: str | None = None  # PostgreSQL's transaction id, where it is known
         self.error: BaseException | None = None  # by which its answer was lost
-        self.state = SENT
+        self.state: int = SENT
 
 
 class Trial:

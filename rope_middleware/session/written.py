@@ -45,11 +45,11 @@ class Notes:
         self.executions: list[ReferenceType[ExecutionContext]] = []
         self._dml: list[str] = []  # of statements that are not kept any more
         self._texts: list[str] = []
-        self.is_whole = True
+        self.is_whole: bool = True
         """False once there were so many that not all of them are kept."""
-        self.many = _MANY
+        self.many: int = _MANY
         """How many executions are noted before they are looked through."""
-        self.is_gone = False
+        self.is_gone: bool = False
         """True once the connection is taken from its session: see `take`."""
 
     def sql(self) -> list[str]:

@@ -62,10 +62,10 @@ class Gate(answer.Gate):
         # The base's, without the price of a call.
         self._scope = scope
         self._may_replay = None if replay is None else replay.can_repeat
-        self.state = WAITING
-        self.commits = False
-        self.why = ""
-        self.raised = None
+        self.state: int = WAITING
+        self.commits: bool = False
+        self.why: str = ""
+        self.raised: BaseException | None = None
         self._instead: WSGIApplication | None = None  # what `on_commit_error` has returned
         self._start_response = start_response
         self._replay = replay
