@@ -131,7 +131,9 @@ def test_T4_a_sandbox_costs_at_most_2_ms_beyond_its_statements(place: Place) -> 
             before = time.thread_time()
             way()
             times.append(time.thread_time() - before)
-    beyond = statistics.median(rounds[in_sandbox]) - statistics.median(rounds[in_scope])
+    # The lowest quarter: a busy machine makes the same work dearer, never cheaper.
+    quarter = {way: statistics.quantiles(times, n=4)[0] for way, times in rounds.items()}
+    beyond = quarter[in_sandbox] - quarter[in_scope]
     assert beyond <= 0.002
     assert place.rows() == 0
     assert not jenny.session.scalar(COUNT)
