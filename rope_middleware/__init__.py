@@ -1,9 +1,9 @@
 """One session for each request, in any ASGI and any WSGI application."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from rope_middleware.asgi import ASGIRopeMiddleware
 from rope_middleware.errors import (
     CommitInDoubtError,
     CrossLoopError,
@@ -19,10 +19,11 @@ from rope_middleware.rope.rope import SessionRope
 from rope_middleware.scope.opening import current_scope, open_scope
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.holders import holders
-from rope_middleware.wsgi import WSGIRopeMiddleware
 
 if TYPE_CHECKING:
+    from rope_middleware.asgi import ASGIRopeMiddleware
     from rope_middleware.async_jenny import AsyncSessionJenny
+    from rope_middleware.wsgi import WSGIRopeMiddleware
 
 __all__ = [
     "ASGIRopeMiddleware",
@@ -56,10 +57,16 @@ if not _has_greenlet():  # `import *` asks for every name
     globals()["__all__"] = [name for name in __all__ if name != "AsyncSessionJenny"]
 
 
-def __getattr__(name: str) -> Any:
-    # Imported on demand: SQLAlchemy's asyncio extension needs greenlet, and takes its time.
-    if name == "AsyncSessionJenny":
-        from rope_middleware.async_jenny import AsyncSessionJenny
+_ON_DEMAND = {
+    "ASGIRopeMiddleware": "asgi",
+    "AsyncSessionJenny": "async_jenny",
+    "WSGIRopeMiddleware": "wsgi",
+}
 
-        return AsyncSessionJenny
+
+def __getattr__(name: str) -> Any:
+    # Imported on demand: SQLAlchemy's asyncio extension needs greenlet and takes its time, and an
+    # application needs one of the two boundaries.
+    if name in _ON_DEMAND:
+        return getattr(import_module(f"rope_middleware.{_ON_DEMAND[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from rope_middleware.position import following
@@ -108,7 +109,7 @@ class RopeMiddleware:
     def __new__(cls, app: Any = None, *_: Any, **__: Any) -> Any:
         """Choose the class by the protocol of `app`."""
         if not any(issubclass(cls, chosen) for chosen in cls._protocols.values()):
-            cls = _choose(cls, cls._protocols[_protocol_of(app)])
+            cls = _choose(cls, _class_of(_protocol_of(app)))
         return object.__new__(cls)
 
     if not TYPE_CHECKING:
@@ -168,6 +169,13 @@ class RopeMiddleware:
                 " and ".join(f"{name}={getattr(self._options, name)!r}" for name in dropped),
                 outer.name,
             )
+
+
+def _class_of(protocol: str) -> type[RopeMiddleware]:
+    """Return the class of a protocol; its module announces itself when it is imported."""
+    if protocol not in RopeMiddleware._protocols:
+        import_module(f"rope_middleware.{protocol}")
+    return RopeMiddleware._protocols[protocol]
 
 
 _chosen: dict[tuple[type, type], type] = {}

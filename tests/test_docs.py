@@ -92,6 +92,7 @@ NOT_PROVOKED = {
 }
 
 
+@pytest.mark.told
 # A connection that is left to the garbage collector ends in aiosqlite's thread, perhaps after its
 # event loop.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -237,6 +238,7 @@ TWO_HOPS = {
 }
 
 
+@pytest.mark.told
 @pytest.mark.parametrize("how", TWO_HOPS)
 def test_sync_handlers_that_hold_a_transaction_across_two_hops(
     how: str, make_engine: MakeEngine

@@ -33,6 +33,7 @@ NOT_ASKED = {
     "docs/howto/jobs.md": "its view is asked by POST, and needs a broker",
     "docs/howto/streams.md": "its tests make its tables, and ask all of it",
     "docs/howto/testing.md": "its applications are those of its tests",
+    "docs/truth.md": "its application has no address",
     "docs/waiting.md": "its view waits for a model",
 }
 EVERY_BLOCK = {"README.md"}  # its examples have nothing to do with each other

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Holder", "Holders", "engine_text", "holder_of", "holders"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Holder:
     """An open transaction of a session that came from a jenny.
 

@@ -10,9 +10,8 @@ import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
@@ -37,8 +36,7 @@ _SQLITE_CODES = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED: https://www.sql
 _PROCESS = re.compile(r"[Pp]rocess (\d+)")
 
 
-@dataclass(frozen=True)
-class _Ended:
+class _Ended(NamedTuple):
     """A transaction that has written and has just ended."""
 
     at: float
@@ -48,7 +46,7 @@ class _Ended:
     process: int | None  # of the server
 
 
-_ended: deque[_Ended] = deque(maxlen=1000)
+_ended: deque[_Ended] = deque(maxlen=250)
 
 
 def note_ended(tie: Tie, connections: Collection[Connection]) -> None:

@@ -8,10 +8,11 @@ the database cannot be seen here.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
-__all__ = ["READS", "Effect", "effect_of"]
+__all__ = ["READS", "Effect", "effect_of", "late"]
 
 
 class Effect(NamedTuple):
@@ -33,17 +34,23 @@ _VERBS = (
     "OPTIMIZE",
 )
 
+
+def late(pattern: str, flags: int = 0) -> Callable[[], re.Pattern[str]]:
+    """Compile `pattern` when it is first asked for: all of them would be 2 ms of the import."""
+    return cache(partial(re.compile, pattern, flags))
+
+
 # A text with none of these words reads. To look for words is a hundred times faster than to take a
 # text apart, and few texts have one.
 _WORDS = (*_VERBS, "COPY", "INTO", "SHARE", "SET", "DECLARE", "XACT_LOCK")
 
-_BEGINS = re.compile(rf"(?:{'|'.join(_VERBS)})\b", re.IGNORECASE)
-_COPY_IN = re.compile(r"COPY\s+(?!\().*?\bFROM\b", re.DOTALL | re.IGNORECASE)
-_EXPLAIN_RUN = re.compile(r"EXPLAIN\b[^;]*?\bANALY[ZS]E\b", re.IGNORECASE)
-_EXPLAINED = re.compile(
+_BEGINS = late(rf"(?:{'|'.join(_VERBS)})\b", re.IGNORECASE)
+_COPY_IN = late(r"COPY\s+(?!\().*?\bFROM\b", re.DOTALL | re.IGNORECASE)
+_EXPLAIN_RUN = late(r"EXPLAIN\b[^;]*?\bANALY[ZS]E\b", re.IGNORECASE)
+_EXPLAINED = late(
     r"\b(?:INSERT\s+INTO|UPDATE|DELETE\s+FROM|MERGE\s+INTO|CREATE|REFRESH)\b", re.IGNORECASE
 )
-_WITHIN = re.compile(
+_WITHIN = late(
     r"""
     # A CTE that writes, the verb after the CTEs, a new table, locks.
       \bAS\s+(?:NOT\s+)?(?:MATERIALIZED\s+)?\(\s*(INSERT|UPDATE|DELETE|MERGE)\b
@@ -55,17 +62,17 @@ _WITHIN = re.compile(
 )
 
 # PostgreSQL's: they last as long as the transaction.
-_NEEDS_TRANSACTION = re.compile(
+_NEEDS_TRANSACTION = late(
     r"^SET\s+(?:LOCAL|TRANSACTION|CONSTRAINTS)\b|^DECLARE\b|\bset_config\s*\(|_xact_lock",
     re.IGNORECASE,
 )
 
 # What may stand before the first word: parentheses, what is left of an executable comment, and
 # the comments of MariaDB and MySQL that begin with a hash (elsewhere that is an operator).
-_BEFORE = re.compile(r"(?:[\s(]|/\*!\w*|\#[^\n]*(?:\n|$))*", re.ASCII)
+_BEFORE = late(r"(?:[\s(]|/\*!\w*|\#[^\n]*(?:\n|$))*", re.ASCII)
 
 # What stands in comments, texts and quoted names is no SQL.
-_QUOTED = re.compile(
+_QUOTED = late(
     r"""
       --[^\n]*
     | /\*(?!!)                          # see `_end_of_comment`; /*! is SQL to MariaDB and MySQL
@@ -77,7 +84,7 @@ _QUOTED = re.compile(
     """,
     re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
-_COMMENT_MARK = re.compile(r"/\*|\*/")
+_COMMENT_MARK = late(r"/\*|\*/")
 
 
 @lru_cache(maxsize=512)  # SQLAlchemy keeps as many compiled statements
@@ -87,27 +94,27 @@ def effect_of(text: str) -> Effect:
     if not any(word in upper for word in _WORDS):
         return READS
     needs_transaction = False
-    for statement in _without_quoted(_BEFORE.sub("", text, count=1)).split(";"):
-        statement = _BEFORE.sub("", statement, count=1)
+    for statement in _without_quoted(_BEFORE().sub("", text, count=1)).split(";"):
+        statement = _BEFORE().sub("", statement, count=1)
         words = _what_writes(statement)
         if words:
             return Effect(" ".join(words.split()).upper(), False)
-        needs_transaction = needs_transaction or bool(_NEEDS_TRANSACTION.search(statement))
+        needs_transaction = needs_transaction or bool(_NEEDS_TRANSACTION().search(statement))
     return Effect("", True) if needs_transaction else READS
 
 
 def _what_writes(statement: str) -> str:
     """Return the words of a bare statement that say that it writes."""
-    begins = _BEGINS.match(statement)
+    begins = _BEGINS().match(statement)
     if begins is not None:
         return begins[0]
-    if _COPY_IN.match(statement):
+    if _COPY_IN().match(statement):
         return "COPY"
-    explain = _EXPLAIN_RUN.match(statement)
-    found = None if explain is None else _EXPLAINED.search(statement, explain.end())
+    explain = _EXPLAIN_RUN().match(statement)
+    found = None if explain is None else _EXPLAINED().search(statement, explain.end())
     if found is not None:
         return found[0]
-    within = _WITHIN.search(statement)
+    within = _WITHIN().search(statement)
     return "" if within is None else next(words for words in within.groups() if words)
 
 
@@ -115,7 +122,7 @@ def _without_quoted(text: str) -> str:
     """Return `text` without comments, and with a short word for everything that is quoted."""
     parts: list[str] = []
     at = 0
-    while (found := _QUOTED.search(text, at)) is not None:
+    while (found := _QUOTED().search(text, at)) is not None:
         parts.append(text[at : found.start()])
         if found[0] == "/*":
             at = _end_of_comment(text, found.end())
@@ -131,7 +138,7 @@ def _end_of_comment(text: str, at: int) -> int:
     """Return where the comment ends whose text begins at `at`. PostgreSQL nests them."""
     depth = 1
     while depth:
-        mark = _COMMENT_MARK.search(text, at)
+        mark = _COMMENT_MARK().search(text, at)
         if mark is None:
             return len(text)
         depth += 1 if mark[0] == "/*" else -1

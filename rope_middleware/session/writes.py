@@ -10,16 +10,16 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from rope_middleware.session.statements import effect_of
+from rope_middleware.session.statements import effect_of, late
 
 __all__ = ["ends_transaction", "may_write"]
 
 # What stands before the first word.
-_BEFORE = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)
+_BEFORE = late(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)
 
 _READS = frozenset({"select", "values", "table", "with", "show", "set", "savepoint", "release"})
 
-_CALL = re.compile(r"([\w.\"]+)\s*\(")
+_CALL = late(r"([\w.\"]+)\s*\(")
 
 # Words before a bracket that are no functions, and functions known to write nothing. Any other
 # function may do anything.
@@ -50,22 +50,20 @@ def may_write(statement: str) -> bool:
     Args:
         statement: SQL, as it goes to the driver.
     """
-    match = _BEFORE.match(statement)
+    match = _BEFORE().match(statement)
     start = match.end() if match else 0
     word = re.match(r"\w*", statement[start:])
     if word is None or word[0].lower() not in _READS:
         return True
     if effect_of(statement).writes:
         return True
-    calls = (found.strip('"').lower() for found in _CALL.findall(statement))
+    calls = (found.strip('"').lower() for found in _CALL().findall(statement))
     return any(call not in _HARMLESS for call in calls)
 
 
-_END = re.compile(
-    r"\s*(?:COMMIT|PREPARE\s+TRANSACTION|XA\s+(?:END|PREPARE|COMMIT))\b", re.IGNORECASE
-)
+_END = late(r"\s*(?:COMMIT|PREPARE\s+TRANSACTION|XA\s+(?:END|PREPARE|COMMIT))\b", re.IGNORECASE)
 
 
 def ends_transaction(statement: str | None) -> bool:
     """Tell whether a statement commits: SQLAlchemy's events name none for a plain COMMIT."""
-    return statement is None or _END.match(statement) is not None
+    return statement is None or _END().match(statement) is not None
