@@ -30,9 +30,10 @@ nitpicky = True
 # library define has no page to link to, nor have the type variables and private names of our own.
 nitpick_ignore_regex = [
     (r"py:.*", r"(sqlalchemy|collections|asyncio|types|typing|weakref|wsgiref|flask)\..*"),
-    (r"py:.*", r"(_typeshed|rope_middleware\.\w+\._\w+|_\w+)(\..*)?"),
+    (r"py:.*", r"(_typeshed|rope_middleware(\.\w+)+\._\w+|_\w+)(\..*)?"),
+    (r"py:.*", r"rope_middleware\.session\.\w+\.\w+"),
     (r"py:.*", r"[a-z_]+"),  # arguments, in the docstrings' single backticks
-    (r"py:.*", r"(Async)?Session|ScopedRegistry|Flask|ASGIApp|WSGIApplication"),
+    (r"py:.*", r"(Async)?Session|(Async)?Engine|ScopedRegistry|Flask|ASGIApp|WSGIApplication"),
 ]
 default_role = "py:obj"  # what the docstrings have in single backticks
 

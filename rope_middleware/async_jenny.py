@@ -117,7 +117,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
     Raises:
         TypeError: `session_factory` or `scopefunc` is not callable, or `replicas` holds something
             else than engines.
-        RopeError: there are replicas, and `binds=` or a get_bind() of the factory's chooses, too.
+        RopeError: there are replicas, and ``binds=`` or a get_bind() of the factory's chooses, too.
 
     See the SQLAlchemy chapter "Using asyncio scoped session".
     """

@@ -56,7 +56,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
     Raises:
         TypeError: `session_factory` or `scopefunc` is not callable, or `replicas` holds something
             else than engines.
-        RopeError: there are replicas, and `binds=` or a get_bind() of the factory's chooses, too.
+        RopeError: there are replicas, and ``binds=`` or a get_bind() of the factory's chooses, too.
 
     See the SQLAlchemy chapter "Contextual/Thread-local Sessions".
     """

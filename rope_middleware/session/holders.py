@@ -82,7 +82,8 @@ def holders() -> Holders:
         print(holders())
 
     Returns:
-        A tuple of `Holder`, the oldest first. Its `str()` is a table without any values.
+        A tuple of holders, the oldest first; each has ``scope``, ``engine``, ``seconds``,
+        ``began``, ``now`` and ``waiting``. Its ``str()`` is a table without any values.
     """
     return listed(open_ties())
 
