@@ -117,9 +117,9 @@ def _on_error(context: ExceptionContext) -> None:
             context.is_disconnect = True
         if not _is_of_commit(scope, context):
             note_loss(scope, error)
-    elif is_refusal(error):
-        note_refusal(scope, error)
     else:
+        if is_refusal(error):
+            note_refusal(scope, error)
         _note_failed(scope, context)
     suspect(scope, context)
 

@@ -89,6 +89,7 @@ def everything_is_back(port: int, database: Database | None) -> None:
         )
 
 
+@pytest.mark.told
 @pytest.mark.filterwarnings(
     # Servers close the sockets of clients that have gone when they are collected.
     "ignore::ResourceWarning"
@@ -111,6 +112,7 @@ def test_Y2_S3_a_thousand_rude_requests_leave_nothing_behind(
         everything_is_back(port, database)
 
 
+@pytest.mark.told
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("driver", ["psycopg", "pysqlite"])
 def test_Y2_S3_the_same_with_sync_sessions_under_trio(
@@ -171,6 +173,7 @@ def test_Y2_a_server_that_is_stopped_gives_back_what_its_requests_held(
         )
 
 
+@pytest.mark.told
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 def test_Y2_a_database_that_freezes_holds_no_request_past_close_timeout(
     driver: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -205,6 +208,7 @@ def test_Y2_a_database_that_freezes_holds_no_request_past_close_timeout(
         assert app.complaints.heard == []
 
 
+@pytest.mark.told
 @pytest.mark.parametrize(
     ("driver", "when"),
     # psycopg has the second of two tasks wait where the first one is executing

@@ -130,6 +130,7 @@ def test_S2_a_class_based_view_sees_the_session(app: App, server: str) -> None:
     app.all_noted_one_session("on_request", "on_get")
 
 
+@pytest.mark.told
 def test_C1_what_a_view_has_not_committed_is_rolled_back(app: App, server: str) -> None:
     """A view that writes and does not commit leaves no trace."""
 
@@ -487,6 +488,7 @@ def test_J4_api_background_task_has_a_session_of_its_own(app: App, server: str) 
     assert count_of(app.engine) == 5
 
 
+@pytest.mark.told
 def test_J4_many_background_tasks_leave_nothing_behind(app: App, server: str) -> None:
     """Forty tasks on a few threads, one in three failing: each its own session, none left."""
     seen: list[int] = []

@@ -45,9 +45,12 @@ def test_registries_that_are_no_scoped_sessions_are_refused(bad: Any) -> None:
 
 
 def test_registries_is_a_list(jenny: Jenny) -> None:
-    """A single one that is not in a list is refused in words."""
-    with pytest.raises(TypeError, match="list"):
+    """A single one that is not in a list is refused in words; of a jenny: it needs no mention."""
+    with pytest.raises(TypeError, match="needs no mention"):
         RopeMiddleware(nobody_calls, registries=jenny)
+    plain: Any = scoped_session(sessionmaker(), scopefunc=current_scope)
+    with pytest.raises(TypeError, match="list"):
+        RopeMiddleware(nobody_calls, registries=plain)
 
 
 # Asks an application that calls `view` for its answer: its status, or the error it raised.
