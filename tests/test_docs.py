@@ -196,6 +196,15 @@ def test_each_row_of_who_sees_which_session_has_its_test() -> None:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
 
 
+def test_each_claim_of_the_security_page_has_its_test() -> None:
+    """A test that the page names is there."""
+    page = (ROOT / "docs" / "security.md").read_text()
+    named = re.findall(r"^\| .* \| `([\w/]+\.py)::(\w+)` \|$", page, re.MULTILINE)
+    assert len(named) == page.count(".py::")
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
+
+
 START_BY_HAND: dict[str, Callable[[Callable[[], None]], object]] = {
     "greenlet": lambda work: greenlet.greenlet(work).switch(),
     "ThreadPoolExecutor": lambda work: ThreadPoolExecutor(1).submit(work).result(PATIENCE),
