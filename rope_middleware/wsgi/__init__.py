@@ -27,9 +27,9 @@ from rope_middleware.scope.response import (
 )
 from rope_middleware.scope.scope import OPEN, Scope
 from rope_middleware.session.refusal import wait_before_retry
-from rope_middleware.wsgi.body import ListBody, hand_on
+from rope_middleware.wsgi.body import Body, ListBody, hand_on
 from rope_middleware.wsgi.commit import AGAIN, Gate
-from rope_middleware.wsgi.files import CLASS_OR_NONE, note_files
+from rope_middleware.wsgi.files import CLASS_OR_NONE, STREAMS, note_files
 from rope_middleware.wsgi.position import Telling, carried_by
 from rope_middleware.wsgi.replay import Replay
 
@@ -115,6 +115,8 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
             kind = type(body)
             if kind is list or kind is tuple:
                 return ListBody(body, scope)
+            if kind in STREAMS and STREAMS[kind] is get("wsgi.file_wrapper"):
+                return Body(body, scope)
             return hand_on(body, environ, scope)
         except BaseException as error:
             end_failed(scope, error)

@@ -12,7 +12,8 @@ from rope_middleware.scope.response import doom_rest, is_head
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.committing import settle
 from rope_middleware.wsgi.begun import Begun, close_unsent
-from rope_middleware.wsgi.body import GatedBody, hand_on, is_streamed
+from rope_middleware.wsgi.body import Body, hand_on
+from rope_middleware.wsgi.files import is_streamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -89,7 +90,7 @@ class Gate(answer.Gate):
             if not streamed or self._may_replay is not None:
                 self.announce()
             if streamed and self.state == WAITING:
-                return GatedBody(body, self._scope, self, self._owns)
+                return Body(body, self._scope, False, self._owns, self)
         except BaseException as error:
             self._note_error(error, body)
         if self.state in (WAITING, STARTED):

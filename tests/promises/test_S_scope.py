@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -123,6 +125,24 @@ def test_S7_several_jennies_and_databases_side_by_side(make_engine: MakeEngine, 
 
     way(body)
     assert [checked_out(engine) for engine in engines] == [0, 0]
+
+
+def test_S7_the_class_of_a_body_goes_with_its_request(wrap: Wrap) -> None:
+    """What kind of body a class makes is remembered, but of no class that a request has made."""
+    made: list[weakref.ref[type]] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        class Export:
+            def __iter__(self) -> Any:
+                yield environ["PATH_INFO"].encode()
+
+        made.append(weakref.ref(Export))
+        start_response("200 OK", HEADERS)
+        return Export()
+
+    assert Server()(wrap(app)).body == b"/"
+    gc.collect()
+    assert [one() for one in made] == [None]
 
 
 def test_S7_outside_of_any_scope_there_is_no_current_one() -> None:
