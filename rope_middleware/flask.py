@@ -29,12 +29,14 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.jenny import SessionJenny
 from rope_middleware.rope.rope import ScopeRope
-from rope_middleware.scope.ending import detach, end
+from rope_middleware.scope.ending import detach, end, explain
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.order import invalidate_failed
 from rope_middleware.scope.response import open_as
 from rope_middleware.scope.scope import Scope, is_over, session_of
 from rope_middleware.session.registry import ScopeRegistry
+from rope_middleware.session.tie import tie_of
+from rope_middleware.session.unsaved import tell_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,26 +160,33 @@ class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is d
             app.teardown_request(_teardown_request)
 
 
-def _teardown_request(_: BaseException | None) -> None:
-    """End what a request keeps itself, and note whose context it ends in."""
+def _teardown_request(error: BaseException | None) -> None:
+    """End what a request keeps itself, and note whose context it ends in.
+
+    Args:
+        error: that nobody has handled.
+    """
     popped = _being_popped()
     here = has_request_context()
     mine = cast("Any", request)._get_current_object() if here else None
     ended = mine if popped is None else popped.request
     if ended is mine and ended is not None:
         if _home() is vars(ended):
-            _end(vars(ended), _app())
+            _end(vars(ended), _app(), error)
         else:
             setattr(g, _LAST, ref(ended))
     elif ended is not None:
-        _end(vars(ended), None)  # by another thread
+        _end(vars(ended), None, error)  # by another thread
 
 
-def _teardown(_: BaseException | None) -> None:
+def _teardown(error: BaseException | None) -> None:
     """End what lies in the ``g`` of the context that is popped.
 
     Not always the current one: another thread may finalise a streamed body, also one that is
     within a request of its own.
+
+    Args:
+        error: that nobody has handled.
     """
     popped = _being_popped()
     if popped is None or (has_app_context() and popped.g is cast("Any", g)._get_current_object()):
@@ -187,17 +196,21 @@ def _teardown(_: BaseException | None) -> None:
     owner = home.pop(_LAST, None)
     if owner is not None:
         setattr(home, _OWNER, owner)
-    _end(home, app)
+    _end(home, app, error)
 
 
-def _end(home: Any, app: Flask | None) -> None:
+def _end(home: Any, app: Flask | None, error: BaseException | None) -> None:
     """End the scope that `home` keeps.
 
     Args:
         home: what keeps it.
         app: whose sessions are removed first, as documented. None: they would be the sessions of
             another context.
+        error: that has left the context, or None.
     """
+    kept: _Context | None = home.get(_CONTEXT)
+    if error is not None and kept is not None:
+        explain(kept.scope, error)
     try:
         for session in () if app is None else app.extensions[_EXTENSION]:
             _remove(session, home)
@@ -211,12 +224,21 @@ def _remove(session: flask_scoped_session[Any], home: Any) -> None:
     """Call the documented `remove`, which may be a subclass's."""
     context: _Context | None = home.get(_CONTEXT)
     made = None if context is None else session_of(context.scope, session.registry)
+    if made is not None:
+        _tell_lost(session.registry.kind.inner(made))
     try:
         session.remove()
     except Exception as error:
         if context is None or made is None:
             raise
         invalidate_failed(context.scope, session.registry.kind, made, error)
+
+
+def _tell_lost(session: Session | None) -> None:
+    """Say what is lost: a `remove` does not, because one of the application's own is meant."""
+    tie = None if session is None else tie_of(session)
+    if session is not None and tie is not None:
+        tell_lost(tie, session)
 
 
 def _being_popped() -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.orm import Session
 
 from rope_middleware.scope.asking import expects_nothing
+from rope_middleware.scope.reading import reads_only
 from rope_middleware.session.begun import is_open
 from rope_middleware.session.lines import text_of
 from rope_middleware.session.telling import tell_once
@@ -106,13 +107,26 @@ def tell_lost(tie: Tie, session: Session) -> None:
     _count_pending(session, lost, 0)
     if not lost:
         return  # set to what it was before
+    what = ", ".join(_counted(lost))
+    if scope is not None and reads_only(scope):
+        tell_once(
+            "lost",
+            line,
+            "%r is read-only, and changes are lost: %s (transaction begun at %s). Write in a scope "
+            'that may write, "with open_scope():", or serve it by another method; if it was meant, '
+            "call rollback().",
+            scope.name,
+            what,
+            text_of(line),
+        )
+        return
     tell_once(
         "lost",
         line,
         "%s ended without a commit, and changes are lost: %s (transaction begun at %s). Call "
         "commit(), or use commit_on_success=True; if it was meant, call rollback().",
         "A session outside of scopes" if scope is None else repr(scope.name),
-        ", ".join(_counted(lost)),
+        what,
         text_of(line),
     )
 

@@ -236,6 +236,22 @@ def test_L1_once_for_each_line_and_not_for_each_request(jenny: Jenny, said: Said
     assert len(said.warnings) == 2
 
 
+@pytest.mark.told
+def test_L1_a_read_only_scope_is_not_told_to_commit(web: Web, said: Said) -> None:
+    """Nothing could: the cure is a scope that may write, or another method."""
+
+    async def handler(exchange: Exchange) -> None:
+        row = await web.store._do("get", Row, 7)
+        assert row is None
+        web.store.jenny.session.add(Row(n=7))
+        await exchange.answer(200)
+
+    web.ask(handler, read_only=("GET",))
+    (warning,) = said.warnings
+    assert "'GET /thing' is read-only" in warning and "1 Row added" in warning
+    assert "open_scope" in warning and "commit" not in warning
+
+
 # -- L2 --------------------------------------------------------------------------------------------
 
 

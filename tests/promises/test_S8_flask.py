@@ -127,6 +127,7 @@ def test_S3_a_stream_that_is_still_open_shares_its_session_with_no_request(
         assert checked_out(engine) == 0
 
 
+@pytest.mark.told
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_S3_a_stream_that_is_collected_within_another_request_leaves_that_ones_session(
     served: Served, engine: Engine

@@ -7,6 +7,7 @@ import gc
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import flask
@@ -18,7 +19,8 @@ from rope_middleware import RopeMiddleware, Scope, SessionJenny, current_scope, 
 from rope_middleware.flask import current_session, flask_scoped_session
 from tests.kit.engines import MakeEngine, begin_as_writer
 from tests.kit.leaks import checked_out
-from tests.kit.models import Data
+from tests.kit.models import Data, Row
+from tests.kit.said import Said
 
 Made = flask_scoped_session[Session]
 
@@ -126,6 +128,7 @@ def test_flask_current_session_is_a_scoped_session(app: flask.Flask, session: Ma
         assert row not in current_session
 
 
+@pytest.mark.told
 def test_flask_an_application_context_by_hand(
     app: flask.Flask, session: Made, engine: Engine
 ) -> None:
@@ -230,6 +233,43 @@ def test_flask_a_view_that_raises(app: flask.Flask, session: Made, engine: Engin
     app.testing = False
     assert app.test_client().get("/").status_code == 500
     assert_over(seen[1], engine)
+
+
+@pytest.mark.told
+def test_flask_a_forgotten_commit_is_told(app: flask.Flask, session: Made, said: Said) -> None:
+    """L1: once for each line, with the classes and the cure; a view that fails says nothing."""
+
+    @app.post("/<int:number>")
+    def view(number: int) -> str:
+        session.add(Row(n=number))
+        session.flush()
+        return str(1 // number)
+
+    @app.post("/done")
+    def done() -> str:
+        session.add(Row(n=7))
+        session.commit()
+        return ""
+
+    @app.post("/removed")
+    def removed() -> str:
+        session.add(Row(n=8))
+        session.remove()
+        return ""
+
+    client = app.test_client()
+    client.post("/done")
+    client.post("/removed")
+    with pytest.raises(ZeroDivisionError):
+        client.post("/0")
+    app.testing = False
+    assert client.post("/0").status_code == 500
+    assert said.warnings == []
+    for _ in range(3):
+        client.post("/1")
+    (warning,) = said.warnings
+    assert "ended without a commit" in warning and "1 Row added" in warning
+    assert f"{Path(__file__).name}:{view.__code__.co_firstlineno + 2}" in warning
 
 
 def test_flask_a_streamed_response(app: flask.Flask, session: Made, engine: Engine) -> None:
