@@ -3,8 +3,9 @@
 A page is read by Sybil. What is done with a block depends on its language:
 
 - ``python``: executed in one namespace for the page, in an empty folder. Where the block has a
-  caption it is a file of that name: written, and imported if it is a module of the folder. What
-  pytest collects is written only, and the page has to go on with ``$ pytest``.
+  caption, or begins with ``# name.py`` (GitHub shows no captions), it is a file of that name:
+  written, and imported if it is a module of the folder. What pytest collects is written only, and
+  the page has to go on with ``$ pytest``.
 - ``none``: a drawing.
 - ``text``: what the python block before it has printed; ``...`` stands for anything.
 - ``console``: each command is run, or checked as far as it can be: see `Console`. Lines without
@@ -51,7 +52,10 @@ from tests.servers.asgi import HOST, Command, free_port, run_command
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COLLECTED = re.compile(r"(?:^|/)(test_\w+|tests|conftest)\.py$")
-SERVERS = {"uvicorn", "gunicorn", "hypercorn", "granian", "waitress-serve", "celery", "rq"}
+NAMED = re.compile(r"# ([\w/]+\.py)$", re.M)
+SERVERS = {"uvicorn", "gunicorn", "hypercorn", "granian", "waitress-serve", "celery", "rq", "flask"}
+CHECKOUT = "../rope_middleware"  # where the pages say that it lies
+WHEEL = "dist/rope_middleware-*.whl"
 
 _LEXERS = (
     FencedCodeBlockLexer(r"[^\s{][^\n]*"),
@@ -80,7 +84,8 @@ def _parser(evaluate: Callable[[Example], None]) -> Callable[[Document], Iterabl
                 region.lexemes["language"] = region.lexemes.get(
                     "arguments", region.lexemes.get("language", "")
                 )
-                region.lexemes["caption"] = options.get("caption", "")
+                named = NAMED.match(region.parsed)
+                region.lexemes["caption"] = options.get("caption", named[1] if named else "")
                 region.evaluator = evaluate
                 yield region
 
@@ -258,21 +263,23 @@ class Console:
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 with_values.append(words.pop(0))
             printed = self._command(words, dict(v.split("=", 1) for v in with_values))
-            if output.strip():
+            if output.strip() and printed is not None:
                 check_output(output, printed)
 
     def stop(self) -> None:
         self._server.close()
 
-    def _command(self, words: list[str], values: dict[str, str]) -> str:
+    def _command(self, words: list[str], values: dict[str, str]) -> str | None:
+        """Return what the command has printed; None where it is not run."""
         special = getattr(self, f"_{re.sub(r'[^a-z]', '_', words[0])}", None)
         if special is not None:
-            return special(words[1:]) or ""
+            printed: str | None = special(words[1:])
+            return printed
         if words[0] in SERVERS:
             return self._serve(words, values)
         if self.served:
             words = [word.replace(":8000", f":{self._port}") for word in words]
-        if words[:3] == ["python", "-m", "venv"]:
+        if words[1:3] == ["-m", "venv"]:
             words.append("--without-pip")  # which takes seconds, and is not needed here
         elif words[0] == "pytest":
             self._page.collected()
@@ -300,8 +307,9 @@ class Console:
         return done.stdout
 
     def _program(self, name: str) -> str:
-        # `python` may be called `python3` only where the tests run.
-        return sys.executable if name == "python" else str(Path(sys.executable).with_name(name))
+        # Either name may be missing where the tests run.
+        is_python = name in ("python", "python3")
+        return sys.executable if is_python else str(Path(sys.executable).with_name(name))
 
     # -- commands of the shell -------------------------------------------------------------
 
@@ -320,7 +328,9 @@ class Console:
         # What it is for, the tests' own environment stands in for.
         assert (self._page.folder / self.here / words[0]).is_file()
 
-    def _curl(self, words: list[str]) -> str:
+    def _curl(self, words: list[str]) -> str | None:
+        if not self.served:
+            return None
         assert self._port is not None, "no server is running"
         url = httpx.URL(words[-1])
         method = words[words.index("-X") + 1] if "-X" in words else "GET"
@@ -337,12 +347,16 @@ class Console:
     # -- what is checked only --------------------------------------------------------------
 
     def _pip(self, words: list[str]) -> None:
+        if words[0] == "wheel":  # tests/test_package.py builds one
+            assert words[1:] == ["--no-deps", "--wheel-dir", "dist", CHECKOUT], words
+            return
         assert words[0] == "install"
         for word in words[1:]:
-            if word.startswith("-"):
+            if word.startswith(("-", WHEEL)):
                 continue
-            wanted = Requirement(word)
-            if wanted.name == "rope-middleware":
+            wanted = Requirement(word.replace(CHECKOUT, "checkout"))
+            assert wanted.name != "rope-middleware", "it is not on PyPI: pip finds nothing"
+            if wanted.name == "checkout":
                 assert wanted.extras <= set(PROJECT["optional-dependencies"]), word
             else:
                 importlib.metadata.version(wanted.name)  # it exists, and what is run here uses it
@@ -369,10 +383,10 @@ class Console:
         if program == "celery":
             assert (self._page.folder / f"{rest[rest.index('-A') + 1]}.py").exists(), words
 
-    def _serve(self, words: list[str], values: dict[str, str]) -> str:
+    def _serve(self, words: list[str], values: dict[str, str]) -> str | None:
         self.check_server(words)
         if not self.served:
-            return ""
+            return None
         # Two servers of a page would want the same port: the one before is stopped first.
         self.stop()
         self._port = free_port()
@@ -387,13 +401,15 @@ class Console:
         )
         command.wait_for_port(self._port)
         self._server.callback(command.interrupt)
-        return ""
+        return None
 
 
 def _subcommand(program: str, words: list[str]) -> tuple[str, ...]:
     """Return the words that ask for the right page of help."""
     if program == "celery":
         return tuple(word for word in words if word == "worker")
+    if program == "flask":
+        return tuple(word for word in words if word == "run")
     return tuple(words[:1]) if program == "rq" else ()
 
 

@@ -42,6 +42,7 @@ FAQ = "docs/faq.md"
 GUIDE = ROOT / "docs" / "guide.md"
 MIGRATION = "docs/migration/"  # tests/test_migration_docs.py runs their blocks
 PAGES = [page for page in pages() if page not in (TUTORIAL, FAQ) and not page.startswith(MIGRATION)]
+ASKED = [page for page in PAGES if "\n$ curl " in (ROOT / page).read_text()]
 
 
 @pytest.fixture
@@ -72,6 +73,14 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
 ) -> None:
     """A reader who types them in gets no error."""
     Page(name).run()
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_commands_of_a_page_print_what_it_shows(
+    name: str, elsewhere: None, no_leaks: None
+) -> None:
+    """Its files, its servers and its `curl`, for real."""
+    Page(name, served=True).run()
 
 
 def test_the_tutorial_leads_to_a_counter(elsewhere: None, no_leaks: None) -> None:

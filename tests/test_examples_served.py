@@ -36,7 +36,8 @@ NOT_ASKED = {
     "docs/truth.md": "its application has no address",
     "docs/waiting.md": "its view waits for a model",
 }
-EVERY_BLOCK = {"README.md"}  # its examples have nothing to do with each other
+ALONE = {"README.md"}  # its examples have nothing to do with each other
+WRITE_AND_READ = {"README.md", "docs/index.md"}  # what a stranger pastes first
 
 
 def is_wsgi(app: Any) -> bool:
@@ -77,17 +78,18 @@ class Asked(Page):
         super().__init__(name)
         self.apps: dict[int, tuple[Any, str]] = {}
         self.answers: list[tuple[str, int]] = []
+        self.written: list[int] = []
 
     def _run_python(self, example: Example, caption: str) -> None:
         super()._run_python(example, caption)
         for thing in list(self.names.values()):
             if is_app(thing) and id(thing) not in self.apps:
                 self.apps[id(thing)] = thing, example.parsed
-                if self.name in EVERY_BLOCK:
+                if self.name in ALONE:
                     self.ask(thing, example.parsed)
 
     def _dispose(self) -> None:
-        if self.name not in EVERY_BLOCK:
+        if self.name not in ALONE:
             source = (ROOT / self.name).read_text()
             for app, _ in self.apps.values():
                 self.ask(app, source)
@@ -100,6 +102,15 @@ class Asked(Page):
                 for _ in range(3):
                     answer = httpx.get(f"{url}/{address.lstrip('/')}", timeout=PATIENCE)
                     self.answers.append((address, answer.status_code))
+            if self.name in WRITE_AND_READ:
+                self.write_and_read(url)
+
+    def write_and_read(self, url: str) -> None:
+        before = httpx.get(f"{url}/notes").json()
+        for text in ("milk", "bread"):
+            self.written.append(httpx.post(f"{url}/notes/{text}", timeout=PATIENCE).json()["id"])
+            assert httpx.get(f"{url}/notes", timeout=PATIENCE).json()[-1] == text
+        assert httpx.get(f"{url}/notes", timeout=PATIENCE).json() == [*before, "milk", "bread"]
 
 
 def shows_one(page: str) -> bool:
@@ -122,3 +133,6 @@ def test_the_applications_of_a_page_answer_and_log_nothing(
     assert told == []
     assert page.answers
     assert [answer for answer in page.answers if answer[1] >= 500] == []
+    # Each example twice, and nobody's row was lost: the numbers are those of one table.
+    assert (name in WRITE_AND_READ) == bool(page.written)
+    assert page.written == list(range(1, len(page.written) + 1))
