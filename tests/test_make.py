@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ("3.11", "3.12", "3.13", "3.14", "3.15")
+OPTIONS = [*re.findall(r"^([A-Z_]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE), "PYTHON"]
 PINNED = ROOT / ".ci" / "constraints.txt"
 
 pytestmark = [
@@ -28,7 +29,8 @@ pytestmark = [
 
 def make(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `make` as a person does, whoever has started these tests."""
-    own = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", "PYTHON"}}
+    # What the `make` that runs the tests was given: an override comes down by the environment.
+    own = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", *OPTIONS}}
     return subprocess.run(
         ["make", "--no-print-directory", *args],
         cwd=ROOT,

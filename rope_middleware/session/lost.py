@@ -70,11 +70,11 @@ def was_sent(error: BaseException) -> bool:
     return "connection is closed" not in str(cause)
 
 
-def note_refused_connects(note: Callable[[OSError], None]) -> Callable[..., None]:
+def note_refused_connects(note: Callable[[Exception], None]) -> Callable[..., None]:
     """Make a ``do_connect`` listener that hears of connections that asyncpg cannot make.
 
     asyncpg raises the system's own OSError, of which SQLAlchemy's ``handle_error`` is not told:
-    it is for errors of the DBAPI.
+    it is for errors of the DBAPI. SQLAlchemy 2.0 takes no error of asyncpg's connect for one.
 
     Args:
         note: called with each such error.
@@ -92,14 +92,15 @@ def note_refused_connects(note: Callable[[OSError], None]) -> Callable[..., None
 
 
 def _noting(
-    connect: Callable[..., Awaitable[Any]], note: Callable[[OSError], None]
+    connect: Callable[..., Awaitable[Any]], note: Callable[[Exception], None]
 ) -> Callable[..., Awaitable[Any]]:
     @wraps(connect)
     async def connect_and_note(*args: Any, **kwargs: Any) -> Any:
         try:
             return await connect(*args, **kwargs)
-        except OSError as error:
-            note(error)
+        except Exception as error:
+            if isinstance(error, OSError) or _says_so(error):
+                note(error)
             raise
 
     return connect_and_note

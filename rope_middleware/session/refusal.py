@@ -166,7 +166,7 @@ def listen_for_retries() -> None:
     )
 
 
-def _on_refused_connect(error: OSError) -> None:
+def _on_refused_connect(error: Exception) -> None:
     scope = current.get(None)
     if scope is not None:
         note_loss(scope, error)

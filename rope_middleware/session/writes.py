@@ -19,6 +19,10 @@ _BEFORE = late(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)
 
 _READS = frozenset({"select", "values", "table", "with", "show", "set", "savepoint", "release"})
 
+# SQLAlchemy's recipe for SQLite sends its BEGIN as a statement, before there is a transaction:
+# https://docs.sqlalchemy.org/en/21/dialects/sqlite.html#serializable-isolation-savepoints-transactional-ddl
+_BEGIN = late(r"\s*(?:BEGIN|START\s+TRANSACTION)\b[^;]*;?\s*$", re.IGNORECASE)
+
 _CALL = late(r"([\w.\"]+)\s*\(")
 
 # Words before a bracket that are no functions, and functions known to write nothing. Any other
@@ -50,6 +54,8 @@ def may_write(statement: str) -> bool:
     Args:
         statement: SQL, as it goes to the driver.
     """
+    if _BEGIN().match(statement):
+        return False
     match = _BEFORE().match(statement)
     start = match.end() if match else 0
     word = re.match(r"\w*", statement[start:])

@@ -173,14 +173,10 @@ def falcon_asgi() -> App:
 
 
 def _django() -> None:
-    conf = pytest.importorskip("django.conf")
     http = pytest.importorskip("django.http")
-    urls = pytest.importorskip("django.urls")
-    if not conf.settings.configured:
-        pattern = urls.path("", lambda request: http.HttpResponse(current_scope().name))
-        conf.settings.configure(
-            ALLOWED_HOSTS=["*"], ROOT_URLCONF=(pattern,), SECRET_KEY="of the tests"
-        )
+    from tests.kit.django import serve
+
+    serve("", lambda request: http.HttpResponse(current_scope().name))
 
 
 def django_wsgi() -> App:

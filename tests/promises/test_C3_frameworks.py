@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import RopeMiddleware, SessionJenny
+from tests.kit.django import serve
 from tests.kit.engines import MakeEngine
 from tests.kit.models import Row
 from tests.kit.sessions import Jenny
@@ -121,22 +121,14 @@ def flask(jenny: Jenny) -> Any:
 
 
 def django(jenny: Jenny) -> Any:
-    from django.conf import settings
-
-    if not settings.configured:
-        settings.configure(ALLOWED_HOSTS=["*"], ROOT_URLCONF=__name__, SECRET_KEY="x")
-    import django as package
     from django.core.handlers.wsgi import WSGIHandler
     from django.http import HttpResponse
-    from django.urls import path
-
-    package.setup()
 
     def create(request: Any) -> Any:
         add(jenny)
         return HttpResponse(status=201)
 
-    sys.modules[__name__].urlpatterns = [path("", create)]  # type: ignore[attr-defined]
+    serve("", create)
     return RopeMiddleware(WSGIHandler(), on_commit_error=wsgi_conflict, **OPTIONS)
 
 
@@ -174,6 +166,7 @@ WSGI = [flask, django, pyramid]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:pkg_resources:UserWarning")  # Pyramid's
 @pytest.mark.parametrize("framework", [*ASGI, *WSGI], ids=lambda framework: framework.__name__)
 def test_C3_an_integrity_error_at_the_commit_is_a_409(
     make_engine: MakeEngine, framework: Callable[[Jenny], Any]

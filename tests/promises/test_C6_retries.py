@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from rope_middleware import ASGIRopeMiddleware, Scope, WSGIRopeMiddleware, current_scope, open_scope
@@ -54,6 +55,31 @@ def test_C6_a_refused_transaction_is_run_again(
     assert answer.error is None
     assert web.store.rows() == [1]
     assert closed == [1, 2]
+
+
+def test_C6_sqlalchemys_recipe_for_sqlite_is_run_again(web: Web, lock: Lock) -> None:
+    """Its BEGIN, sent before there is a transaction, is no statement that stands at once."""
+
+    @event.listens_for(web.store.engine, "connect")
+    def _(connection: Any, record: object) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(web.store.engine, "begin")
+    def _(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    tries: list[int] = []
+
+    async def handler(exchange: Exchange) -> None:
+        tries.append(len(tries))
+        if len(tries) == 2:
+            lock.release()
+        await web.store.add(1)
+        await exchange.answer(201)
+
+    web.store.engine.dispose()
+    assert web.ask(handler, commit_on_success=True, retries=3).status == 201
+    assert (len(tries), web.store.rows()) == (2, [1])
 
 
 def test_C6_it_gives_up_after_n_tries(web: Web, lock: Lock) -> None:

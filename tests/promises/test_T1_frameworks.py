@@ -34,6 +34,7 @@ from rope_middleware import (
     open_scope,
 )
 from rope_middleware.testing import Sandbox
+from tests.kit.django import serve
 from tests.kit.sandboxes import COUNT, Place, Row, open_place
 from tests.kit.sessions import in_thread
 from tests.servers.postgres import postgres_server
@@ -167,10 +168,9 @@ def test_T1_fastapis_dependency_overrides(place: Place) -> None:
 
 def test_T1_djangos_test_client_around_a_mounted_app(place: Place) -> None:
     """Django's handler is a WSGI application like any other."""
-    from django.conf import settings
+    from django.core.handlers.wsgi import WSGIHandler
     from django.http import HttpResponse
     from django.test import Client
-    from django.urls import path
 
     jenny = place.jenny
 
@@ -179,15 +179,8 @@ def test_T1_djangos_test_client_around_a_mounted_app(place: Place) -> None:
         jenny.session.commit()
         return HttpResponse(str(jenny.session.scalar(COUNT)))
 
-    if not settings.configured:
-        settings.configure(ALLOWED_HOSTS=["*"], SECRET_KEY="x", DATABASES={})
-    import django
-    from django.core.handlers.wsgi import WSGIHandler
-    from django.test.utils import override_settings
-
-    django.setup()
-    urls = type("urls", (), {"urlpatterns": [path("<int:n>", add)]})
-    with override_settings(ROOT_URLCONF=urls, MIDDLEWARE=[]), Sandbox(jenny):
+    serve("<int:n>", add)
+    with Sandbox(jenny):
         assert Client().get("/1").content == b"1"  # in no scope: by rope
         app = RopeMiddleware(WSGIHandler())
         client = httpx.Client(transport=httpx.WSGITransport(app), base_url="http://test")

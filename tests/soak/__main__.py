@@ -34,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,9 +204,7 @@ class Soak:
         if plan.fault == "busy":
             session.execute(READ)  # from here on the transaction sees this state of the file
             if plan.tries == 1:
-                with self.other.begin() as connection:
-                    connection.execute(WRITE)
-                self.count(1, 1)
+                Context().run(self.write_beside)
             plan.wrote = 1
             session.execute(WRITE)
         elif plan.work in ("read", "stream"):
@@ -238,7 +236,7 @@ class Soak:
         if plan.fault == "busy":
             await session.execute(READ)
             if plan.tries == 1:
-                await asyncio.to_thread(self.write_beside)
+                await asyncio.get_running_loop().run_in_executor(None, self.write_beside)
             plan.wrote = 1
             await session.execute(WRITE)
         elif plan.work in ("read", "stream"):
