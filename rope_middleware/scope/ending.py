@@ -64,7 +64,7 @@ def end(scope: Scope, commits: bool = False, why: str = "") -> None:
     """End a sync scope. See `_ending`."""
     if is_untouched(scope):
         return
-    if _is_plain(scope):
+    if _is_plain(scope) or _is_settled(scope):
         _end_plainly(scope)
     else:
         run_now(ending(scope, HERE, commits, why))
@@ -73,6 +73,11 @@ def end(scope: Scope, commits: bool = False, why: str = "") -> None:
 def _is_plain(scope: Scope) -> bool:
     """Tell whether there are only sessions to close: no commit, no callback, nothing to remove."""
     return not (scope._options.commit_on_success or scope._registries or scope._on_close)
+
+
+def _is_settled(scope: Scope) -> bool:
+    """Tell whether a scope that commits has done so before, and left nothing open."""
+    return not (scope._on_commit or scope._on_close or scope._registries or open_sessions(scope))
 
 
 def _end_plainly(scope: Scope) -> None:
@@ -89,6 +94,8 @@ def _end_plainly(scope: Scope) -> None:
         except BaseException as error:
             failure = worse(failure, invalidate_failed(scope, kind, session, error))
     scope._sessions = None
+    if scope._gate is not None:
+        scope._gate = None  # they refer to each other
     scope._state = CLOSED
     if failure is not None:
         raise failure
@@ -107,7 +114,6 @@ def commit(scope: Scope, note: Callable[[], None]) -> None:
     if scope._sessions is None:
         note()
         return
-    _note_results(scope)
     with Settling(scope):
         failure = run_now(committing(scope, HERE, note))
     if failure is not None:
@@ -134,7 +140,7 @@ async def aend(scope: Scope, commits: bool = False, why: str = "") -> None:
     if _is_plain(scope) and work:
         work = [(key, session) for key, session in work if not key.kind.ends_at_once(session)]
     if not work and not (scope._on_commit or scope._on_close or scope._registries):
-        end(scope, commits, why)  # nothing waits
+        _end_plainly(scope)  # nothing waits
         return
     if _is_plain(scope) and not any(key.kind.is_async for key, _ in work):
         await _end_in_thread(scope)
@@ -177,7 +183,6 @@ async def acommit(scope: Scope, note: Callable[[], None]) -> None:
     if scope._sessions is None or not (open_sessions(scope) or scope._on_commit):
         note()
         return
-    _note_results(scope)
     timeout = scope._options.close_timeout
     failure = await finish(_settle(scope, Async(timeout), note), timeout)
     if failure is not None:
@@ -251,12 +256,6 @@ _CUT = (
     "that was still being read. Read it to its end before the response starts, with all(), or open "
     "it in the body that reads it (rope_middleware)."
 )
-
-
-def _note_results(scope: Scope) -> None:
-    """Note, before the commit of a scope that goes on, that it will close open results."""
-    if any(key.kind.has_open_result(session) for key, session in open_sessions(scope)):
-        scope._cuts_results = True
 
 
 def detach(scope: Scope) -> None:

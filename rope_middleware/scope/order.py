@@ -38,7 +38,7 @@ async def committing(
     Args:
         scope: whose sessions.
         hands: how what blocks is carried out.
-        note: called once the commit stands, before anything else.
+        note: called once the commit stands, before anything else; None where the scope ends.
 
     Returns:
         What the first failing step raised; everything is rolled back then.
@@ -53,6 +53,8 @@ async def committing(
                 break
             await hands.until(partial(_is_free, work))
             told.update(key for key, session in work if key.kind.is_opaque(session))
+            if note is not None:
+                _note_results(scope, work)
             await _commit_each(work, hands)
         else:
             raise RopeError(
@@ -72,6 +74,8 @@ async def committing(
         settling.end()  # the functions' own work comes after the commit
     if note is not None:
         note()
+    if not scope._on_commit:
+        return None
     return await _run_all(scope, hands, "on_commit", _take_on_commit(scope))
 
 
@@ -80,6 +84,13 @@ MOST_ROUNDS = 10
 
 def _is_free(work: Work) -> bool:
     return not any(key.kind.is_busy(session) for key, session in work)
+
+
+def _note_results(scope: Scope, work: Work) -> None:
+    """Note, before the commit of a scope that goes on, that it will close open results."""
+    for key, session in work:
+        if key.kind.has_open_result(session):
+            scope._cuts_results = True
 
 
 async def _commit_each(work: Work, hands: Hands) -> None:
@@ -133,7 +144,8 @@ async def ending(scope: Scope, hands: Hands, commits: bool, why: str) -> None:
     finally:
         removing.reset(token)
     scope._sessions = None
-    failure = worse(failure, await _run_all(scope, hands, "on_close", _take_on_close(scope)))
+    if scope._on_close:
+        failure = worse(failure, await _run_all(scope, hands, "on_close", _take_on_close(scope)))
     scope._on_commit = None
     scope._registries = ()
     scope._gate = None  # they refer to each other
@@ -221,9 +233,10 @@ def held(scope: Scope) -> Work:
 
 def open_sessions(scope: Scope) -> Work:
     """Return what has something open, in the order in which it was made."""
+    sessions = scope._sessions
+    if not sessions:
+        return []
+    # A list of its own first: another thread may make a session meanwhile.
+    found = [one for one in list(sessions.items()) if not one[0].kind.is_idle(one[1])]
     settling = settling_of(scope)
-    return [
-        (key, session)
-        for key, session in held(scope)
-        if (settling is None or settling.takes(key)) and not key.kind.is_idle(session)
-    ]
+    return found if settling is None else [one for one in found if settling.takes(one[0])]

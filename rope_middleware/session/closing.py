@@ -18,7 +18,11 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.running.finish import running_loop
 from rope_middleware.scope.options import DEFAULT
-from rope_middleware.session.connections import connections_out, invalidate_all
+from rope_middleware.session.connections import (
+    connections_out,
+    has_connection_out,
+    invalidate_all,
+)
 from rope_middleware.session.tie import Tie, refuse_late, tie_of
 from rope_middleware.session.unsaved import tell_lost
 from rope_middleware.session.written import notes_of
@@ -48,13 +52,13 @@ def has_nothing_open(session: Session) -> bool:
     if session.get_transaction() is not None or overrides_close(session):
         return False
     tie = tie_of(session)
-    return tie is None or not connections_out(tie)
+    return tie is None or not has_connection_out(tie)
 
 
 def holds_connection(session: Session) -> bool:
     """Tell whether `session` has a connection out of its pool."""
     tie = tie_of(session)
-    return tie is not None and bool(connections_out(tie))
+    return tie is not None and has_connection_out(tie)
 
 
 def ends_at_once(session: Session) -> bool:

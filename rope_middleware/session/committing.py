@@ -1,13 +1,14 @@
 """A commit of ours, of one session: refused where it would be a rollback, asked for where in doubt.
 
-The order is written once, as a coroutine; for a `Session` it never suspends.
+What comes after a failure is written once, as a coroutine; for a `Session` it never suspends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -49,46 +50,75 @@ def commit(session: Session) -> None:
         CommitInDoubtError: the answer was lost, and nobody can tell.
         BaseException: what the commit raised.
     """
-
-    async def commit_here() -> None:
+    scope = _scope_of(session)
+    if scope is None:
         session.commit()
+        return
+    connections = _begin(session, scope)
+    try:
+        session.commit()
+    except Exception as error:
+        if not _is_lost(scope, error):
+            raise
+        failure = error
+    else:
+        return
+    finally:
+        end_commit(scope)
 
     async def adopt_here() -> None:
         _as_committed(session)
 
-    run_now(_commit(session, commit_here, adopt_here, HERE))
+    run_now(_ask(scope, connections, failure, adopt_here, HERE))
 
 
 async def acommit(session: AsyncSession) -> None:
     """`commit`, for an AsyncSession."""
-    await _commit(
-        session.sync_session, session.commit, lambda: session.run_sync(_as_committed), ASYNC
-    )
+    scope = _scope_of(session.sync_session)
+    if scope is None:
+        await session.commit()
+        return
+    connections = _begin(session.sync_session, scope)
+    try:
+        await session.commit()
+    except Exception as error:
+        if not _is_lost(scope, error):
+            raise
+        failure = error
+    else:
+        return
+    finally:
+        end_commit(scope)
+    await _ask(scope, connections, failure, lambda: session.run_sync(_as_committed), ASYNC)
 
 
-async def _commit(
-    session: Session,
-    commit: Callable[[], Awaitable[None]],
+def _scope_of(session: Session) -> Scope | None:
+    tie = tie_of(session)
+    return None if tie is None else tie.scope
+
+
+def _begin(session: Session, scope: Scope) -> Collection[Connection]:
+    """Refuse what would be a rollback; return the connections over which the commit will go."""
+    tie = tie_of(session)
+    connections = made_connections(None if tie is None else tie.transaction)
+    refuse_aborted(scope, connections)
+    begin_commit(scope)
+    return connections
+
+
+def _is_lost(scope: Scope, error: Exception) -> bool:
+    """Tell whether the database's answer to the commit was lost."""
+    return is_broken(scope) or bool(attempts_lost(scope)) or _broke_at_commit(error)
+
+
+async def _ask(
+    scope: Scope,
+    connections: Collection[Connection],
+    failure: Exception,
     adopt: Callable[[], Awaitable[None]],
     asking: Asking,
 ) -> None:
-    tie = tie_of(session)
-    scope = None if tie is None else tie.scope
-    if tie is None or scope is None:
-        await commit()
-        return
-    connections = made_connections(tie.transaction)
-    refuse_aborted(scope, connections)
-    begin_commit(scope)
-    try:
-        await commit()
-        return
-    except Exception as error:
-        failure = error
-        if not (is_broken(scope) or attempts_lost(scope) or _broke_at_commit(error)):
-            raise
-    finally:
-        end_commit(scope)
+    """Find out what became of the commit, and act on it."""
     verdict = await _verdict(scope, connections, asking)
     if verdict is Verdict.ABORTED:
         note_loss(scope, failure)

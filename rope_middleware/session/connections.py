@@ -7,7 +7,7 @@ application's: nobody here closes it, rolls it back or invalidates it.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IllegalStateChangeError
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = [
     "connections_out",
     "end_transaction",
+    "has_connection_out",
+    "has_made",
     "invalidate_all",
     "lent_connections",
     "made_connections",
@@ -39,19 +41,29 @@ def made_connections(transaction: SessionTransaction | None) -> Collection[Conne
     whether the session commits it and whether the session closes it
     (`tests/promises/test_S_lent.py` pins it).
     """
-    return {connection for connection, is_made in _connections(transaction) if is_made}
+    return {connection for connection, _, _, is_made in _connections(transaction) if is_made}
 
 
 def lent_connections(transaction: SessionTransaction | None) -> Collection[Connection]:
     """Return the connections of `transaction` that the application has given to its session."""
-    return {connection for connection, is_made in _connections(transaction) if not is_made}
+    return {connection for connection, _, _, is_made in _connections(transaction) if not is_made}
 
 
-def _connections(transaction: SessionTransaction | None) -> list[tuple[Connection, bool]]:
+def has_made(transaction: SessionTransaction | None) -> bool:
+    """Tell whether `transaction` has `made_connections`."""
+    for _, _, _, is_made in _connections(transaction):  # noqa: SIM110 - a generator costs double
+        if is_made:
+            return True
+    return False
+
+
+def _connections(
+    transaction: SessionTransaction | None,
+) -> tuple[tuple[Connection, Any, bool, bool], ...]:
     if transaction is None:
-        return []
-    known = cast("dict[Any, tuple[Connection, Any, bool, bool]]", vars(transaction)["_connections"])
-    return [(connection, is_made) for connection, _, _, is_made in known.values()]
+        return ()
+    known: dict[Any, tuple[Connection, Any, bool, bool]] = transaction.__dict__["_connections"]
+    return (*known.values(),)  # at once: another thread may be using the session
 
 
 def connections_out(tie: Tie) -> list[Connection]:
@@ -60,6 +72,14 @@ def connections_out(tie: Tie) -> list[Connection]:
     if transaction is None and not tie.connections:
         return []
     return [c for c in (*tie.connections, *made_connections(transaction)) if not c.closed]
+
+
+def has_connection_out(tie: Tie) -> bool:
+    """Tell whether there are `connections_out`: asked several times for each request."""
+    for connection, _, _, is_made in _connections(tie.transaction):
+        if is_made and not connection.closed:
+            return True
+    return bool(tie.connections) and any(not connection.closed for connection in tie.connections)
 
 
 def end_transaction(transaction: SessionTransaction, made: Collection[Connection]) -> None:

@@ -33,7 +33,7 @@ from rope_middleware.scope.scope import (
 )
 from rope_middleware.scope.settling import settling_of
 from rope_middleware.session.begun import note_begin
-from rope_middleware.session.connections import connections_out, made_connections
+from rope_middleware.session.connections import connections_out, has_made, made_connections
 from rope_middleware.session.lines import Line
 from rope_middleware.session.locks import note_ended
 from rope_middleware.session.notice import learn_engines, notice_begin
@@ -275,11 +275,10 @@ def _on_commit(session: Session) -> None:
     forget_committed(tie, session)
     if tie.scope is None or session.in_nested_transaction():
         return
-    made = made_connections(tie.transaction)
-    if tie.connections or made:
+    if tie.connections or has_made(tie.transaction):
         note_commit(tie.scope)
         if tie.follow is not None:
-            tie.follow(made)
+            tie.follow(made_connections(tie.transaction))
 
 
 def _on_rollback(session: Session) -> None:
