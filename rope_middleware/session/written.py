@@ -20,7 +20,7 @@ from typing import Any
 from weakref import ReferenceType, WeakSet, ref
 
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine, ExecutionContext
+from sqlalchemy.engine import Connection, Engine, ExceptionContext, ExecutionContext
 from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -108,6 +108,15 @@ def _on_execute(_: Any, statement: str, __: Any, context: ExecutionContext) -> N
 
 def _on_execute_no_params(_: Any, statement: str, context: ExecutionContext) -> None:
     _on_execute(_, statement, None, context)
+
+
+def _on_error(error: ExceptionContext) -> None:
+    """A statement that failed is over, though its error's traceback keeps its cursor alive."""
+    failed = error.execution_context
+    if failed is not None:
+        notes: Notes | None = failed.root_connection.__dict__.get(_NOTES)
+        if notes is not None and (one := ref(failed)) in notes.executions:
+            notes.executions.remove(one)
 
 
 # -- connections that are taken from a session that is not in use ----------------------------------
@@ -204,6 +213,7 @@ def watch_engine(engine: Engine) -> None:
         event.listen(engine, "do_execute", _on_execute)
         event.listen(engine, "do_executemany", _on_execute)
         event.listen(engine, "do_execute_no_params", _on_execute_no_params)
+        event.listen(engine, "handle_error", _on_error)
 
 
 # -- what a statement is ---------------------------------------------------------------------------

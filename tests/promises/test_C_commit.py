@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -45,6 +47,26 @@ def test_C1_the_application_commits_and_the_rest_is_rolled_back(
     assert Server()(WSGIRopeMiddleware(app)).body == b"ab"
     with Session(engine) as session:
         assert session.scalars(select(Row.name)).all() == ["kept"]
+
+
+def test_C10_the_commit_does_not_wait_for_a_statement_that_failed(web: Web) -> None:
+    """A row that is there already, and the application goes on: the answer comes at once."""
+    asked: list[float] = []
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        with pytest.raises(IntegrityError):
+            await web.store.execute(insert(Row).values(n=1))
+        asked.append(time.monotonic())
+        await exchange.answer(201)
+
+    gc.disable()  # it would find the failed statement, sooner or later
+    try:
+        answer = web.ask(handler, commit_on_success=True)
+    finally:
+        gc.enable()
+    assert (answer.seen, web.store.rows()) == (201, [1])
+    assert time.monotonic() - asked[0] < 5, "it waited for close_timeout, 10 seconds"
 
 
 @pytest.mark.told
