@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from inspect import Signature
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-from rope_middleware.errors import sync_scope
+from rope_middleware.errors import no_such_name, sync_scope
 from rope_middleware.jenny import check_callables, get_or_make
 from rope_middleware.running.finish import finish
 from rope_middleware.scope.context import current
@@ -176,6 +176,13 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
             sqlalchemy.exc.InvalidRequestError: `kw` is given and there is a session already.
         """
         return get_or_make(self, super().__call__, kw)  # type: ignore[no-any-return]
+
+    if not TYPE_CHECKING:  # for type checkers every name would be there
+
+        def __getattr__(self, name):
+            if hasattr(type(self), name):
+                return object.__getattribute__(self, name)  # what it raised, once more
+            raise no_such_name(self, name)
 
     async def remove(self) -> None:
         """Close the current session; the next use makes a new one.

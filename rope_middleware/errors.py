@@ -20,6 +20,7 @@ __all__ = [
     "left_at_once",
     "memory_of_thread",
     "no_scope",
+    "no_such_name",
     "other_loop",
     "pool_deadlock",
     "sync_scope",
@@ -201,3 +202,18 @@ def memory_of_thread(*, is_async: bool) -> RopeError:
         f'and {where}. Make it one database for all threads: create_engine("sqlite://", '
         'poolclass=StaticPool, connect_args={"check_same_thread": False}), or use a file.'
     )
+
+
+def no_such_name(jenny: object, name: str) -> AttributeError:
+    """Make the error for a name that a jenny does not have.
+
+    Args:
+        jenny: sync or async.
+        name: SQLModel's `exec`, say, which only a session class of the user's has.
+    """
+    text = f"{type(jenny).__name__!r} object has no attribute {name!r}"
+    # Not by attribute: a copy of a jenny has no factory yet.
+    factory = vars(jenny).get("session_factory")
+    if hasattr(getattr(factory, "class_", None), name):
+        text += f". Your session class has it: write jenny.session.{name}"
+    return AttributeError(text, name=name, obj=jenny)

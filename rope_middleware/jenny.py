@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from inspect import Signature
 from types import FrameType
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util import ScopedRegistry
 
+from rope_middleware.errors import no_such_name
 from rope_middleware.rope.registry import RopeRegistry, owner_name
 from rope_middleware.rope.rope import ScopeRope, SessionRope
 from rope_middleware.scope.context import current
@@ -163,6 +164,13 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         """
         if self.registry.has():
             release(inner_session(self.registry))
+
+    if not TYPE_CHECKING:  # for type checkers every name would be there
+
+        def __getattr__(self, name):
+            if hasattr(type(self), name):
+                return object.__getattribute__(self, name)  # what it raised, once more
+            raise no_such_name(self, name)
 
     # SQLAlchemy-Rope's interface
 

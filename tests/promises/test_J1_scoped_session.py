@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import inspect
 import threading
 from collections.abc import Iterator
@@ -13,12 +14,13 @@ import pytest
 import transaction
 import zope.sqlalchemy
 from factory.alchemy import SQLAlchemyModelFactory
-from sqlalchemy import Engine, event, func, select
+from sqlalchemy import Engine, event, func, select, text
 from sqlalchemy.exc import InvalidRequestError, SAWarning
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Query, Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
-from rope_middleware import ScopeClosedError, SessionJenny, open_scope
+from rope_middleware import AsyncSessionJenny, ScopeClosedError, SessionJenny, open_scope
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data
@@ -331,6 +333,45 @@ def test_J1_a_program_on_a_scoped_session_runs_unchanged(
     jenny = SessionJenny(sessionmaker(make_engine()))
     with around():
         assert program(jenny) == program(plain)
+
+
+class WithExec(Session):
+    """A session with a name of its own, as SQLModel's."""
+
+    def exec(self, statement: str) -> Any:
+        return self.execute(text(statement))
+
+
+class AsyncWithExec(AsyncSession):
+    """Its twin."""
+
+    async def exec(self, statement: str) -> Any:
+        return await self.execute(text(statement))
+
+
+def test_J1_a_name_of_the_session_class_alone(engine: Engine) -> None:
+    """`jenny.session` has it, and the error of `jenny` says so."""
+    jenny = SessionJenny(sessionmaker(engine, class_=WithExec))
+    with open_scope():
+        assert jenny.session.exec("SELECT 7").scalar() == 7
+    twin = AsyncSessionJenny(async_sessionmaker(class_=AsyncWithExec))
+    for one in jenny, twin:
+        with pytest.raises(AttributeError, match=r"'exec'\. .* write jenny\.session\.exec$"):
+            one.exec  # noqa: B018
+        with pytest.raises(AttributeError, match=r"has no attribute 'exek'$"):
+            one.exek  # noqa: B018
+        assert not hasattr(copy.copy(one), "exek")
+
+
+def test_J1_an_attribute_error_of_the_factory_is_what_comes(jenny: Jenny) -> None:
+    """It is not taken for a name that the jenny does not have."""
+
+    def broken() -> Session:
+        raise AttributeError("of the factory")
+
+    jenny.session_factory = broken  # type: ignore[assignment]
+    with open_scope(), pytest.raises(AttributeError, match=r"^of the factory$"):
+        jenny.session  # noqa: B018
 
 
 def test_J1_query_property(jenny: Jenny, engine: Engine, around: Around) -> None:
