@@ -39,9 +39,14 @@ from tests.servers.postgres import postgres_server
 
 TUTORIAL = "docs/tutorial.md"
 FAQ = "docs/faq.md"
+TENANTS = "docs/howto/tenants.md"
 GUIDE = ROOT / "docs" / "guide.md"
 MIGRATION = "docs/migration/"  # tests/test_migration_docs.py runs their blocks
-PAGES = [page for page in pages() if page not in (TUTORIAL, FAQ) and not page.startswith(MIGRATION)]
+PAGES = [
+    page
+    for page in pages()
+    if page not in (TUTORIAL, FAQ, TENANTS) and not page.startswith(MIGRATION)
+]
 ASKED = [page for page in PAGES if "\n$ curl " in (ROOT / page).read_text()]
 
 
@@ -93,6 +98,19 @@ def test_the_tutorial_leads_to_a_counter(elsewhere: None, no_leaks: None) -> Non
         assert database.query("SELECT count FROM counter") == [(200,)]
 
 
+def test_the_page_on_tenants(
+    elsewhere: None, no_leaks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a PostgreSQL, and a role that does not own the tables."""
+    with postgres_server().new_database() as database, database.role() as url:
+        urls = {
+            "DATABASE_URL": url.render_as_string(hide_password=False),
+            "OWNER_URL": database.text_url("psycopg"),
+        }
+        monkeypatch.setenv("DATABASE_URL", urls["DATABASE_URL"])
+        Page(TENANTS, environment=urls).run()
+
+
 # A server would be needed to provoke them.
 NOT_PROVOKED = {
     "idle in transaction",
@@ -125,7 +143,7 @@ def test_the_errors_of_the_faq_are_the_ones_that_come(elsewhere: None) -> None:
 
 
 HOW_TO = {path.stem: path for path in (ROOT / "docs" / "howto").glob("*.md")}
-OF_THE_SERVER = {"pgbouncer", "workers"}  # not of an application: they have an order of their own
+OF_THE_SERVER = {"order", "pgbouncer", "workers"}  # not of an application: an order of their own
 
 
 @pytest.mark.parametrize("name", sorted(HOW_TO.keys() - OF_THE_SERVER))

@@ -31,7 +31,7 @@ import psycopg.rows
 from tests.servers.postgres import KEEPER, START_LIMIT, open_folder, postgres_server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from sqlalchemy import URL
 
@@ -103,11 +103,14 @@ def _plain_statements(program: str) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def pgbouncer(server_connections: int, **settings: object) -> Iterator[PgBouncer]:
+def pgbouncer(
+    server_connections: int, *, users: Mapping[str, str] | None = None, **settings: object
+) -> Iterator[PgBouncer]:
     """Run PgBouncer in transaction mode for the length of the block.
 
     Args:
-        server_connections: how many connections each database gets.
+        server_connections: how many connections each database gets, for each user.
+        users: further ones who may connect, and their passwords: each is itself on the server then.
         settings: more of its settings.
     """
     assert PROGRAM, MISSING
@@ -118,8 +121,11 @@ def pgbouncer(server_connections: int, **settings: object) -> Iterator[PgBouncer
         told |= dict(server.query)
         user, password = told.get("user", "postgres"), told.get("password", "")
         target = {key: told[key] for key in ("host", "port", "user", "password") if key in told}
-        users = folder / "userlist.txt"
-        users.write_text(f'"{user}" "{password}"\n')
+        if users:
+            target.pop("user", None)
+        userlist = folder / "userlist.txt"
+        names = [(user, password), *(users or {}).items()]
+        userlist.write_text("".join(f'"{name}" "{secret}"\n' for name, secret in names))
         lines = ["[databases]", "* = " + " ".join(f"{k}={v}" for k, v in target.items())]
         lines += ["[pgbouncer]"]
         for name, value in {
@@ -129,7 +135,7 @@ def pgbouncer(server_connections: int, **settings: object) -> Iterator[PgBouncer
             "unix_socket_dir": folder,
             "listen_port": PORT,
             "auth_type": "trust",
-            "auth_file": users,
+            "auth_file": userlist,
             "admin_users": user,
             "log_connections": 0,
             "log_disconnections": 0,
@@ -143,7 +149,7 @@ def pgbouncer(server_connections: int, **settings: object) -> Iterator[PgBouncer
         if os.geteuid() == 0:  # PgBouncer refuses to run as root
             other = pwd.getpwnam("nobody")
             as_user = {"user": other.pw_uid, "group": other.pw_gid, "extra_groups": []}
-            for path in (folder, users, ini):
+            for path in (folder, userlist, ini):
                 os.chown(path, other.pw_uid, other.pw_gid)
             folder.chmod(0o755)
         orders = {"base": str(folder), "command": [PROGRAM, str(ini)], "as_user": as_user}

@@ -127,6 +127,17 @@ class Database:
         return [Backend(*row) for row in rows if state is None or (row[1] or "").startswith(state)]
 
     @contextlib.contextmanager
+    def role(self) -> Iterator[URL]:
+        """A role that owns nothing and is no superuser: the database's address for it (psycopg)."""
+        name, password = f"rope_{uuid.uuid4().hex[:12]}", uuid.uuid4().hex
+        self.query(f"CREATE ROLE {name} LOGIN PASSWORD '{password}'")
+        try:
+            yield self.url("psycopg").set(username=name, password=password)
+        finally:
+            self.query(f"DROP OWNED BY {name}")
+            self.query(f"DROP ROLE {name}")
+
+    @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Stop the server's processes of this database for the block: they answer nothing.
 
