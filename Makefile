@@ -19,7 +19,7 @@ all_tests = -n 2 --dist loadfile
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
 .PHONY: FORCE help run test quick run-flask run-fastapi test-all coverage soak mariadb get-servers \
-	compatibility check format docs bench bench-check package upgrade clean
+	compatibility check format docs peers bench bench-check package upgrade clean
 
 help:
 	@awk '/^#: / { print (seen++ ? "\n" : "") substr($$0, 4) } \
@@ -76,6 +76,9 @@ soak: $(VENV)/.test ## send a million requests with random faults, look for leak
 
 compatibility: $(VENV)/.test ## run every framework, server and database, write docs/compatibility.md
 	$(pytest) tests/matrix --compatibility docs/compatibility.md $(PYTEST_ARGS)
+
+peers: $(VENV)/.test ## try what other ways do when the commit fails, a client leaves, 100 come
+	$(bin)/python -m tests.peers
 
 bench: $(VENV)/.bench ## compare with other ways to have a session per request
 	$(bin)/python -m benchmarks

@@ -1,0 +1,1 @@
+"""What other ways to have a session per request do where ours makes a promise: `make peers`."""
