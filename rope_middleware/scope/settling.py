@@ -37,6 +37,7 @@ class Settling:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
         self._aside: dict[SessionKey, tuple[_Aside, Any]] = {}
+        self._held: list[tuple[SessionKind, Any]] = []  # whose callers wait
         self._late: set[SessionKey] = set()  # whose session was made meanwhile by somebody else
         self._ended = threading.Event()
         self._waiters: list[asyncio.Future[None]] = []
@@ -53,6 +54,9 @@ class Settling:
                 aside = _Aside(key.kind)
                 session = sessions[aside] = sessions.pop(key)
                 self._aside[key] = aside, session
+            for key, session in list(sessions.items()):
+                key.kind.put_aside(session, scope)
+                self._held.append((key.kind, session))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,6 +70,8 @@ class Settling:
         if scope._settling is not self:
             return
         scope._settling = None
+        for kind, session in self._held:
+            kind.put_back(session)
         sessions = scope._sessions or {}
         for key, (aside, session) in self._aside.items():
             if sessions.setdefault(key, session) is session:

@@ -5,17 +5,22 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from rope_middleware.session.connections import made_connections
+from rope_middleware.session.door import is_waiting
+from rope_middleware.session.inside import is_in_call
 from rope_middleware.session.tie import tie_of
+from rope_middleware.session.turns import wait_for_commit
 from rope_middleware.session.written import notes_of
 
 __all__ = ["is_busy"]
 
 
 def is_busy(session: Session) -> bool:
-    """Tell whether a statement or a flush of `session` is under way."""
+    """Tell whether a statement or a flush of `session` is under way, or another call."""
     tie = tie_of(session)
     if tie is None:
         return False
     if tie.flush is not None and tie.flush[0].is_active:
         return True
-    return any(notes_of(one).is_executing() for one in made_connections(tie.transaction))
+    if any(notes_of(one).is_executing() for one in made_connections(tie.transaction)):
+        return True
+    return is_waiting(tie) or is_in_call(session, wait_for_commit.__code__)

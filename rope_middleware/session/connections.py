@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.engine import Connection
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import SessionTransaction
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from rope_middleware.scope.context import class_of, logger
 
@@ -26,6 +28,7 @@ __all__ = [
     "invalidate_all",
     "lent_connections",
     "made_connections",
+    "refuse_begun",
 ]
 
 
@@ -104,6 +107,26 @@ def end_transaction(transaction: SessionTransaction, made: Collection[Connection
         if not isinstance(error, Exception):
             raise
         logger.error("a connection could not be given back, it is invalidated: %s", class_of(error))
+
+
+def refuse_begun(engine: Engine) -> None:
+    """Let no connection go back to the pool of `engine` within a transaction.
+
+    Where two tasks have used it at once, asyncpg refuses to roll back, and SQLAlchemy takes the
+    transaction for ended all the same. Every later request would fail with that connection.
+    """
+    if engine.dialect.driver == "asyncpg":
+        event.listen(engine, "checkin", _on_checkin)
+
+
+def _on_checkin(connection: Any, record: ConnectionPoolEntry) -> None:
+    driver_connection: Any = None if connection is None else connection.driver_connection
+    if driver_connection is not None and driver_connection.is_in_transaction():
+        logger.error(
+            "a connection came back within a transaction, it is invalidated: two tasks have "
+            "probably used its session at the same time"
+        )
+        record.invalidate()
 
 
 def invalidate_all(connections: Collection[Connection]) -> None:

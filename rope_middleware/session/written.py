@@ -25,6 +25,7 @@ from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.errors import RopeError
+from rope_middleware.session.connections import refuse_begun
 
 __all__ = ["Notes", "is_watched", "notes_of", "take", "watch", "watch_binds", "watch_engine"]
 
@@ -214,6 +215,7 @@ def watch_engine(engine: Engine) -> None:
         event.listen(engine, "do_executemany", _on_execute)
         event.listen(engine, "do_execute_no_params", _on_execute_no_params)
         event.listen(engine, "handle_error", _on_error)
+        refuse_begun(engine)
 
 
 # -- what a statement is ---------------------------------------------------------------------------
@@ -260,7 +262,11 @@ _SOLE = sys.getrefcount(_sole.cursor)
 
 def _has_no_rows_yet(context: ExecutionContext) -> bool:
     cursor: Any = context.cursor
-    return cursor is not None and cursor.description is None
+    if cursor is None or cursor.description is None:
+        return cursor is not None
+    # asyncpg tells what the rows will look like before it asks for them.
+    is_early = context.dialect.driver == "asyncpg" and not cursor.server_side
+    return is_early and cursor.rowcount == -1
 
 
 def _is_open(context: ExecutionContext) -> bool:

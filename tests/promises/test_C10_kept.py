@@ -1,0 +1,212 @@
+"""C10: the commit has the session for itself, also from an application that has kept it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine, event, func, select, text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny
+from tests.kit.asgi import client, http_scope
+from tests.kit.engines import MakeEngine, rows
+from tests.kit.leaks import checked_out
+from tests.kit.models import Row
+from tests.kit.waiting import PATIENCE, never
+from tests.servers.postgres import Database, postgres_server
+
+COUNT = select(func.count()).select_from(Row)
+
+
+class Passing(BaseHTTPMiddleware):
+    """Runs the endpoint in a task of its own, and sends its response from another one."""
+
+    async def dispatch(self, request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        return response
+
+
+def stack(view: Callable[[Request], Any]) -> Any:
+    rope = Middleware(RopeMiddleware, commit_on_success=True)  # type: ignore[arg-type]
+    return Starlette(routes=[Route("/", view)], middleware=[rope, Middleware(Passing)])
+
+
+async def many(app: Any) -> list[tuple[int, str]]:
+    """Ask 20 times, four at a time."""
+    async with client(app) as web:
+
+        async def ask() -> tuple[int, str]:
+            answer: httpx.Response = await web.get("/")
+            return answer.status_code, answer.text
+
+        return [one for _ in range(5) for one in await asyncio.gather(*(ask() for _ in range(4)))]
+
+
+def test_C10_a_stream_that_keeps_the_views_session(make_engine: MakeEngine) -> None:
+    """Its chunks wait for the commit, and go on in the same session: 200, whole, every row."""
+    engine = make_engine(connect_args={"timeout": 20})
+    jenny = SessionJenny(sessionmaker(engine, expire_on_commit=False))
+
+    def view(request: Request) -> Response:
+        session = jenny.session
+        session.add(Row(name="view"))
+        session.flush()
+
+        def chunks() -> Iterator[str]:
+            for number in range(3):
+                session.add(Row(name=f"chunk {number}"))
+                session.flush()
+                yield str(session.scalar(text("SELECT 7")))
+
+        return StreamingResponse(chunks())
+
+    assert asyncio.run(many(stack(view))) == [(200, "777")] * 20
+    assert rows(engine) == 80
+    assert checked_out(engine) == 0
+
+
+def test_C10_who_is_on_the_way_to_a_statement_is_waited_for(
+    make_engine: MakeEngine,
+) -> None:
+    """Another thread that is inside of a call, before its statement begins: the commit is later."""
+    engine = make_engine()
+    jenny = SessionJenny(sessionmaker(engine))
+    inside, may_go = threading.Event(), threading.Event()
+
+    @event.listens_for(jenny.session_factory, "do_orm_execute")
+    def slowly(_: object) -> None:
+        inside.set()
+        assert may_go.wait(PATIENCE)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.add(Row(name="view"))
+        jenny.session.flush()
+        other = asyncio.create_task(asyncio.to_thread(lambda: jenny.session.scalar(COUNT)))
+        await asyncio.to_thread(inside.wait, PATIENCE)
+        threading.Timer(0.2, may_go.set).start()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert may_go.is_set()
+        assert await other == 1
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message: Any) -> None: ...
+
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+    assert rows(engine) == 1
+
+
+def test_C10_the_session_is_as_before_when_the_commit_stands(
+    make_engine: MakeEngine,
+) -> None:
+    """Nothing of the wait stays on it; where the commit fails, neither."""
+    engine = make_engine()
+    jenny = SessionJenny(sessionmaker(engine))
+    seen: list[set[str]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.add(Row(name="view"))
+        session = jenny.session
+        seen.append(set(vars(session)))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        finally:
+            seen.append(set(vars(session)))
+
+    async def send(message: Any) -> None: ...
+
+    wrapped = RopeMiddleware(app, commit_on_success=True)
+    asyncio.run(wrapped(http_scope(), never, send))
+
+    @event.listens_for(jenny.session_factory, "before_commit")
+    def fails(_: Session) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(wrapped(http_scope(), never, send))
+    assert seen[0] >= seen[1]
+    assert seen[2] >= seen[3]
+
+
+# -- PostgreSQL --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def database() -> Iterator[Database]:
+    with postgres_server().new_database() as found:
+        found.query("CREATE TABLE row (n serial PRIMARY KEY, name text NOT NULL DEFAULT '')")
+        yield found
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["a kept session", "jenny.session"])
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_C10_an_async_stream_on_postgresql(database: Database, driver: str, keeps: bool) -> None:
+    """A driver that allows one operation at a time: every answer is whole, every row is there."""
+
+    async def main() -> list[tuple[int, str]]:
+        engine = create_async_engine(database.url(driver), pool_size=5)
+        jenny = AsyncSessionJenny(async_sessionmaker(engine, expire_on_commit=False))
+
+        async def view(request: Request) -> Response:
+            kept = jenny.session
+            kept.add(Row(name="view"))
+            await kept.flush()
+
+            async def chunks() -> AsyncIterator[str]:
+                for number in range(3):
+                    session: AsyncSession = kept if keeps else jenny.session
+                    session.add(Row(name=f"chunk {number}"))
+                    await session.flush()
+                    yield str(await session.scalar(text("SELECT 7")))
+
+            return StreamingResponse(chunks())
+
+        answers = await many(stack(view))
+        assert checked_out(engine.sync_engine) == 0
+        await engine.dispose()
+        return answers
+
+    assert asyncio.run(main()) == [(200, "777")] * 20
+    assert database.query("SELECT count(*) FROM row") == [(80,)]
+
+
+def test_S3_no_connection_goes_back_within_its_transaction(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two tasks use one session at once on asyncpg, which then refuses to roll back."""
+
+    async def main() -> None:
+        engine = create_async_engine(database.url("asyncpg"), pool_size=1, max_overflow=0)
+        jenny = AsyncSessionJenny(async_sessionmaker(engine))
+
+        async def two(scope: Any, receive: Any, send: Any) -> None:
+            await jenny.session.execute(text("SELECT 1"))
+            other = asyncio.ensure_future(jenny.session.execute(text("SELECT pg_sleep(0.2)")))
+            await asyncio.sleep(0.05)
+            with pytest.raises(Exception, match="another operation"):
+                await jenny.session.commit()
+            await asyncio.wait({other})
+            other.exception()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def one(scope: Any, receive: Any, send: Any) -> None:
+            assert await jenny.session.scalar(text("SELECT 1")) == 1
+
+        async def send(message: Any) -> None: ...
+
+        await RopeMiddleware(two)(http_scope(), never, send)
+        await RopeMiddleware(one)(http_scope(), never, send)
+        await engine.dispose()
+
+    asyncio.run(main())
