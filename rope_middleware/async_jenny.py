@@ -8,24 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from inspect import Signature
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-from rope_middleware.errors import no_such_name, sync_scope
-from rope_middleware.jenny import check_callables, get_or_make
+from rope_middleware.errors import no_engine, sync_scope
+from rope_middleware.jenny import get_or_make, name_elsewhere
 from rope_middleware.running.finish import finish
 from rope_middleware.scope.context import current
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over, session_of
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
-from rope_middleware.session.registry import (
-    ScopeRegistry,
-    StrictRegistry,
-    check_session,
-    tying,
-    use_replicas,
-)
+from rope_middleware.session.factories import check_callables, check_session
+from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
 from rope_middleware.session.release import has_connection, inner_session, release
 from rope_middleware.session.tie import check_loop, listen
 
@@ -44,11 +39,6 @@ _T = TypeVar("_T")
 _AS = TypeVar("_AS", bound=AsyncSession)
 
 _ASYNC_EXAMPLE = "async_sessionmaker(engine)"
-_NO_ASYNC_ROPE = (
-    " Nothing can await the end of an AsyncSession that hangs on a frame, so there is no rope "
-    "for it."
-)
-
 
 _own_classes: WeakKeyDictionary[type[Session], type[Session]] = WeakKeyDictionary()
 
@@ -132,21 +122,25 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         strict: bool = False,
         replicas: Iterable[AsyncEngine] = (),
     ) -> None:
-        check_callables(session_factory, scopefunc, _ASYNC_EXAMPLE)
+        check_callables(session_factory, scopefunc, _ASYNC_EXAMPLE, is_async=True)
+        name_elsewhere(AsyncSessionJenny, session_factory)
         super().__init__(cast("Any", session_factory), scopefunc or current_scope)
 
         def create(**kw: Any) -> _AS:
             # Looked up on each use: the factory may be replaced later.
-            session = self.session_factory(**_with_own_class(self.session_factory, kw))
+            factory: Any = self.session_factory
+            session: _AS = factory(**_with_own_class(factory, kw))
             made: object = session  # a factory of the user's may return anything
             if not isinstance(made, AsyncSession):
-                check_session(made, AsyncSession, self.session_factory, _ASYNC_EXAMPLE)
+                check_session(made, AsyncSession, factory, _ASYNC_EXAMPLE)
                 self.registry.kind = FOREIGN_ASYNC
+            elif factory is AsyncSession and session.sync_session.bind is None:
+                raise no_engine(f"AsyncSessionJenny({_ASYNC_EXAMPLE})")
             return session
 
         outside: ScopedRegistry[_AS]
         if scopefunc is None or strict:
-            outside = StrictRegistry(create, _NO_ASYNC_ROPE)
+            outside = StrictRegistry(create)
         else:
             outside = ScopedRegistry(tying(lambda: self.registry.kind, create), scopefunc)
         self.registry = AsyncScopeRegistry(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -176,13 +170,6 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
             sqlalchemy.exc.InvalidRequestError: `kw` is given and there is a session already.
         """
         return get_or_make(self, super().__call__, kw)  # type: ignore[no-any-return]
-
-    if not TYPE_CHECKING:  # for type checkers every name would be there
-
-        def __getattr__(self, name):
-            if hasattr(type(self), name):
-                return object.__getattribute__(self, name)  # what it raised, once more
-            raise no_such_name(self, name)
 
     async def remove(self) -> None:
         """Close the current session; the next use makes a new one.

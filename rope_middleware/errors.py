@@ -14,11 +14,13 @@ __all__ = [
     "ScopeClosedError",
     "aborted",
     "async_callback",
+    "async_engine",
     "belongs_to_parent",
     "has_ended",
     "in_doubt",
     "left_at_once",
     "memory_of_thread",
+    "no_engine",
     "no_scope",
     "no_such_name",
     "other_loop",
@@ -80,16 +82,14 @@ class CommitInDoubtError(RopeError):
 # -- texts ---------------------------------------------------------------------------------------
 
 
-def no_scope(more: str = "") -> NoScopeError:
-    """Make the error for code that needs a scope where none is open.
-
-    Args:
-        more: a sentence for the end of its text.
-    """
+def no_scope() -> NoScopeError:
+    """Make the error for code that needs a scope where none is open."""
     return NoScopeError(
-        'No request scope is open. Wrap the app in RopeMiddleware, or use "with open_scope():" '
-        '("async with" for an AsyncSession) in scripts, threads, background jobs, and in '
-        f"Starlette's handler of Exception, which stands around all middlewares.{more}"
+        "No request scope is open. In a request: wrap the app in RopeMiddleware, outside of all "
+        'that uses the session. Anywhere else open one, "with open_scope():" ("async with" for an '
+        "AsyncSession): at the application's startup (lifespan), in scripts, threads and "
+        "background jobs, and in Starlette's handler of Exception or 500, which runs outside of "
+        "every middleware."
     )
 
 
@@ -189,6 +189,27 @@ def pool_deadlock(engine: str, size: int, holders: str) -> PoolDeadlockError:
     )
 
 
+def async_engine(bind: object) -> RopeError:
+    """Make the error for a plain Session whose engine can only be awaited."""
+    return RopeError(
+        f"A plain Session cannot use the async engine {bind!r}: nothing in it can await. Make "
+        "async sessions, AsyncSessionJenny(async_sessionmaker(engine)), or a sync engine, "
+        "SessionJenny(sessionmaker(create_engine(url)))."
+    )
+
+
+def no_engine(example: str) -> RopeError:
+    """Make the error for sessions that were made by the bare class of sessions.
+
+    Args:
+        example: what makes sessions that have an engine.
+    """
+    return RopeError(
+        "This session has no engine, because the session factory is the bare class of sessions. "
+        f"Give a factory that has one: {example}."
+    )
+
+
 def memory_of_thread(*, is_async: bool) -> RopeError:
     """Make the error for an in-memory SQLite database that each thread has for itself."""
     where = (
@@ -208,10 +229,11 @@ def no_such_name(jenny: object, name: str) -> AttributeError:
     """Make the error for a name that a jenny does not have.
 
     Args:
-        jenny: sync or async.
+        jenny: sync or async, or its class.
         name: SQLModel's `exec`, say, which only a session class of the user's has.
     """
-    text = f"{type(jenny).__name__!r} object has no attribute {name!r}"
+    owner = jenny if isinstance(jenny, type) else type(jenny)
+    text = f"{owner.__name__!r} object has no attribute {name!r}"
     # Not by attribute: a copy of a jenny has no factory yet.
     factory = vars(jenny).get("session_factory")
     if hasattr(getattr(factory, "class_", None), name):

@@ -33,7 +33,7 @@ from rope_middleware.scope.ending import detach, end, explain
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.order import invalidate_failed
 from rope_middleware.scope.response import open_as
-from rope_middleware.scope.scope import Scope, is_over, session_of
+from rope_middleware.scope.scope import Scope, SyncScope, is_over, session_of
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.tie import tie_of
 from rope_middleware.session.unsaved import tell_lost
@@ -64,7 +64,7 @@ class _Context:
     """
 
     def __init__(self, name: str) -> None:
-        self.scope = Scope()
+        self.scope = SyncScope()
         open_as(self.scope, name, DEFAULT)
         _open.add(self)
 

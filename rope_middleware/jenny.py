@@ -9,31 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from inspect import Signature
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util import ScopedRegistry
 
-from rope_middleware.errors import no_such_name
+from rope_middleware.elsewhere import stand_in
+from rope_middleware.errors import no_engine, no_such_name
 from rope_middleware.rope.registry import RopeRegistry, owner_name
 from rope_middleware.rope.rope import ScopeRope, SessionRope
 from rope_middleware.scope.context import current
+from rope_middleware.session.factories import check_callables, check_session, listen_to_factory
 from rope_middleware.session.kinds import FOREIGN
-from rope_middleware.session.registry import (
-    ScopeRegistry,
-    StrictRegistry,
-    check_session,
-    listen_to_factory,
-    tying,
-    use_replicas,
-)
+from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
 from rope_middleware.session.release import inner_session, release
 
-__all__ = ["SessionJenny", "check_callables", "get_or_make"]
+__all__ = ["SessionJenny", "get_or_make", "name_elsewhere"]
 
 _S = TypeVar("_S", bound=Session)
+
+_EXAMPLE = "sessionmaker(engine)"
 
 _current = current.get
 
@@ -57,7 +54,8 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
     Raises:
         TypeError: `session_factory` or `scopefunc` is not callable, or `replicas` holds something
             else than engines.
-        RopeError: there are replicas, and ``binds=`` or a get_bind() of the factory's chooses, too.
+        RopeError: the factory's engine is an AsyncEngine; or there are replicas, and ``binds=`` or
+            a get_bind() of the factory's chooses, too.
 
     See the SQLAlchemy chapter "Contextual/Thread-local Sessions".
     """
@@ -72,8 +70,9 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         strict: bool = False,
         replicas: Iterable[Engine] = (),
     ) -> None:
-        check_callables(session_factory, scopefunc, "sessionmaker(engine)")
+        check_callables(session_factory, scopefunc, _EXAMPLE, is_async=False)
         listen_to_factory(session_factory)  # now: later its sessions may be in use
+        name_elsewhere(SessionJenny, session_factory)
         # Any callable is as good as the sessionmaker that SQLAlchemy's annotation asks for.
         super().__init__(cast("Any", session_factory), scopefunc)
         self._ropes: WeakValueDictionary[str, SessionRope[_S]] = WeakValueDictionary()
@@ -81,11 +80,14 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
 
         def create(**kw: Any) -> _S:
             # Looked up on each use: the factory may be replaced later.
-            session = self.session_factory(**kw)
+            factory: Any = self.session_factory
+            session: _S = factory(**kw)
             made: object = session  # a factory of the user's may return anything
             if not isinstance(made, Session):
-                check_session(made, Session, self.session_factory, "sessionmaker(engine)")
+                check_session(made, Session, factory, _EXAMPLE)
                 self.registry.kind = FOREIGN
+            elif factory is Session and session.bind is None:
+                raise no_engine(f"SessionJenny({_EXAMPLE})")
             return session
 
         outside: ScopedRegistry[_S]
@@ -128,7 +130,10 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         Raises:
             sqlalchemy.exc.InvalidRequestError: `kw` is given and there is a session already.
         """
-        return get_or_make(self, super().__call__, kw)  # type: ignore[no-any-return]
+        session: _S = get_or_make(self, super().__call__, kw)
+        if getattr(session, "_is_asyncio", False) is True:
+            return super().__call__()  # SQLAlchemy warns of it
+        return session
 
     def remove(self, rope_name: str | None = None) -> None:
         """Close the current session; the next use makes a new one.
@@ -164,13 +169,6 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         """
         if self.registry.has():
             release(inner_session(self.registry))
-
-    if not TYPE_CHECKING:  # for type checkers every name would be there
-
-        def __getattr__(self, name):
-            if hasattr(type(self), name):
-                return object.__getattribute__(self, name)  # what it raised, once more
-            raise no_such_name(self, name)
 
     # SQLAlchemy-Rope's interface
 
@@ -247,6 +245,18 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         return outside if isinstance(outside, RopeRegistry) else None
 
 
+def name_elsewhere(jenny: type, factory: object) -> None:
+    """Let a class of jennies say of the names of a factory's sessions where they are.
+
+    Args:
+        jenny: sync or async.
+        factory: makes the sessions: a sessionmaker tells of what class.
+    """
+    made: object = getattr(factory, "class_", None)
+    if isinstance(made, type):
+        stand_in(jenny, (name for name in dir(made) if not name.startswith("_")), no_such_name)
+
+
 def get_or_make(jenny: Any, refuse: Callable[..., Any], kw: dict[str, Any]) -> Any:
     """Return the current session of `jenny`; make it with `kw` if there is none.
 
@@ -262,21 +272,3 @@ def get_or_make(jenny: Any, refuse: Callable[..., Any], kw: dict[str, Any]) -> A
     session = jenny.registry.createfunc(**kw)
     jenny.registry.set(session)
     return session
-
-
-def check_callables(factory: object, scopefunc: object, example: str) -> None:
-    """Check the arguments of a jenny.
-
-    Raises:
-        TypeError: one of them is not callable.
-    """
-    if not callable(factory):
-        raise TypeError(
-            f"session_factory must be callable and return a new session, like {example}; "
-            f"{factory!r} is not callable."
-        )
-    if scopefunc is not None and not callable(scopefunc):
-        raise TypeError(
-            "scopefunc must be a callable without arguments that returns the key of the "
-            f"current session; {scopefunc!r} is not callable."
-        )

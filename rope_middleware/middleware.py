@@ -7,14 +7,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
+from rope_middleware.apps import NAMES, check_app, is_around_itself, is_wrapped, protocol_of
+from rope_middleware.elsewhere import stand_in
 from rope_middleware.position import following
 from rope_middleware.running.line import Line
-from rope_middleware.scope.context import is_async_callable, logger
+from rope_middleware.scope.context import logger
 from rope_middleware.scope.options import DEFAULT, methods_of, options_of
 from rope_middleware.scope.response import options_now, take_in
 from rope_middleware.scope.scope import Scope
@@ -92,11 +93,17 @@ class RopeMiddleware:
     """
 
     _protocols: ClassVar[dict[str, type[RopeMiddleware]]] = {}
+    _protocol: ClassVar[str]
+
+    # Of a subclass whose __init__ has not called ours; `_check_set_up` says so.
+    _has_more = True
+    _is_set_up = False
 
     def __init_subclass__(cls, protocol: str = "", **more: Any) -> None:
         super().__init_subclass__(**more)
         if protocol:
             cls._protocols[protocol] = cls
+            cls._protocol = protocol
 
     @overload
     def __new__(
@@ -109,19 +116,18 @@ class RopeMiddleware:
     def __new__(cls, app: Any = None, *_: Any, **__: Any) -> Any:
         """Choose the class by the protocol of `app`."""
         if not any(issubclass(cls, chosen) for chosen in cls._protocols.values()):
-            cls = _choose(cls, _class_of(_protocol_of(app)))
+            cls = _choose(cls, _class_of(protocol_of(app)))
         return object.__new__(cls)
 
     if not TYPE_CHECKING:
         # Hidden from type checkers, which take the type from `__new__`: with an `__init__` in
         # sight mypy ignores `__new__`, and pyright checks both.
-        def __init__(self, app, registries=(), **options):
+        def __init__(self, app=None, registries=(), **options):
             self._set_up(app, registries, options)
 
     def _set_up(self, app: Any, registries: Iterable[Any], options: dict[str, Any]) -> None:
         who = type(self).__name__
-        if not callable(app):
-            raise TypeError(_NO_APP.format(who, app))
+        check_app(who, app, self._protocol)
         self.app = app
         self._registries = kinds_of(registries)
         if "read_only" in options:
@@ -134,8 +140,34 @@ class RopeMiddleware:
         self._reads = bool(self._options.read_only)
         self._adds = bool(self._registries) or self._options != DEFAULT
         self._has_told = False
+        self._is_set_up = True
         if self._options.retries:
             listen_for_retries()
+
+    def _check_set_up(self) -> None:
+        """Check that there is something to serve.
+
+        Raises:
+            TypeError: a subclass has an `__init__` that does not call ours.
+        """
+        if not self._is_set_up:
+            name = type(self).__name__
+            raise TypeError(
+                f"{name}.__init__() has not set up the middleware: there is no application. Call "
+                "super().__init__(app, **options) in it."
+            )
+
+    def _check_order(self) -> None:
+        """Check that the application does not call the middleware that calls it.
+
+        Raises:
+            TypeError: it does, and a request would go round for ever.
+        """
+        if is_around_itself(self, self.app):
+            raise TypeError(
+                f"{self.app!r} calls this {type(self).__name__}, which calls it, and so on for "
+                "ever. Wrap what the attribute was: app.wsgi_app = RopeMiddleware(app.wsgi_app)."
+            )
 
     @property
     def _follows(self) -> bool:
@@ -171,6 +203,9 @@ class RopeMiddleware:
             )
 
 
+stand_in(RopeMiddleware, NAMES, is_wrapped)
+
+
 def _class_of(protocol: str) -> type[RopeMiddleware]:
     """Return the class of a protocol; its module announces itself when it is imported."""
     if protocol not in RopeMiddleware._protocols:
@@ -188,59 +223,3 @@ def _choose(cls: type, protocol: type) -> Any:
     if (cls, protocol) not in _chosen:
         _chosen[cls, protocol] = type(cls.__name__, (cls, protocol), {"__module__": cls.__module__})
     return _chosen[cls, protocol]
-
-
-_NO_APP = "{} takes an ASGI or WSGI application, not {!r}."
-
-
-def _protocol_of(app: Any) -> str:
-    """Tell the protocol of `app` from how it can be called.
-
-    ASGI applications are called with (scope, receive, send)
-    (https://asgi.readthedocs.io/en/latest/specs/main.html#applications), WSGI applications
-    with (environ, start_response) (PEP 3333).
-
-    Raises:
-        TypeError: it is no application, or cannot be told apart.
-    """
-    if app is None:
-        raise TypeError(
-            "RopeMiddleware needs the application it stands in front of: RopeMiddleware(app). "
-            "With no app there is no telling the protocol; ASGIRopeMiddleware and "
-            "WSGIRopeMiddleware are the two explicit classes."
-        )
-    if not callable(app):
-        raise TypeError(
-            _NO_APP.format("RopeMiddleware", app)
-            + " (The explicit classes are ASGIRopeMiddleware and WSGIRopeMiddleware.)"
-        )
-    if not isinstance(app, type):
-        if is_async_callable(app):
-            if _takes(app, 3):
-                return "asgi"
-        else:
-            two, three = _takes(app, 2), _takes(app, 3)
-            if two and not _is_variadic(app):
-                return "wsgi"  # also (environ, start_response, option=None)
-            if three and not two:
-                return "asgi"
-    raise TypeError(
-        f"RopeMiddleware cannot tell whether {app!r} is an ASGI or a WSGI application: "
-        + ("it is a class" if isinstance(app, type) else "its parameters do not say so")
-        + ". Say so yourself: ASGIRopeMiddleware(app), called with (scope, receive, send), or "
-        "WSGIRopeMiddleware(app), called with (environ, start_response)."
-    )
-
-
-def _takes(app: Any, count: int) -> bool:
-    """Tell whether `app` can be called with so many positional arguments."""
-    try:
-        inspect.signature(app).bind(*range(count))
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _is_variadic(app: Any) -> bool:
-    parameters = inspect.signature(app).parameters.values()
-    return any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "rope_middleware"
 # finds its place here.
 HOUSE = (
     "errors",
+    "elsewhere",
     "protocols",
     "position",
     "running",
@@ -57,6 +58,7 @@ HOUSE = (
     "session.turns",
     "session.aside",
     "session.tie",
+    "session.factories",
     "session.switches",
     "session.autocommit",
     "session.reading",
@@ -85,6 +87,7 @@ HOUSE = (
     "jenny",
     "async_jenny",
     "answer",
+    "apps",
     "middleware",
     "asgi.line",
     "asgi.replay",
@@ -143,11 +146,13 @@ MODULES = _modules()
 # What each floor may import besides the standard library, at the top of a module or later.
 FOREIGN: dict[str, set[str]] = {
     "errors": {"sqlalchemy"},  # an error of ours is a TimeoutError of SQLAlchemy's
+    "elsewhere": set(),
     "protocols": set(),
     "position": set(),
     "running": {"anyio"},
     "scope": {"anyio"},
     "answer": set(),
+    "apps": set(),
     "middleware": set(),
     "asgi": {"anyio", "trio"},  # trio where it runs: then it is installed
     "wsgi": set(),

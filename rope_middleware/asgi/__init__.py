@@ -124,6 +124,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
 
     async def _serve_otherwise(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Serve what is not the plain case."""
+        self._check_set_up()
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
         elif (outer := shared_scope(scope)) is not None:
@@ -169,6 +170,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         self, outer: Scope, scope: ASGIScope, receive: Receive, send: Send
     ) -> None:
         """Serve a request whose scope another RopeMiddleware around this one will end."""
+        self._check_order()
         if self._follows and carried_of(outer) is None:
             carried = carried_by(scope)
             carry(outer, carried)
@@ -260,6 +262,14 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         scope[SCOPE_KEY] = own = _RequestScope()
         open_as(own, (scope.get("method"), scope["path"]), self._options, self._registries)
         return own
+
+
+# Where an instance is given in place of the class, Python's own error has this name: "...() missing
+# 2 required positional arguments". A check in `__call__` would cost every request.
+ASGIRopeMiddleware.__call__.__qualname__ = (
+    "ASGIRopeMiddleware.__call__ [an instance is an application by now; add_middleware() takes the "
+    "class: add_middleware(RopeMiddleware)]"
+)
 
 
 async def _end(own: AsyncScope, gate: Gate | None) -> None:

@@ -19,7 +19,7 @@ from rope_middleware.scope.context import logger
 from rope_middleware.session.closing import close, detach
 from rope_middleware.session.lines import Line
 from rope_middleware.session.notice import notice_module
-from rope_middleware.session.registry import ScopeRegistry
+from rope_middleware.session.registry import ScopeRegistry, check_own
 from rope_middleware.session.tie import listen_to, tie_of, tie_to
 from rope_middleware.session.unsaved import tell_lost
 
@@ -69,6 +69,10 @@ class SessionRope(Generic[_T]):
     _held: OwnRope[_T] | None = None
 
     def __init__(self, registry: ScopedRegistry[_T]) -> None:
+        if not hasattr(registry, "has"):
+            raise TypeError(
+                f"SessionRope takes a registry, SessionRope(jenny.registry), not {registry!r}."
+            )
         self._registry = registry
 
     @property
@@ -201,6 +205,7 @@ def _watched(session: _T) -> _T:
     """Tie `session` to no scope: its connections are known if it cannot be closed."""
     made: object = session
     if isinstance(made, Session):  # and no mock or wrapper: that is kept and closed
+        check_own(made, None)
         listen_to(made)
         tie = tie_of(made)
         if tie is None or tie.scope is not None:

@@ -24,7 +24,7 @@ from rope_middleware.scope.context import (
 )
 from rope_middleware.scope.ending import aend, detach, end, end_closing, explain
 from rope_middleware.scope.options import EVERY, options_of
-from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
+from rope_middleware.scope.scope import OPEN, AsyncScope, Scope, SyncScope
 
 __all__ = ["current_scope", "open_scope"]
 
@@ -160,7 +160,7 @@ class open_scope:  # noqa: N801 - used like a function
     def __enter__(self) -> Scope:
         if sys._getframe(1).f_code.co_flags & inspect.CO_GENERATOR:
             check_stays(sys._getframe(1))
-        return self._enter(Scope())
+        return self._enter(SyncScope())
 
     def __exit__(
         self,
@@ -204,6 +204,14 @@ class open_scope:  # noqa: N801 - used like a function
 
     def __call__(self, fn: Callable[_P, _T]) -> Callable[_P, _T]:
         """Decorate `fn`, sync or async: each call of it has a scope of its own."""
+        if isinstance(fn, staticmethod | classmethod):  # they stand below us
+            below: Any = cast("Any", fn)
+            return cast("Callable[_P, _T]", below.__class__(self(below.__func__)))
+        if not callable(fn):
+            raise TypeError(
+                f"@open_scope() decorates a function, not {fn!r}. Around a block of code it is "
+                '"with open_scope():".'
+            )
         if isinstance(fn, type):
             raise TypeError(
                 f"@open_scope() cannot decorate the class {fn!r}: its methods run after the call "

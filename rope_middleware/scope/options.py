@@ -130,7 +130,15 @@ def _check_number(name: str, what: str, value: object, least: int) -> None:
 
 def _check_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is a number of seconds, not {value!r}.")
+        raise TypeError(
+            f"{name} is a number of seconds, not {value!r}."
+            + (
+                " An end that waits for ever keeps its connection for ever: leave it out for the "
+                "default, or give a large number."
+                if value is None
+                else ""
+            )
+        )
     if not value > 0:
         raise ValueError(f"{name} must be more than 0 seconds, not {value!r}.")
 

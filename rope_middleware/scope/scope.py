@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from weakref import ReferenceType
 
 from rope_middleware.errors import RopeError, async_callback, belongs_to_parent, has_ended
@@ -19,6 +19,7 @@ __all__ = [
     "OPEN",
     "AsyncScope",
     "Scope",
+    "SyncScope",
     "forget",
     "is_of_loop",
     "is_over",
@@ -45,7 +46,7 @@ class Scope:
     they are the same object, so a Scope is a safe dictionary key.
     """
 
-    # A Scope is made for every request. An __init__ would add 0.1 us (239 -> 353 ns), so the plain
+    # A scope is made for every request. An __init__ would add 0.1 us (239 -> 353 ns), so the plain
     # ways in asgi and wsgi set these slots themselves; everybody else calls `_open`. What most
     # requests never change has its value on the class, and goes into __dict__ when it is changed.
     __slots__ = ("__dict__", "__weakref__", "_name", "_options", "_sessions", "_state")
@@ -79,6 +80,15 @@ class Scope:
     _is_broken = False
     _suspects: dict[object, BaseException] | None = None
     _trial: Any = None
+
+    if not TYPE_CHECKING:  # nothing is said of it in a signature
+
+        def __init__(self, *_, **__):
+            raise TypeError(
+                "A Scope is opened, not made: what is made would never end. "
+                '"with open_scope() as scope:" opens one, and current_scope() returns the one '
+                "that is open."
+            )
 
     def _open(self, name: Any, options: Options = DEFAULT, registries: Any = ()) -> None:
         self._name = name
@@ -189,12 +199,24 @@ class Scope:
         return self._sessions
 
 
+class SyncScope(Scope):
+    """A scope that is opened and ended in sync code."""
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:
+        __init__ = object.__init__
+
+
 class AsyncScope(Scope):
     """A scope that is opened and ended in async code. Its opener sets `_thread`, too."""
 
     # The event loop is looked up at the first use of an AsyncSession. Until then the thread's id
     # stands for it: cheaper to get, and a thread runs one loop at a time.
     __slots__ = ("_thread",)
+
+    if not TYPE_CHECKING:
+        __init__ = object.__init__
 
     _thread: int
 

@@ -180,7 +180,10 @@ def kinds_of(registries: Iterable[Any]) -> tuple[PlainKind, ...]:
     if hasattr(registries, "remove") and hasattr(registries, "registry"):
         raise TypeError(f"registries= takes a list of scoped_session objects: [{registries!r}].")
     if not isinstance(cast("object", registries), Iterable):
-        raise TypeError(f"registries= takes a list of scoped_session objects, not {registries!r}.")
+        raise TypeError(
+            f"registries= takes a list of scoped_session objects, not {registries!r}. (A jenny "
+            "and its engine need no mention.)"
+        )
     # A jenny's session is the scope's anyway.
     return tuple(
         PlainSessions(scoped)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.errors import RopeError, no_scope
-from rope_middleware.scope.context import current, is_async_callable
+from rope_middleware.scope.context import current
 from rope_middleware.scope.kind import SessionKind
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.reading import reads_only
@@ -28,13 +28,12 @@ from rope_middleware.scope.scope import (
 from rope_middleware.scope.settling import settling_of
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.refusal import listen_for_errors
-from rope_middleware.session.tie import keep_also, listen, listen_to, tie_of, tie_to
+from rope_middleware.session.tie import keep_also, listen_to, tie_of, tie_to
 
 __all__ = [
     "ScopeRegistry",
     "StrictRegistry",
-    "check_session",
-    "listen_to_factory",
+    "check_own",
     "tying",
     "use_replicas",
 ]
@@ -122,31 +121,12 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         settling = settling_of(scope)
         if settling is not None and (session := settling.session_for(self)) is not None:
             return session  # type: ignore[no-any-return]
-        made = self.createfunc()
-        inner = self.kind.inner(made)
-        if inner is not None:
-            self._check_own(inner, scope)
-        return self._adopt(scope, made)
-
-    def _check_own(self, made: Session, scope: Scope) -> None:
-        """Check that a factory has not returned the session of another scope.
-
-        Raises:
-            RopeError: two scopes would share it, and one of them commit and close for the other.
-        """
-        tie = tie_of(made)
-        other = None if tie is None else tie.scope
-        if other is None or other is scope or is_over(other):
-            return
-        raise RopeError(
-            f"The session factory of this jenny has returned the same session twice: it is that of "
-            f"{other.name!r}, which is still open. A factory makes a new session each time: give "
-            "the sessionmaker itself, as in SessionJenny(sessionmaker(engine))."
-        )
+        return self._adopt(scope, self.createfunc())
 
     def _adopt(self, scope: Scope, session: _T) -> _T:
         inner = self.kind.inner(session)
         if inner is not None:
+            check_own(inner, scope)
             if reads_only(scope):
                 self._place(inner, scope)  # first: it may change the class
             session_class = cast("type[Session]", type(inner))
@@ -191,6 +171,28 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             keep_also(tie, session)
 
 
+def check_own(session: Session, scope: Scope | None) -> None:
+    """Check that a session that is new here is not that of another scope.
+
+    Args:
+        session: what a factory has made, or ``registry.set()`` was given.
+        scope: that it is to belong to; None outside of any.
+
+    Raises:
+        RopeError: two would share it, and one of them commit and close for the other.
+    """
+    tie = tie_of(session)
+    other = None if tie is None else tie.scope
+    if other is None or other is scope or is_over(other):
+        return
+    raise RopeError(
+        f"This session is that of {other.name!r}, which is still open: the two would commit and "
+        "close for one another. A session factory returns a new session each time: give the "
+        "sessionmaker itself, as in SessionJenny(sessionmaker(engine)). And registry.set() takes "
+        "a session that is in no scope."
+    )
+
+
 def tying(kind: Callable[[], SyncKind], create: Callable[..., _T]) -> Callable[..., _T]:
     """Make `create` tie its sessions to no scope: they are known while they have something open.
 
@@ -202,9 +204,11 @@ def tying(kind: Callable[[], SyncKind], create: Callable[..., _T]) -> Callable[.
     def create_tied(**kw: Any) -> _T:
         session = create(**kw)
         inner: Session | None = kind().inner(session)
-        if inner is not None and tie_of(inner) is None:
-            listen_to(inner)
-            tie_to(inner, None, kind())
+        if inner is not None:
+            check_own(inner, None)
+            if tie_of(inner) is None:
+                listen_to(inner)
+                tie_to(inner, None, kind())
         return session
 
     return create_tied
@@ -218,20 +222,19 @@ def _tie_of(kind: SessionKind, session: Any) -> Any:
 class StrictRegistry(ScopedRegistry[_T]):
     """The registry outside of scopes where nothing may happen there."""
 
-    __slots__ = ("cure",)
+    __slots__ = ()
 
-    def __init__(self, createfunc: Callable[..., _T], cure: str = "") -> None:
+    def __init__(self, createfunc: Callable[..., _T]) -> None:
         super().__init__(createfunc, current_scope)
-        self.cure: str = cure
 
     def __call__(self) -> _T:
-        raise no_scope(self.cure)
+        raise no_scope()
 
     def has(self) -> bool:
         return False
 
     def set(self, obj: _T) -> None:  # noqa: ARG002
-        raise no_scope(self.cure)
+        raise no_scope()
 
     def clear(self) -> None:
         pass
@@ -245,28 +248,3 @@ def use_replicas(registry: ScopeRegistry[Any], given: Any, expected: type, facto
     registry.replicas = replicas_of(given, expected)
     if registry.replicas is not None:
         check_factory(factory)
-
-
-def listen_to_factory(factory: object) -> None:
-    """Listen to the class of a sessionmaker's sessions before any of them is in use."""
-    session_class: object = getattr(factory, "class_", None)
-    if isinstance(session_class, type) and issubclass(session_class, Session):
-        listen(session_class)
-
-
-def check_session(session: object, expected: type, factory: object, example: str) -> None:
-    """Check what a session factory gave that is no `expected`.
-
-    Raises:
-        RopeError: it cannot be closed.
-    """
-    close = getattr(session, "close", None)
-    is_class = isinstance(session, type)
-    if is_class or not callable(close) or (expected is Session and is_async_callable(close)):
-        what = f"an instance of {type(session).__qualname__}"
-        if session is None or is_class:
-            what = "None" if session is None else f"the class {session!r}"
-        raise RopeError(
-            f"The session factory {factory!r} returned {what}; it must return a new sqlalchemy "
-            f"{expected.__name__}, as {example} does."
-        )

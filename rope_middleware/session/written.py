@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext, ExecutionCon
 from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import Session, SessionTransaction
 
-from rope_middleware.errors import RopeError
+from rope_middleware.errors import RopeError, async_engine
 from rope_middleware.session.connections import refuse_begun
 
 __all__ = ["Notes", "is_watched", "notes_of", "take", "watch", "watch_binds", "watch_engine"]
@@ -175,7 +175,13 @@ def watch(session: Session) -> None:
     bind = session.bind
     if bind is None:
         watch_binds(type(session))
-    elif _WATCHED not in bind.__dict__:
+        return
+    try:
+        is_new = _WATCHED not in bind.__dict__
+    except AttributeError:  # an AsyncEngine has none
+        session.reset()  # for the next use to come by here again
+        raise async_engine(bind) from None
+    if is_new:
         if isinstance(bind, Connection):
             bind.__dict__.pop(_NOTES, None)  # it is lent: of an earlier transaction
         else:

@@ -220,7 +220,7 @@ class _InBlock(StrictRegistry[Any]):
     def __init__(
         self, route: Route, registry: ScopeRegistry[Any], instead: StrictRegistry[Any]
     ) -> None:
-        super().__init__(instead.createfunc, instead.cure)
+        super().__init__(instead.createfunc)
         self._instead = instead
         self._route = route
         self._of_jenny = registry

@@ -25,7 +25,7 @@ from rope_middleware.scope.response import (
     set_inner_gate,
     shared_scope,
 )
-from rope_middleware.scope.scope import OPEN, Scope
+from rope_middleware.scope.scope import OPEN, Scope, SyncScope
 from rope_middleware.session.refusal import wait_before_retry
 from rope_middleware.wsgi.body import Body, ListBody, hand_on
 from rope_middleware.wsgi.commit import AGAIN, Gate
@@ -48,7 +48,7 @@ _set_current = current.set
 _reset_current = current.reset
 
 
-class _RequestScope(Scope):
+class _RequestScope(SyncScope):
     """The scope of a WSGI request."""
 
     __slots__ = ()
@@ -131,6 +131,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Serve what is not the plain case."""
+        self._check_set_up()
         # Bridges from ASGI (a2wsgi, asgiref) hand the ASGI scope on as "asgi.scope".
         outer = shared_scope(environ, environ.get("asgi.scope") or {})
         if outer is not None:
@@ -172,6 +173,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         self, outer: Scope, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Serve a request whose scope another RopeMiddleware around this one will end."""
+        self._check_order()
         watches = self._take_in(outer)
         if self._follows and carried_of(outer) is None:
             carried = carried_by(environ)
@@ -215,3 +217,10 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
             raise
         finally:
             unbind(token)
+
+
+# Python's own error has this name where an ASGI server calls it: "...() missing 1 required
+# positional argument". A check in `__call__` would cost every request.
+WSGIRopeMiddleware.__call__.__qualname__ = (
+    "WSGIRopeMiddleware.__call__ [an instance is a WSGI application by now, for WSGI servers]"
+)

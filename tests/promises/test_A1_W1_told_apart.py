@@ -363,9 +363,10 @@ async def test_A1_an_asgi_app_gets_the_asgi_middleware(name: str) -> None:
 
 
 def test_W1_the_class_stays_what_it_was_asked_for() -> None:
-    """The explicit classes never choose, whatever the app looks like."""
-    assert type(WSGIRopeMiddleware(asgi_function)) is WSGIRopeMiddleware  # type: ignore[arg-type]
-    assert type(ASGIRopeMiddleware(wsgi_function)) is ASGIRopeMiddleware  # type: ignore[arg-type]
+    """The explicit classes never choose: an app of the other protocol is refused (L4)."""
+    for explicit, app in (WSGIRopeMiddleware, asgi_function), (ASGIRopeMiddleware, wsgi_function):
+        with pytest.raises(TypeError, match=r"cannot be called as one.*RopeMiddleware\(app\)"):
+            explicit(app)  # type: ignore[operator]
 
     class Mine(WSGIRopeMiddleware):
         pass

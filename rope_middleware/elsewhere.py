@@ -1,0 +1,60 @@
+"""Names that people look for in the wrong object: an error that says where they are.
+
+A `__getattr__` could say so of every name, and would cost each use of such an object: CPython no
+longer remembers where its attributes are. (180 ns of the 800 that a middleware takes of a request,
+and 40 of the 85 of ``jenny.session``.) So the names that are looked for stand in the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+__all__ = ["Elsewhere", "stand_in"]
+
+_Error = Callable[[Any, str], AttributeError]
+
+
+class Elsewhere:
+    """Stands in a class for a name that its instances do not have; a subclass may have it.
+
+    Args:
+        name: of the attribute.
+        error: makes the error, of the instance (or its class) and the name.
+    """
+
+    def __init__(self, name: str, error: _Error) -> None:
+        self._name = name
+        self._error = error
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        """Return what a subclass of the user's has set; else there is none.
+
+        Raises:
+            AttributeError: it is elsewhere.
+        """
+        found = cast("dict[str, Any]", {} if instance is None else vars(instance))
+        if self._name in found:
+            return found[self._name]
+        raise self._error(owner if instance is None else instance, self._name)
+
+    def __set__(self, instance: Any, value: object) -> None:
+        """Set it for a subclass of the user's.
+
+        Raises:
+            AttributeError: it is elsewhere, and would not hear of it.
+        """
+        owner: type[Any] = instance.__class__
+        if owner.__module__.startswith("rope_middleware."):
+            raise self._error(instance, self._name)
+        vars(instance)[self._name] = value
+
+
+def stand_in(owner: type, names: Iterable[str], error: _Error) -> None:
+    """Let `owner` say of each of `names` where it is, unless it has the name itself.
+
+    Type checkers are not told: they find none of them.
+    """
+    for name in names:
+        if not hasattr(owner, name):
+            setattr(owner, name, Elsewhere(name, error))

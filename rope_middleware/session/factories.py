@@ -1,0 +1,85 @@
+"""What a jenny is given to make sessions by: it is looked at before any session is in use."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from sqlalchemy.orm import Session
+
+from rope_middleware.errors import RopeError, async_engine
+from rope_middleware.scope.context import is_async_callable
+from rope_middleware.session.tie import listen
+
+__all__ = ["check_callables", "check_session", "listen_to_factory"]
+
+
+def check_callables(factory: object, scopefunc: object, example: str, *, is_async: bool) -> None:
+    """Check the arguments of a jenny.
+
+    Args:
+        factory: makes the sessions.
+        scopefunc: makes the key of a session outside of scopes, or is None.
+        example: what a factory looks like.
+        is_async: whether the jenny is that of AsyncSessions.
+
+    Raises:
+        TypeError: one of them is not callable, or the factory makes the other kind of sessions.
+        RopeError: the factory makes plain sessions on an async engine.
+    """
+    if not callable(factory):
+        raise TypeError(
+            f"session_factory must be callable and return a new session, like {example}; "
+            f"{factory!r} is not callable."
+        )
+    if scopefunc is not None and not callable(scopefunc):
+        raise TypeError(
+            "scopefunc must be a callable without arguments that returns the key of the "
+            f"current session; {scopefunc!r} is not callable."
+        )
+    made = getattr(factory, "class_", None)  # of a sessionmaker
+    if not isinstance(made, type):
+        return
+    makes_async = hasattr(made, "sync_session_class")
+    if makes_async and not is_async:
+        raise TypeError(
+            f"SessionJenny was given {factory!r}, which makes AsyncSessions: nothing awaits them "
+            "here. Use AsyncSessionJenny(async_sessionmaker(engine)), or a sync engine: "
+            "SessionJenny(sessionmaker(create_engine(url)))."
+        )
+    if is_async and issubclass(made, Session):
+        raise TypeError(
+            f"AsyncSessionJenny was given {factory!r}, which makes plain Sessions. Use "
+            "AsyncSessionJenny(async_sessionmaker(engine)), or SessionJenny for plain Sessions."
+        )
+    options: Any = getattr(factory, "kw", None)
+    bind: Any = cast("dict[str, Any]", options).get("bind") if isinstance(options, dict) else None
+    if not makes_async and hasattr(bind, "sync_engine"):
+        raise async_engine(bind)
+
+
+def listen_to_factory(factory: object) -> None:
+    """Listen to the class of a sessionmaker's sessions before any of them is in use."""
+    session_class: object = getattr(factory, "class_", None)
+    if isinstance(session_class, type) and issubclass(session_class, Session):
+        listen(session_class)
+
+
+def check_session(session: object, expected: type, factory: object, example: str) -> None:
+    """Check what a session factory gave that is no `expected`.
+
+    Raises:
+        RopeError: it cannot be closed, or not here.
+    """
+    close = getattr(session, "close", None)
+    is_class = isinstance(session, type)
+    is_other_kind = isinstance(session, Session) or (
+        expected is Session and is_async_callable(close)
+    )
+    if is_class or not callable(close) or is_other_kind:
+        what = f"an instance of {type(session).__qualname__}"
+        if session is None or is_class:
+            what = "None" if session is None else f"the class {session!r}"
+        raise RopeError(
+            f"The session factory {factory!r} returned {what}; it must return a new sqlalchemy "
+            f"{expected.__name__}, as {example} does."
+        )
