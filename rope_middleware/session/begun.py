@@ -37,13 +37,14 @@ def note_begin(tie: Tie, depth: int = DEPTH) -> None:
         tie: the session's.
         depth: how many frames from here on are surely not the application's.
     """
-    if tie.line is None:
-        _ties.add(ref(tie, _ties.discard))
+    is_new = tie.line is None
     tie.since = monotonic()
     tie.line = application_line(depth)
     tie.thread = threading.get_ident()
     kind = tie.kind
     tie.task = None if kind is None or not kind.is_async else _task_ref()
+    if is_new:  # not before all of it is written down: others read the list meanwhile
+        _ties.add(ref(tie, _ties.discard))
 
 
 def _task_ref() -> ref[asyncio.Task[Any]] | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import sys
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from weakref import ref
 
@@ -31,8 +33,6 @@ pytestmark = pytest.mark.anyio
 
 def here(back: int = 1) -> str:
     """Return the caller's line, or the one so many lines before it."""
-    import sys
-
     return f"{Path(__file__).name}:{sys._getframe(1).f_lineno - back}"
 
 
@@ -52,6 +52,25 @@ def test_H1_an_open_transaction_is_listed_until_it_ends(jenny: Jenny) -> None:
         assert 0 <= holder.seconds < 60
         assert holder.engine == str(jenny.session.bind.engine.url)  # type: ignore[union-attr]
     assert holders() == ()
+
+
+def test_H1_it_may_be_asked_at_any_moment_of_a_begin(jenny: Jenny) -> None:
+    """Another thread may look between any two lines of ours, while a transaction begins."""
+    seen: set[int] = set()
+
+    def look(frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line" and "/rope_middleware/session/" in frame.f_code.co_filename:
+            seen.add(len(holders()))
+        return look
+
+    with open_scope():
+        before = sys.gettrace()
+        sys.settrace(look)
+        try:
+            jenny.session.execute(SELECT)
+        finally:
+            sys.settrace(before)
+    assert seen == {0, 1}
 
 
 def test_H1_it_is_a_table_with_a_row_for_each(jenny: Jenny) -> None:
