@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError
 from rope_middleware.running.finish import at_most, pause
 from rope_middleware.running.threads import in_app_thread
 from rope_middleware.scope.context import current, unbind
-from rope_middleware.session.trial import Attempt
+from rope_middleware.session.trial import Attempt, Trace
 
 __all__ = [
     "HERE",
@@ -26,7 +26,7 @@ __all__ = [
     "AsyncAsking",
     "Verdict",
     "can_be_asked",
-    "transaction_id",
+    "trace_of",
     "verdict_on",
 ]
 
@@ -51,26 +51,29 @@ def can_be_asked(connection: Connection) -> bool:
     return dialect.name == "postgresql" and (dialect.server_version_info or ()) >= (13,)
 
 
-def transaction_id(connection: Connection) -> str | None:
-    """Return the id of the transaction that `connection` is in; None where it has written nothing.
+def trace_of(connection: Connection) -> Trace | None:
+    """Return the trace of the transaction that `connection` is in; None where it wrote nothing.
 
     One round trip.
     """
-    answer = connection.exec_driver_sql("SELECT pg_current_xact_id_if_assigned()::text")
-    found: str | None = answer.scalar()
-    return found
+    xid, until = connection.exec_driver_sql(
+        "SELECT pg_current_xact_id_if_assigned()::text,"
+        " extract(epoch FROM clock_timestamp())::float8"
+    ).one()
+    return None if xid is None else Trace(int(xid), float(until))
 
 
-def _ask(connection: Connection, xid: str) -> Verdict | None:
+def _ask(connection: Connection, trace: Trace) -> Verdict | None:
     """Ask once what became of the transaction; None where it is to be asked again."""
-    in_recovery, is_new = connection.exec_driver_sql(
+    in_recovery, is_new, has_restarted = connection.exec_driver_sql(
         "SELECT pg_is_in_recovery(), coalesce("
-        "now() - pg_last_xact_replay_timestamp() < interval '1 hour', false)"
+        "now() - pg_last_xact_replay_timestamp() < interval '1 hour', false),"
+        f" pg_postmaster_start_time() > to_timestamp({trace.until!r}::float8)"
     ).one()
     if in_recovery:
         return None  # a standby, which may be about to take over
     try:
-        status = connection.exec_driver_sql(f"SELECT pg_xact_status('{int(xid)}'::xid8)").scalar()
+        status = connection.exec_driver_sql(f"SELECT pg_xact_status('{trace.xid}'::xid8)").scalar()
     except DBAPIError as error:
         if getattr(error.orig, "sqlstate", None) == _IN_THE_FUTURE:
             return Verdict.ABORTED  # it never came to this server, which has taken over since
@@ -80,18 +83,44 @@ def _ask(connection: Connection, xid: str) -> Verdict | None:
     if status == "aborted":
         return Verdict.ABORTED
     # A standby that has taken over just now, without our transaction, may have given its id away.
-    return Verdict.COMMITTED if status == "committed" and not is_new else Verdict.UNKNOWN
+    if status != "committed" or is_new:
+        return Verdict.UNKNOWN
+    return _is_still_ours(connection, trace, has_restarted)
 
 
-def _ask_over(engine: Engine, xid: str) -> Verdict | None:
+def _is_still_ours(connection: Connection, trace: Trace, has_restarted: bool) -> Verdict:
+    """Tell whether the id that is committed is that of our transaction.
+
+    A server that was killed has lost what it had not written yet, with the ids in it, and gives
+    them away again. The last checkpoint tells: recovery ends with one, which stands alone (its redo
+    point is its own position), and it names the next id to be given away.
+    """
+    try:
+        next_xid, is_alone, second = connection.exec_driver_sql(
+            "SELECT split_part(next_xid, ':', 1)::int8 << 32 | split_part(next_xid, ':', 2)::int8,"
+            " redo_lsn = checkpoint_lsn, extract(epoch FROM checkpoint_time)::int8"
+            " FROM pg_control_checkpoint()"
+        ).one()
+    except DBAPIError:  # a service that shows it to nobody
+        return Verdict.UNKNOWN if has_restarted else Verdict.COMMITTED
+    if next_xid > trace.xid:
+        # Recovery knew of it, unless this checkpoint is a later one.
+        return Verdict.UNKNOWN if has_restarted and not is_alone else Verdict.COMMITTED
+    if has_restarted or second > trace.until:
+        return Verdict.ABORTED  # the id was free, after our transaction had it
+    # The time of a checkpoint is known to the second.
+    return Verdict.UNKNOWN if is_alone and second == int(trace.until) else Verdict.COMMITTED
+
+
+def _ask_over(engine: Engine, trace: Trace) -> Verdict | None:
     with engine.connect() as connection:
-        return _ask(connection, xid)
+        return _ask(connection, trace)
 
 
 class Asking(Protocol):
     """How a question to the server is carried out, here or in async code."""
 
-    async def ask(self, engine: Engine, xid: str, seconds: float, /) -> Verdict | None:
+    async def ask(self, engine: Engine, trace: Trace, seconds: float, /) -> Verdict | None:
         """Ask over a connection of its own, for at most so many seconds."""
 
     async def pause(self, seconds: float, /) -> None:
@@ -101,8 +130,8 @@ class Asking(Protocol):
 class Here:
     """In this thread."""
 
-    async def ask(self, engine: Engine, xid: str, _: float, /) -> Verdict | None:
-        return _ask_over(engine, xid)
+    async def ask(self, engine: Engine, trace: Trace, _: float, /) -> Verdict | None:
+        return _ask_over(engine, trace)
 
     async def pause(self, seconds: float, /) -> None:
         time.sleep(seconds)  # noqa: ASYNC251 - it runs where nothing else waits for this thread
@@ -111,14 +140,14 @@ class Here:
 class AsyncAsking:
     """On the event loop."""
 
-    async def ask(self, engine: Engine, xid: str, seconds: float, /) -> Verdict | None:
+    async def ask(self, engine: Engine, trace: Trace, seconds: float, /) -> Verdict | None:
         if not engine.dialect.is_async:  # of a sync session in async code
-            return await in_app_thread(lambda _: _ask_over(engine, xid), None)
+            return await in_app_thread(lambda _: _ask_over(engine, trace), None)
         from sqlalchemy.ext.asyncio import AsyncEngine
 
         async def ask() -> Verdict | None:
             async with AsyncEngine(engine).connect() as connection:
-                return await connection.run_sync(_ask, xid)
+                return await connection.run_sync(_ask, trace)
 
         return await at_most(seconds, ask())
 
@@ -139,12 +168,12 @@ async def verdict_on(attempt: Attempt, asking: Asking, seconds: float) -> Verdic
     """
     if not attempt.wrote:
         return Verdict.COMMITTED  # or not: it makes no difference
-    xid = attempt.xid
-    if xid is None:
+    trace = attempt.trace
+    if trace is None:
         return Verdict.UNKNOWN
     token = current.set(None)  # what goes wrong here is no matter of the scope
     try:
-        return await _ask_on(lambda left: asking.ask(attempt.engine, xid, left), asking, seconds)
+        return await _ask_on(lambda left: asking.ask(attempt.engine, trace, left), asking, seconds)
     finally:
         unbind(token)
 

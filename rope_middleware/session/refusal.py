@@ -25,7 +25,7 @@ from rope_middleware.scope.outcome import (
 )
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import aborted_by, suspect, tells_of_aborted
-from rope_middleware.session.doubt import can_be_asked, transaction_id
+from rope_middleware.session.doubt import can_be_asked, trace_of
 from rope_middleware.session.locks import name_other_side
 from rope_middleware.session.lost import is_lost, note_refused_connects, was_sent
 from rope_middleware.session.trial import LOST, Attempt, find_trial, is_of_session, trial_for
@@ -208,8 +208,8 @@ def _on_commit(connection: Connection) -> None:
     attempt.is_of_session = is_of_session(scope, connection)
     if attempt.wrote and can_be_asked(connection):
         try:
-            attempt.xid = transaction_id(connection)
-            attempt.wrote = attempt.xid is not None
+            attempt.trace = trace_of(connection)
+            attempt.wrote = attempt.trace is not None
         except DBAPIError as error:
             if not tells_of_aborted(error):
                 raise  # a line that broke before COMMIT was sent

@@ -6,7 +6,7 @@ application makes by ``session.connection().commit()``, and whatever its own lis
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.base import Transaction
@@ -21,6 +21,7 @@ __all__ = [
     "LOST",
     "SENT",
     "Attempt",
+    "Trace",
     "Trial",
     "attempts_lost",
     "find_trial",
@@ -29,6 +30,15 @@ __all__ = [
 ]
 
 SENT, LOST = range(2)
+
+
+class Trace(NamedTuple):
+    """By what a transaction that is about to commit is found again."""
+
+    xid: int
+    """Its id, with the epoch."""
+    until: float
+    """The server's clock when it had the id already, in seconds since 1970."""
 
 
 class Attempt:
@@ -47,9 +57,9 @@ class Attempt:
         "is_of_session",
         "is_twophase",
         "state",
+        "trace",
         "transaction",
         "wrote",
-        "xid",
     )
 
     def __init__(
@@ -61,7 +71,7 @@ class Attempt:
         self.wrote: bool = wrote
         self.is_twophase: bool = is_twophase
         self.is_of_session: bool = True  # of the scope; False of a connection besides
-        self.xid: str | None = None  # PostgreSQL's transaction id, where it is known
+        self.trace: Trace | None = None  # by which PostgreSQL can be asked, where it is known
         self.error: BaseException | None = None  # by which its answer was lost
         self.state: int = SENT
 
