@@ -22,6 +22,7 @@ from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it
 from rope_middleware.session.factories import check_callables, check_session
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
 from rope_middleware.session.release import has_connection, inner_session, release
+from rope_middleware.session.sharing import noting
 from rope_middleware.session.tie import check_loop, listen
 
 from sqlalchemy.ext.asyncio import (  # isort: skip
@@ -47,7 +48,7 @@ def _with_own_class(factory: Any, kw: dict[str, Any]) -> dict[str, Any]:
     """Let an async_sessionmaker's sessions have an inner class of ours.
 
     By itself it is `Session`, the base of everybody's sessions: listening to that would cost all
-    of them.
+    of them. And ours tells of two tasks that share it, also where nobody else does.
     """
     if not isinstance(factory, async_sessionmaker):
         return kw
@@ -59,7 +60,7 @@ def _with_own_class(factory: Any, kw: dict[str, Any]) -> dict[str, Any]:
     )
     own = _own_classes.get(base)
     if own is None:
-        own = type(base.__name__, (base,), {"__module__": base.__module__})
+        own = type(base.__name__, (base,), {"__module__": base.__module__, **noting(base)})
         listen(own)
         own = _own_classes.setdefault(base, own)
     return {**kw, "sync_session_class": own}

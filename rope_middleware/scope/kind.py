@@ -95,6 +95,10 @@ class SessionKind(Protocol):
         """Add notes to an error that has left a scope with sessions of this kind."""
         ...
 
+    def tells_why(self, session: Any, error: BaseException, name: str, /) -> bool:
+        """Tell in the log why the end of scope `name` cannot close `session`, where it is known."""
+        ...
+
     def owns(self, session: Any, /) -> bool:
         """Tell whether the current session of this kind is `session`; plain ones only."""
         ...

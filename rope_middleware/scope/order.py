@@ -175,11 +175,12 @@ def invalidate_failed(
     scope: Scope, kind: SessionKind, session: Any, error: BaseException
 ) -> BaseException | None:
     """Log `error` and invalidate what the session holds; return what is to be raised."""
-    logger.error(
-        "closing a session of %r failed, its connection is invalidated: %s",
-        scope.name,
-        traceback_of(error),
-    )
+    if not kind.tells_why(session, error, scope.name):
+        logger.error(
+            "closing a session of %r failed, its connection is invalidated: %s",
+            scope.name,
+            traceback_of(error),
+        )
     try:
         kind.invalidate(session)
     except Exception:

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.session import closing, committing
 from rope_middleware.session.kinds import SyncKind
-from rope_middleware.session.sharing import note_reason, note_rollback
+from rope_middleware.session.sharing import note_reason, note_rollback, tell_cut_off
 
 __all__ = ["ASYNC", "FOREIGN_ASYNC", "AsyncKind", "ForeignAsyncKind"]
 
@@ -79,6 +79,10 @@ class AsyncKind(SyncKind):
     def explain(self, error: BaseException, /) -> None:
         note_rollback(error)
         note_reason(error)
+
+    def tells_why(self, session: Any, error: BaseException, name: str, /) -> bool:
+        inner = self.inner(session)
+        return inner is not None and tell_cut_off(inner, error, name)
 
 
 class ForeignAsyncKind(AsyncKind):

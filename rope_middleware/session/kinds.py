@@ -92,6 +92,9 @@ class SyncKind:
     def explain(self, error: BaseException, /) -> None:
         note_rollback(error)
 
+    def tells_why(self, _: Any, __: BaseException, ___: str, /) -> bool:
+        return False
+
     def owns(self, _: Any, /) -> bool:
         return False
 

@@ -21,7 +21,7 @@ from rope_middleware.session.aside import put_aside, put_back
 from rope_middleware.session.busy import is_busy
 from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.registry import ScopeRegistry
-from rope_middleware.session.sharing import note_reason
+from rope_middleware.session.sharing import note_reason, tell_cut_off
 from rope_middleware.session.tie import listen, tie_of
 
 __all__ = ["PlainSessions", "kinds_of"]
@@ -152,6 +152,10 @@ class PlainSessions:
         session = self.find()
         if session is not None:
             closing.detach(session)
+
+    def tells_why(self, _: Any, error: BaseException, name: str, /) -> bool:
+        session = self.find()
+        return self.is_async and session is not None and tell_cut_off(session, error, name)
 
     def explain(self, error: BaseException, /) -> None:
         if self.is_async:

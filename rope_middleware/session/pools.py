@@ -21,9 +21,8 @@ class _Arguments(Exception):  # noqa: N818 - carries an answer, is no error
 class _Asking:
     """Stands for a pool whose `recreate()` is asked what it would pass on."""
 
-    logger: logging.Logger = logging.getLogger(
-        "rope_middleware.nobody"
-    )  # "Pool recreating": it is not
+    # It would say "Pool recreating", and nothing is. (One of getLogger() is heard by the root.)
+    logger: logging.Logger = logging.Logger("nobody", logging.CRITICAL)  # noqa: LOG001
 
     def __init__(self, pool: Pool) -> None:
         self.__pool = pool

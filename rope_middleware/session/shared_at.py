@@ -12,14 +12,14 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.session.lines import Line, frames_of_task, is_sqlalchemys, line_of
 
-__all__ = ["lines_of_both"]
+__all__ = ["line_of_other", "session_in"]
 
 
-def lines_of_both(error: BaseException) -> tuple[Line | None, Line | None]:
-    """Return the line that `error` was raised from, and the one where another task is."""
+def session_in(error: BaseException) -> tuple[Session | None, Line | None]:
+    """Return the session that `error` was raised in, and the line that called it."""
     frames = list(_frames(error.__traceback__))[::-1]
     session = next((found for frame in frames if (found := _session_of(frame))), None)
-    return line_of(frames), None if session is None else _line_of_other(session)
+    return session, line_of(frames)
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[FrameType]:
@@ -47,7 +47,8 @@ def _session_of(frame: FrameType) -> Session | None:
 _COPIES = sys.version_info < (3, 13)
 
 
-def _line_of_other(session: Session) -> Line | None:
+def line_of_other(session: Session) -> Line | None:
+    """Return where another task is in the middle of a call on `session`, or None."""
     try:
         current = asyncio.current_task()
         tasks = asyncio.all_tasks()

@@ -1,21 +1,25 @@
 """Errors of a session that say what is wrong, and not why: the notes that do.
 
 Two tasks have shared it (Y3), an object that a commit has expired was read, or an error handler has
-used a session whose flush had failed.
+used a session whose flush had failed. Most notes are added where the error leaves a scope. That of
+a shared session is added where it is raised, because GraphQL and Socket.IO answer it themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
-from typing import cast
+from functools import wraps
+from typing import Any, cast
 
-from sqlalchemy.exc import MissingGreenlet, PendingRollbackError
+from sqlalchemy.exc import IllegalStateChangeError, MissingGreenlet, PendingRollbackError
+from sqlalchemy.orm import Session
 
-from rope_middleware.session.lines import text_of
-from rope_middleware.session.shared_at import lines_of_both
+from rope_middleware.session.lines import Line, application_line, text_of
+from rope_middleware.session.shared_at import line_of_other, session_in
 from rope_middleware.session.telling import tell_once
 
-__all__ = ["note_reason", "note_rollback"]
+__all__ = ["note_reason", "note_rollback", "note_shared", "noting", "tell_cut_off"]
 
 _SHARED_SESSION = (
     "Two tasks have probably used one AsyncSession at the same time, which SQLAlchemy does not "
@@ -70,21 +74,85 @@ def _add_note(error: BaseException) -> None:
 
 def _note_for(error: BaseException) -> str:
     if _tells_of_sharing(error):
-        if any(note.startswith(_SHARED_SESSION) for note in getattr(error, "__notes__", ())):
-            return ""
-        return _SHARED_SESSION + _both(error)
+        notes: list[str] = getattr(error, "__notes__", [])
+        known = next((note for note in notes if note.startswith(_SHARED_SESSION)), None)
+        return known or _SHARED_SESSION + _both(*session_in(error))
     return _EXPIRED if isinstance(error, MissingGreenlet) else ""
 
 
-def _both(error: BaseException) -> str:
+def _both(session: Session | None, here: Line | None) -> str:
     """Say at which lines the two tasks are, and tell it once in the log."""
-    here, other = lines_of_both(error)
     if here is None:
         return ""
+    other = None if session is None else line_of_other(session)
     where = f" This one is at {text_of(here)}"
     where += "." if other is None else f", the other at {text_of(other)}."
     tell_once("shared", here, "%s%s", _SHARED_SESSION, where)
+    if session is not None:
+        session.__dict__[_TOLD] = True
     return where
+
+
+_TOLD = "_rope_middleware_shared"  # in a session: it has been told that two tasks share it
+
+
+def note_shared(session: Session, error: BaseException) -> None:
+    """Add to an error of `session` the note that two tasks share it, where it tells of that."""
+    if _tells_of_sharing(error) and not getattr(error, "__notes__", None):
+        error.add_note(_SHARED_SESSION + _both(session, application_line(2)))
+
+
+_CALLS = (
+    *("commit", "connection", "execute", "flush", "get", "get_one", "merge", "refresh"),
+    *("rollback", "scalar", "scalars"),
+)
+
+
+def noting(base: type[Session]) -> dict[str, Any]:
+    """Return methods for a subclass of `base`: as they were, but their errors get the note."""
+    return {name: _noting(getattr(base, name)) for name in _CALLS if hasattr(base, name)}
+
+
+def _noting(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(self: Session, *args: Any, **kw: Any) -> Any:
+        try:
+            return method(self, *args, **kw)
+        except Exception as error:
+            note_shared(self, error)
+            raise
+
+    return call
+
+
+def tell_cut_off(session: Session, error: BaseException, name: str) -> bool:
+    """Say in which line another task still uses a session that the end of its scope cannot close.
+
+    Args:
+        session: whose connection is invalidated for it.
+        error: what its close() has raised.
+        name: of the scope.
+
+    Returns:
+        Whether it has been said, here or where the two tasks met.
+    """
+    if not isinstance(error, IllegalStateChangeError):
+        return False
+    if session.__dict__.pop(_TOLD, False):
+        return True
+    line = line_of_other(session)
+    if line is None:
+        return False
+    tell_once(
+        "cut off",
+        line,
+        "%r has ended while another task was in the middle of a call on its AsyncSession, at %s: "
+        "that call is cut off. Await the task before the end, or give its work a scope of its own, "
+        "'async with open_scope():'.",
+        name,
+        text_of(line),
+    )
+    return True
 
 
 # The drivers' own errors of this kind: asyncpg's InterfaceError, psycopg's OperationalError.

@@ -459,6 +459,7 @@ async def test_S4_async_close_rollback_and_inspection_do_not_raise(store: Store)
     assert store.held() == 0
 
 
+@pytest.mark.told
 async def test_S4_async_a_call_under_way_when_the_scope_ends_leaves_nothing_behind(
     store: Store,
 ) -> None:

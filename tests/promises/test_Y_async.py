@@ -327,6 +327,80 @@ async def test_Y3_the_note_names_both_lines(store: Store, said: Said) -> None:
     assert len([text for text in said.warnings if "Two tasks" in text]) == 1
 
 
+@pytest.mark.told
+async def test_Y3_the_log_tells_it_where_the_application_swallows_the_error(
+    store: Store, said: Said
+) -> None:
+    """As GraphQL does, which answers an error of a resolver itself: once for each line."""
+    jenny = AsyncSessionJenny(async_sessionmaker(store.async_engine))
+
+    async def one() -> None:
+        await jenny.execute(text("SELECT 1"))
+
+    async def other() -> None:
+        await jenny.scalars(text("SELECT 2"))
+
+    async def handler() -> None:
+        results = await asyncio.gather(one(), other(), return_exceptions=True)
+        (error,) = [result for result in results if result is not None]
+        assert len([note for note in error.__notes__ if "open_scope" in note]) == 1
+
+    for _ in range(3):
+        await store.async_engine.dispose()
+        await serve(handler)
+    (warning,) = said.warnings
+    assert "Two tasks" in warning and "open_scope" in warning
+    for query in (one, other):
+        assert f"{Path(__file__).name}:{query.__code__.co_firstlineno + 1}" in warning
+    assert [record.levelname for record in said.records] == ["WARNING"]
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("own_factory", [False, True])
+async def test_Y3_no_line_says_that_closing_a_session_has_failed(
+    store: Store, said: Said, own_factory: bool
+) -> None:
+    """The first task is still at it when the second one's error ends the scope."""
+    make = async_sessionmaker(store.async_engine)
+    jenny = AsyncSessionJenny((lambda: make()) if own_factory else make)
+
+    async def query() -> None:
+        await jenny.execute(text("SELECT 1"))
+
+    await store.async_engine.dispose()
+    with pytest.raises(InvalidRequestError) as caught:
+        async with open_scope():
+            await asyncio.gather(query(), query())
+    assert len([note for note in caught.value.__notes__ if "open_scope" in note]) == 1
+    assert len(said.warnings) == 1
+    assert [record.levelname for record in said.records] == ["WARNING"]
+    await poll(lambda: store.held() == 0)
+
+
+@pytest.mark.told
+async def test_Y3_a_task_that_outlives_its_scope_is_told_with_its_line(
+    store: Store, said: Said
+) -> None:
+    """The end meets it in the middle of a call: its line and the cure, and no traceback of ours."""
+    tasks: list[asyncio.Task[None]] = []
+
+    async def late() -> None:
+        await store.jenny.execute(text("SELECT 1"))
+
+    async def handler() -> None:
+        tasks.append(asyncio.create_task(late()))
+        await asyncio.sleep(0)
+
+    await store.async_engine.dispose()
+    await serve(handler)
+    (warning,) = said.warnings
+    assert "another task was in the middle of a call" in warning and "open_scope" in warning
+    assert f"{Path(__file__).name}:{late.__code__.co_firstlineno + 1}" in warning
+    assert [record.levelname for record in said.records] == ["WARNING"]
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await poll(lambda: store.held() == 0)
+
+
 async def test_Y3_another_error_gets_no_note(store: Store) -> None:
     """The note is for sessions that are shared."""
 
