@@ -1,10 +1,11 @@
-"""Writes the outcome of the table down as a page of the documentation."""
+"""Writes the outcome of the tables down as a page of the documentation: the results first."""
 
 from __future__ import annotations
 
 import platform
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterable
 from inspect import cleandoc
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from tests.matrix.checks import Checks
 from tests.matrix.databases import DRIVERS
 from tests.matrix.frameworks import FRAMEWORKS
+from tests.matrix.libraries import LIBRARIES, Library
 from tests.matrix.rows import ROWS, Row, version_of
 from tests.matrix.servers import SERVERS
 
@@ -22,10 +24,31 @@ DATABASE = "database"
 TEXT = """\
 # Compatibility
 
-RopeMiddleware is run with real frameworks on real servers, each a process of its own, and with
-real databases: each framework on a server with each kind of session that it can have, each server
-with a framework, each database by each of its drivers. A row is one small application with six
-routes (read, write, raise, stream, slow, concurrent), and passes where all of this holds:
+{summary}
+
+## Frameworks, servers and databases
+
+Each cell names the server. *async* means an `AsyncSession`, everything else is a `Session`.
+
+{grid}
+
+{problems}
+
+## Libraries
+
+Each is used in requests: some write, one fails, and the next ones see what they should.
+
+{libraries}
+
+## Versions
+
+{versions}
+
+## What is checked
+
+Each framework runs on real servers, in processes of their own, with real databases: with each kind
+of session that it can have, and each database by each of its drivers. The application has six
+routes (read, write, raise, stream, slow, concurrent). A cell is ticked if all of this holds:
 
 {checks}
 
@@ -33,24 +56,27 @@ After each of them no session has been mixed up, no scope is open, no connection
 pool, the database itself sees none that is in a transaction, and neither SQLAlchemy's pool nor
 asyncio has complained.
 
-This page is made by `make compatibility`. A row whose server or database is not there is skipped
-and says why. PostgreSQL comes with the tests' own dependencies. For MariaDB its server has to be
-installed (on Debian and Ubuntu `make get-servers` does that; the package `mariadb-server-core` is
-enough), and the tests start one; or a running one is named in `DATABASE_URL_MARIADB`, such as that
-of `make mariadb`, which several runs can share.
-
-{python}
-
-{rows}
-
 {notes}
+
+`make compatibility` writes this page. A row is skipped, with its reason, if its server or database
+is not there. PostgreSQL comes with the packages of the tests. `make get-servers` installs MariaDB
+on Debian and Ubuntu; `DATABASE_URL_MARIADB` may name a running one, such as that of `make mariadb`.
 """
 
-HEAD = ("Framework", "Server", "Session", "Driver", "Database", "Result")
+SYSTEMS = {"sqlite": "SQLite", "postgresql": "PostgreSQL", "mariadb": "MariaDB"}
+PASSED = "passed"
 
 
 def names_of(checks: type[Checks]) -> list[str]:
     return [name for name in vars(checks) if name.startswith("test_")]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table that keeps within a phone: see `docs/_static/pages.css`."""
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f":::{{table}}\n:class: grid\n\n{text}\n:::"
 
 
 class Page:
@@ -66,7 +92,9 @@ class Page:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         name, _, found = report.nodeid.rpartition("::")[2].removesuffix("]").partition("[")
-        if found not in self.by_id or name not in names_of(Checks):
+        if not found and name.removeprefix("test_") in LIBRARIES:
+            found = name.removeprefix("test_")
+        elif found not in self.by_id or name not in names_of(Checks):
             return
         for key, value in report.user_properties:
             if key == DATABASE:
@@ -86,47 +114,104 @@ class Page:
         terminalreporter.write_line(f"The outcome is in {self.file}.")
 
     def text(self) -> str:
-        python = (
-            f"{platform.python_implementation()} {platform.python_version()} on "
-            f"{platform.system()}, SQLAlchemy {version_of('SQLAlchemy')}, "
-            f"rope-middleware {version_of('rope-middleware')}:"
-        )
         documents = [cleandoc(vars(Checks)[name].__doc__) for name in names_of(Checks)]
-        rows = [HEAD, ("---",) * len(HEAD), *map(self.cells, ROWS)]
+        libraries = (
+            (f"{self.mark(name)} {_named(one.distribution)}", one.given, one.use)
+            for name, one in LIBRARIES.items()
+        )
+        head = ("", *(f"{name} {self.version_of_system(key)}" for key, name in SYSTEMS.items()))
         return TEXT.format(
+            summary=self.summary(),
+            grid=table(head, map(self.cells, FRAMEWORKS)),
+            problems="\n".join(self.problems()),
+            libraries=table(("", "is given", "in requests"), libraries),
+            versions="\n".join(_versions()),
             checks="\n".join(f"- {document}" for document in documents),
-            python=python,
-            rows="\n".join(f"| {' | '.join(cells)} |" for cells in rows),
-            notes="\n".join(self.notes()),
+            notes="\n".join(_notes()),
         )
 
-    def cells(self, row: Row) -> tuple[str, ...]:
-        server, driver = SERVERS[row.server], DRIVERS[row.driver]
-        return (
-            f"{row.framework} {version_of(FRAMEWORKS[row.framework].distribution)}",
-            f"{row.server} {version_of(server.distribution)}",
-            "AsyncSession" if row.is_async else "Session",
-            f"`{row.driver}` {version_of(driver) if driver else ''}".strip(),
-            self.databases.get(str(row), "").strip(),
-            self.result(str(row)),
+    def summary(self) -> str:
+        wanted = [*self.by_id, *LIBRARIES]
+        good = sum(self.result(name) == PASSED for name in wanted)
+        many = "All" if good == len(wanted) else f"{good} of"
+        return textwrap.fill(
+            f"**{many} {len(wanted)} passed**: {len(ROWS)} combinations of {len(FRAMEWORKS)} "
+            f"frameworks, {len(SERVERS)} servers and {len(DRIVERS)} drivers, and "
+            f"{len(LIBRARIES)} libraries. {platform.python_implementation()} "
+            f"{platform.python_version()} on {platform.system()}, {_named('SQLAlchemy')}, "
+            f"{_named('rope-middleware')}.",
+            100,
         )
 
-    def result(self, row: str) -> str:
-        if self.failed[row]:
-            return f"**failed**: {', '.join(sorted(self.failed[row]))}"
-        if row in self.skipped:
-            return f"skipped: {self.skipped[row]}"
-        missing = set(names_of(Checks)) - self.passed[row]
-        return f"not run: {', '.join(sorted(missing))}" if missing else "passed"
+    def cells(self, framework: str) -> list[str]:
+        cells = [f"**{framework}**"]
+        for system in SYSTEMS:
+            rows = [
+                row
+                for row in ROWS
+                if row.framework == framework and row.driver.startswith(f"{system}+")
+            ]
+            cells.append("<br>".join(map(self.cell, rows)))
+        return cells
 
-    def notes(self) -> list[str]:
-        notes = []
-        if one := [name for name, kind in SERVERS.items() if not kind.overlaps]:
-            notes.append(f"{', '.join(one)}: serves one request at a time, so none overlap there.")
-        if deaf := [name for name, found in FRAMEWORKS.items() if not found.tells_of_leaving]:
-            notes.append(
-                f"{', '.join(deaf)}: the framework does not tell a stream that its client has "
-                "gone. It goes on to its own end, and its scope with it."
-            )
-        notes += [f"{name}: {found.note}" for name, found in FRAMEWORKS.items() if found.note]
-        return [textwrap.fill(f"- {note}", 100, subsequent_indent="  ") for note in notes]
+    def cell(self, row: Row) -> str:
+        return f"{self.mark(str(row))} {row.server}{', async' if row.is_async else ''}"
+
+    def mark(self, name: str) -> str:
+        result = self.result(name)
+        return {"passed": "✓", "failed": "✗"}.get(result.partition(":")[0], "-")
+
+    def version_of_system(self, system: str) -> str:
+        for name, row in self.by_id.items():
+            if row.driver.startswith(f"{system}+") and name in self.databases:
+                return self.databases[name].partition(" ")[2]
+        return ""
+
+    def result(self, name: str) -> str:
+        if self.failed[name]:
+            return f"failed: {', '.join(sorted(self.failed[name]))}"
+        if name in self.skipped:
+            return f"skipped: {self.skipped[name]}"
+        wanted = {f"test_{name}"} if name in LIBRARIES else set(names_of(Checks))
+        missing = wanted - self.passed[name]
+        return f"not run: {', '.join(sorted(missing))}" if missing else PASSED
+
+    def problems(self) -> list[str]:
+        told = {name: self.result(name) for name in [*self.by_id, *LIBRARIES]}
+        return [f"- {name}: {result}" for name, result in told.items() if result != PASSED]
+
+
+def _named(distribution: str) -> str:
+    return f"{distribution} {version_of(distribution)}".strip()
+
+
+def _versions() -> list[str]:
+    kinds: dict[str, Iterable[str]] = {
+        "Frameworks": (found.distribution for found in FRAMEWORKS.values()),
+        "Servers": (kind.distribution for kind in SERVERS.values()),
+        "Drivers": filter(None, DRIVERS.values()),
+    }
+    return [
+        textwrap.fill(
+            f"- {kind}: {', '.join(_named(name) for name in dict.fromkeys(found))}.",
+            100,
+            subsequent_indent="  ",
+        )
+        for kind, found in kinds.items()
+    ]
+
+
+def _notes() -> list[str]:
+    notes = []
+    if one := [name for name, kind in SERVERS.items() if not kind.overlaps]:
+        notes.append(f"{', '.join(one)}: serves one request at a time, so none overlap there.")
+    if deaf := [name for name, found in FRAMEWORKS.items() if not found.tells_of_leaving]:
+        notes.append(
+            f"{', '.join(deaf)}: the framework does not tell a stream that its client has "
+            "gone. It goes on to its own end, and its scope with it."
+        )
+    noted: dict[str, Library | object] = {**FRAMEWORKS, **LIBRARIES}
+    for name, found in noted.items():
+        if note := getattr(found, "note", ""):
+            notes.append(f"{getattr(found, 'distribution', name)}: {note}")
+    return [textwrap.fill(f"- {note}", 100, subsequent_indent="  ") for note in notes]

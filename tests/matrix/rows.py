@@ -77,6 +77,7 @@ ASGI_ASYNC = (
     Row("litestar", "granian", "postgresql+psycopg_async"),
     Row("quart", "hypercorn", "postgresql+asyncpg"),
     Row("falcon-asgi", "uvicorn", "mariadb+asyncmy"),
+    Row("fastapi", "gunicorn-asgi", "postgresql+asyncpg"),
 )
 
 WSGI = (

@@ -96,6 +96,15 @@ SERVERS: dict[str, Kind] = {
     "daphne": Kind(
         "asgi", "daphne", module("daphne", "--fd", "{fd}", "--application-close-timeout", "10", APP)
     ),
+    # Its worker of its own: it cancels the task of a request whose client has gone.
+    "gunicorn-asgi": Kind(
+        "asgi",
+        "gunicorn",
+        module(
+            *("gunicorn", "--bind", "fd://{fd}", "--worker-class", "asgi", "--workers", "1"),
+            *("--graceful-timeout", "5", "--log-level", "warning", "--no-control-socket", APP),
+        ),
+    ),
     "gunicorn-sync": Kind("wsgi", "gunicorn", elsewhere("gunicorn-sync"), overlaps=False),
     "gunicorn-gthread": Kind("wsgi", "gunicorn", elsewhere("gunicorn-gthread")),
     "gunicorn-gevent": Kind("wsgi", "gunicorn", elsewhere("gunicorn-gevent")),
