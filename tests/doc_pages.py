@@ -5,7 +5,7 @@ A page is read by Sybil. What is done with a block depends on its language:
 - ``python``: executed in one namespace for the page, in an empty folder. Where the block has a
   caption, or begins with ``# name.py`` (GitHub shows no captions), it is a file of that name:
   written, and imported if it is a module of the folder. What pytest collects is written only, and
-  the page has to go on with ``$ pytest``.
+  the page has to go on with ``$ pytest``. ``name.py, at the end`` adds the block to that file.
 - ``none``: a drawing.
 - ``text``: what the python block before it has printed; ``...`` stands for anything.
 - ``console``: each command is run, or checked as far as it can be: see `Console`. Lines without
@@ -54,6 +54,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COLLECTED = re.compile(r"(?:^|/)(test_\w+|tests|conftest)\.py$")
 NAMED = re.compile(r"# ([\w/]+\.py)$", re.M)
 SERVERS = {"uvicorn", "gunicorn", "hypercorn", "granian", "waitress-serve", "celery", "rq", "flask"}
+AT_THE_END = ", at the end"
 CHECKOUT = "../rope_middleware"  # where the pages say that it lies
 WHEEL = "dist/rope_middleware-*.whl"
 
@@ -162,13 +163,15 @@ class Page:
         self.printed.append((example.line, printed.getvalue()))
 
     def _write(self, example: Example, caption: str) -> None:
-        path = self.folder / self._console.here / caption
+        name = caption.removesuffix(AT_THE_END)
+        path = self.folder / self._console.here / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(example.parsed)
-        compile(example.parsed, path, "exec", dont_inherit=True)
-        if COLLECTED.search(caption):
-            self._uncollected = caption
-        elif "/" not in caption and not self._console.served:
+        before = "" if name == caption else path.read_text() + "\n\n"
+        path.write_text(before + example.parsed)
+        compile(path.read_text(), path, "exec", dont_inherit=True)
+        if COLLECTED.search(name):
+            self._uncollected = name
+        elif "/" not in name and not self._console.served:
             importlib.invalidate_caches()
             sys.modules.pop(path.stem, None)  # shown once more, longer
             module = importlib.import_module(path.stem)
@@ -235,7 +238,7 @@ class Console:
     - ``pip install``: the package's extras exist, and every other package is installed here.
     - ``make``: the target exists.
     - servers and workers: they know the options, and the application is one of the page's. Where
-      the page is `served` they are started, and ``curl`` asks the one that runs.
+      the page is `served` those on port 8000 are started, and ``curl`` asks the one that runs.
     - everything else is run, and has to end without an error.
     """
 
@@ -275,7 +278,7 @@ class Console:
         if special is not None:
             printed: str | None = special(words[1:])
             return printed
-        if words[0] in SERVERS:
+        if words[0] in SERVERS and not (words[0] == "flask" and "run" not in words):
             return self._serve(words, values)
         if self.served:
             words = [word.replace(":8000", f":{self._port}") for word in words]
@@ -337,6 +340,7 @@ class Console:
         answer = httpx.request(
             method,
             url.copy_with(host=HOST, port=self._port),
+            content=words[words.index("-d") + 1] if "-d" in words else None,
             timeout=PATIENCE,
             verify=False,
             trust_env=False,
@@ -376,7 +380,7 @@ class Console:
                 option = word.split("=")[0]
                 assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", known), words
         for word in rest:
-            if re.fullmatch(r"[\w.]+:\w+", word):
+            if re.fullmatch(r"[\w.]+:[a-z]\w*", word):
                 module, _, name = word.partition(":")
                 path = self._page.folder / self.here / f"{module.replace('.', '/')}.py"
                 assert re.search(rf"^{name}\b", path.read_text(), re.MULTILINE), words
@@ -385,12 +389,12 @@ class Console:
 
     def _serve(self, words: list[str], values: dict[str, str]) -> str | None:
         self.check_server(words)
-        if not self.served:
-            return None
+        if not self.served or "8000" not in " ".join(words):
+            return None  # in production the port is another matter
         # Two servers of a page would want the same port: the one before is stopped first.
         self.stop()
         self._port = free_port()
-        words[words.index("8000")] = str(self._port)
+        words = [re.sub(r"\b8000$", str(self._port), word) for word in words]
         command: Command = self._server.enter_context(
             run_command(
                 [self._program(words[0]), *words[1:]],
