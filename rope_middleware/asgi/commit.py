@@ -34,7 +34,9 @@ class Gate(answer.Gate):
         replay: the request's body for another try; None where there is none to come.
     """
 
-    __slots__ = ("_replay", "_request", "_send", "_settled")
+    __slots__ = ("_replay", "_request", "_send")
+
+    _settled: Any = None  # an anyio.Event, where another task waits for the commit
 
     def __init__(
         self,
@@ -46,14 +48,11 @@ class Gate(answer.Gate):
         # The base's, without the price of a call.
         self._scope = scope
         self._may_replay = None if replay is None else replay.can_repeat
-        self.state: int = WAITING
-        self.commits: bool = False
-        self.why: str = ""
-        self.raised: BaseException | None = None
+        self.state = WAITING
+        self.commits = False
         self._send = send
         self._request = request
         self._replay = replay
-        self._settled: Any = None  # an anyio.Event, where another task waits for the commit
 
     def send(self, message: Message) -> Awaitable[None]:
         """Take a message from the app."""

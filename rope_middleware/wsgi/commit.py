@@ -12,7 +12,7 @@ from rope_middleware.scope.response import doom_rest, is_head
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.committing import settle
 from rope_middleware.wsgi.begun import Begun, close_unsent
-from rope_middleware.wsgi.body import Body, hand_on
+from rope_middleware.wsgi.body import Body, ListBody, hand_on
 from rope_middleware.wsgi.files import is_streamed
 
 if TYPE_CHECKING:
@@ -41,17 +41,11 @@ class Gate(answer.Gate):
         owns: False where another middleware ends the scope.
     """
 
-    __slots__ = (
-        "_call",
-        "_environ",
-        "_instead",
-        "_owns",
-        "_replay",
-        "_start_response",
-        "_write_on",
-    )
+    __slots__ = ("_call", "_environ", "_owns", "_replay", "_start_response")
 
     _environ: WSGIEnvironment
+    _instead: WSGIApplication | None = None  # what `on_commit_error` has returned
+    _write_on: Callable[[bytes], object] | None = None
 
     def __init__(
         self,
@@ -63,16 +57,12 @@ class Gate(answer.Gate):
         # The base's, without the price of a call.
         self._scope = scope
         self._may_replay = None if replay is None else replay.can_repeat
-        self.state: int = WAITING
-        self.commits: bool = False
-        self.why: str = ""
-        self.raised: BaseException | None = None
-        self._instead: WSGIApplication | None = None  # what `on_commit_error` has returned
+        self.state = WAITING
+        self.commits = False
         self._start_response = start_response
         self._replay = replay
         self._owns = owns
         self._call: Any = None  # the app's call of start_response, while it is held back
-        self._write_on: Callable[[bytes], object] | None = None
 
     def serve(self, app: WSGIApplication, environ: WSGIEnvironment) -> Iterable[bytes]:
         """Call the app; return what the server gets, or AGAIN for another try.
@@ -84,6 +74,11 @@ class Gate(answer.Gate):
         self._environ = environ
         try:
             body = app(environ, self.start_response)
+            kind = type(body)
+            if kind is list or kind is tuple:  # most of all: 0.3 us less than the way below
+                self.announce()
+                if self.state == STARTED and self._owns:
+                    return ListBody(body, self._scope, self.commits)
             streamed = self.state == WAITING and is_streamed(body, environ)
             if streamed and self._may_replay is not None:
                 body = Begun(body)  # its first chunk may fail, and the request be run again
@@ -120,6 +115,9 @@ class Gate(answer.Gate):
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
         """Take the app's call."""
+        if exc_info is None and self._call is None and self.state == WAITING:
+            self._call = status, headers
+            return self._write
         call: Any = (status, headers) if exc_info is None else (status, headers, exc_info)
         if self._call is not None and exc_info is None and self.state == WAITING:
             # Called twice, a fatal error (PEP 3333): nothing is committed, the server shall say so.
@@ -241,9 +239,18 @@ class Gate(answer.Gate):
         return [] if is_head(self._scope) else [SERVER_ERROR]
 
 
+_CODES: dict[str, int] = {
+    str(code): code for code in (*range(200, 210), *range(300, 310), *range(400, 430), 500)
+}
+
+
 def _code(status: object) -> int:
     """Return the number in a status line; 500 for what the server is going to refuse."""
+    text = str(status)[:3]
+    known = _CODES.get(text)  # 0.1 us less than to read a number
+    if known is not None:
+        return known
     try:
-        return int(str(status)[:3])
+        return int(text)
     except ValueError:
         return 500
