@@ -70,6 +70,7 @@ HOUSE = (
     "session.committing",
     "session.refusal",
     "session.shared_at",
+    "session.loading",
     "session.sharing",
     "session.busy",
     "session.kinds",

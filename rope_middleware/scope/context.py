@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rope_middleware.scope.scope import Scope
 
 __all__ = [
+    "MOST_CAUSES",
     "SCOPE_KEY",
     "check_stays",
     "class_of",

@@ -41,6 +41,7 @@ __all__ = [
     "end_closing",
     "end_failed",
     "explain",
+    "explainers",
     "is_untouched",
     "roll_back",
 ]
@@ -240,9 +241,15 @@ def end_closing(scope: Scope) -> None:
 # -- errors, forks ---------------------------------------------------------------------------------
 
 
+explainers: list[Callable[[BaseException], None]] = []
+"""What adds notes to an error that leaves a scope, whatever sessions the scope has."""
+
+
 def explain(scope: Scope, error: BaseException) -> None:
-    """Let the kinds of the scope's sessions add notes to an error that leaves the scope."""
+    """Let those who know add notes to an error that leaves the scope."""
     scope._has_failed = True
+    for add_notes in explainers:
+        add_notes(error)
     for key in list(scope._sessions or ()):
         key.kind.explain(error)
     if scope._cuts_results and isinstance(error, Exception):

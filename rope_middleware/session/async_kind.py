@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.session import closing, committing
 from rope_middleware.session.kinds import SyncKind
-from rope_middleware.session.sharing import note_reason, note_rollback, tell_cut_off
+from rope_middleware.session.sharing import tell_cut_off
 
 __all__ = ["ASYNC", "FOREIGN_ASYNC", "AsyncKind", "ForeignAsyncKind"]
 
@@ -75,10 +75,6 @@ class AsyncKind(SyncKind):
 
     def detach(self, session: Any, /) -> None:
         closing.detach(session.sync_session)
-
-    def explain(self, error: BaseException, /) -> None:
-        note_rollback(error)
-        note_reason(error)
 
     def tells_why(self, session: Any, error: BaseException, name: str, /) -> bool:
         inner = self.inner(session)

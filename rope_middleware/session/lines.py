@@ -27,6 +27,7 @@ __all__ = [
     "is_sqlalchemys",
     "line_of",
     "text_of",
+    "variables_of",
 ]
 
 Line = tuple[CodeType, int]
@@ -219,6 +220,20 @@ def is_sqlalchemys(frame: FrameType) -> bool:
 def is_ours(frame: FrameType) -> bool:
     """Tell whether `frame` runs code of this package."""
     return frame.f_code.co_filename.startswith(_OURS)
+
+
+# Before Python 3.13 what is read is a copy that stays in the frame, and keeps what it refers to.
+_COPIES = sys.version_info < (3, 13)
+
+
+def variables_of(frame: FrameType, *names: str) -> list[Any]:
+    """Return local variables of `frame`; None for what it does not have."""
+    variables = frame.f_locals
+    found = [variables.get(name) for name in names]
+    if _COPIES:
+        del variables
+        frame.f_locals.clear()
+    return found
 
 
 def text_of(line: Line) -> str:

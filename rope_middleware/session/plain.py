@@ -21,7 +21,7 @@ from rope_middleware.session.aside import put_aside, put_back
 from rope_middleware.session.busy import is_busy
 from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.registry import ScopeRegistry
-from rope_middleware.session.sharing import note_reason, tell_cut_off
+from rope_middleware.session.sharing import tell_cut_off
 from rope_middleware.session.tie import listen, tie_of
 
 __all__ = ["PlainSessions", "kinds_of"]
@@ -157,9 +157,8 @@ class PlainSessions:
         session = self.find()
         return self.is_async and session is not None and tell_cut_off(session, error, name)
 
-    def explain(self, error: BaseException, /) -> None:
-        if self.is_async:
-            note_reason(error)
+    def explain(self, _: BaseException, /) -> None:
+        """Nothing: what is told of sessions that a jenny has made does not fit here."""
 
 
 def _forget(session: Session | None) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any
 
 from sqlalchemy.orm import Session, SessionTransaction
 
-from rope_middleware.session.lines import Line, frames_of_task, is_sqlalchemys, line_of
+from rope_middleware.session.lines import (
+    Line,
+    frames_of_task,
+    is_sqlalchemys,
+    line_of,
+    variables_of,
+)
 
 __all__ = ["line_of_other", "session_in"]
 
@@ -32,19 +36,11 @@ def _session_of(frame: FrameType) -> Session | None:
     """Return the session whose method `frame` runs, a frame of SQLAlchemy's; else None."""
     if not is_sqlalchemys(frame):
         return None
-    variables = frame.f_locals
-    found: Any = variables.get("self")
-    if _COPIES:
-        del variables
-        frame.f_locals.clear()
+    (found,) = variables_of(frame, "self")
     if isinstance(found, SessionTransaction):
         return found.session
     found = getattr(found, "sync_session", found)
     return found if isinstance(found, Session) else None
-
-
-# Before Python 3.13 what is read is a copy that stays in the frame, and keeps what it refers to.
-_COPIES = sys.version_info < (3, 13)
 
 
 def line_of_other(session: Session) -> Line | None:

@@ -1,8 +1,8 @@
 """Errors of a session that say what is wrong, and not why: the notes that do.
 
-Two tasks have shared it (Y3), an object that a commit has expired was read, or an error handler has
+Two tasks have shared it (Y3), an attribute was read that was not loaded, or an error handler has
 used a session whose flush had failed. Most notes are added where the error leaves a scope. That of
-a shared session is added where it is raised, because GraphQL and Socket.IO answer it themselves.
+a shared session is added where it is raised: GraphQL and Socket.IO answer such an error themselves.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from contextlib import suppress
 from functools import wraps
 from typing import Any, cast
 
-from sqlalchemy.exc import IllegalStateChangeError, MissingGreenlet, PendingRollbackError
+from sqlalchemy.exc import IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.orm import Session
 
+from rope_middleware.scope.context import MOST_CAUSES
+from rope_middleware.scope.ending import explainers
 from rope_middleware.session.lines import Line, application_line, text_of
+from rope_middleware.session.loading import note_of_load
 from rope_middleware.session.shared_at import line_of_other, session_in
 from rope_middleware.session.telling import tell_once
 
@@ -25,13 +28,6 @@ _SHARED_SESSION = (
     "Two tasks have probably used one AsyncSession at the same time, which SQLAlchemy does not "
     "allow. Give each concurrent task sessions of its own: 'async with open_scope():' around "
     "its work, or @open_scope() on its function (rope_middleware)."
-)
-
-_EXPIRED = (
-    "An AsyncSession cannot load anything while an attribute is read. A commit expires what was "
-    "loaded before, also that of commit_on_success before the response starts: make the sessions "
-    "by async_sessionmaker(..., expire_on_commit=False). A relationship is loaded with its object: "
-    "selectinload() (rope_middleware)."
 )
 
 _ROLL_BACK = (
@@ -57,13 +53,13 @@ def note_reason(error: BaseException) -> None:
 
 def _add_note(error: BaseException) -> None:
     pending: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while pending:
+    seen: list[BaseException] = []
+    while pending and len(seen) < MOST_CAUSES:
         inner = pending.pop()
-        if inner is None or id(inner) in seen:
+        if inner is None or any(inner is one for one in seen):
             continue
-        seen.add(id(inner))
-        note = _note_for(inner)
+        note = _note_for(inner, seen[::-1])
+        seen.append(inner)
         for told in (inner, error) if note else ():
             if note not in getattr(told, "__notes__", ()):
                 told.add_note(note)
@@ -72,12 +68,12 @@ def _add_note(error: BaseException) -> None:
             pending += cast("BaseExceptionGroup[BaseException]", inner).exceptions
 
 
-def _note_for(error: BaseException) -> str:
+def _note_for(error: BaseException, around: list[BaseException]) -> str:
     if _tells_of_sharing(error):
         notes: list[str] = getattr(error, "__notes__", [])
         known = next((note for note in notes if note.startswith(_SHARED_SESSION)), None)
         return known or _SHARED_SESSION + _both(*session_in(error))
-    return _EXPIRED if isinstance(error, MissingGreenlet) else ""
+    return note_of_load(error, around)
 
 
 def _both(session: Session | None, here: Line | None) -> str:
@@ -167,3 +163,6 @@ def _tells_of_sharing(error: BaseException) -> bool:
     # Only what is short: the text of an error with many bound values takes its time.
     told = error.args[0] if error.args else None
     return isinstance(told, str) and any(text in told for text in _TEXTS)
+
+
+explainers.append(note_reason)
