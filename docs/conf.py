@@ -23,18 +23,51 @@ author = PROJECT["authors"][0]["name"]
 copyright = author  # noqa: A001 - Sphinx's name
 version = release = PROJECT["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 nitpicky = True
-# No intersphinx: its inventories come over the network. So what other packages and the standard
-# library define has no page to link to, nor have the type variables and private names of our own.
+# Arguments, in the docstrings' single backticks; type variables and private names of our own.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(sqlalchemy|collections|asyncio|types|typing|weakref|wsgiref|flask)\..*"),
+    (r"py:.*", r"[a-z_]+"),
     (r"py:.*", r"(_typeshed|rope_middleware(\.\w+)+\._\w+|_\w+)(\..*)?"),
+    (r"py:.*", r"sqlalchemy(\.\w+)+\._\w+"),
     (r"py:.*", r"rope_middleware\.session\.\w+\.\w+"),
-    (r"py:.*", r"[a-z_]+"),  # arguments, in the docstrings' single backticks
-    (r"py:.*", r"(Async)?Session|(Async)?Engine|ScopedRegistry|Flask|ASGIApp|WSGIApplication"),
+    (r"py:.*", r"ASGIApp|WSGIApplication"),
 ]
+# No network: of what other projects define, the names that are used here stand in a text file each,
+# in the first of Sphinx's formats (name, kind, page). A name that is missing is a warning.
+intersphinx_mapping = {
+    "sqlalchemy": ("https://docs.sqlalchemy.org/en/20/", "_inventories/sqlalchemy.inv"),
+    "python": ("https://docs.python.org/3/", "_inventories/python.inv"),
+    "flask": ("https://flask.palletsprojects.com/en/stable/", "_inventories/flask.inv"),
+}
+# Where a name is documented that is defined, or called, otherwise.
+DOCUMENTED_AS = {
+    "AsyncEngine": "sqlalchemy.ext.asyncio.AsyncEngine",
+    "AsyncSession": "sqlalchemy.ext.asyncio.AsyncSession",
+    "Engine": "sqlalchemy.engine.Engine",
+    "Flask": "flask.Flask",
+    "ScopedRegistry": "sqlalchemy.util.ScopedRegistry",
+    "Session": "sqlalchemy.orm.Session",
+    "async_scoped_session": "sqlalchemy.ext.asyncio.async_scoped_session",
+    "async_sessionmaker": "sqlalchemy.ext.asyncio.async_sessionmaker",
+    "scoped_session": "sqlalchemy.orm.scoped_session",
+    "sessionmaker": "sqlalchemy.orm.sessionmaker",
+    "sqlalchemy.ext.asyncio.scoping.async_scoped_session": (
+        "sqlalchemy.ext.asyncio.async_scoped_session"
+    ),
+    "sqlalchemy.ext.asyncio.session.async_sessionmaker": (
+        "sqlalchemy.ext.asyncio.async_sessionmaker"
+    ),
+    "sqlalchemy.orm.scoping.scoped_session": "sqlalchemy.orm.scoped_session",
+    "stream_with_context": "flask.stream_with_context",
+}
 default_role = "py:obj"  # what the docstrings have in single backticks
 
 myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
@@ -51,8 +84,13 @@ html_theme = "furo"
 html_title = f"rope_middleware {release}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
+html_js_files = ["pages.js"]
 html_copy_source = False
 html_show_sphinx = False
+# What is copied is what can be pasted: neither a prompt nor what the command prints.
+copybutton_prompt_text = "$ "
+copybutton_only_copy_prompt_lines = True
+copybutton_line_continuation_character = "\\"
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
@@ -78,9 +116,13 @@ def refuse_remote_parts(app: Sphinx, exception: Exception | None) -> None:
 def resolve_public_name(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.TextElement
 ) -> nodes.reference | None:
-    """Find a public name of the package that a docstring of a submodule mentions."""
+    """Find a public name of the package that a docstring of a submodule mentions.
+
+    Of a name of another project it is only told what intersphinx, which comes next, shall look for.
+    """
     name = node.get("reftarget")
     if node.get("refdomain") != "py" or name not in rope_middleware.__all__:
+        node["reftarget"] = DOCUMENTED_AS.get(name, name)
         return None
     return env.domains["py"].resolve_xref(
         env, node["refdoc"], app.builder, "obj", f"rope_middleware.{name}", node, contnode
@@ -89,5 +131,5 @@ def resolve_public_name(
 
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
-    app.connect("missing-reference", resolve_public_name)
+    app.connect("missing-reference", resolve_public_name, priority=400)
     app.connect("build-finished", refuse_remote_parts)

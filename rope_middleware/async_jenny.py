@@ -110,7 +110,8 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
             else than engines.
         RopeError: there are replicas, and ``binds=`` or a get_bind() of the factory's chooses, too.
 
-    See the SQLAlchemy chapter "Using asyncio scoped session".
+    See SQLAlchemy's documentation: `Using asyncio scoped session
+    <https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html#using-asyncio-scoped-session>`_.
     """
 
     registry: AsyncScopeRegistry[_AS]

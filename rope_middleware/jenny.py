@@ -57,7 +57,8 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         RopeError: the factory's engine is an AsyncEngine; or there are replicas, and ``binds=`` or
             a get_bind() of the factory's chooses, too.
 
-    See the SQLAlchemy chapter "Contextual/Thread-local Sessions".
+    See SQLAlchemy's documentation: `Contextual/Thread-local Sessions
+    <https://docs.sqlalchemy.org/en/20/orm/contextual.html>`_.
     """
 
     registry: ScopeRegistry[_S]

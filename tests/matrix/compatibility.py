@@ -28,7 +28,8 @@ TEXT = """\
 
 ## Frameworks, servers and databases
 
-Each cell names the server. *async* means an `AsyncSession`, everything else is a `Session`.
+Each cell names the server. *(async)* means an `AsyncSession`, everything else a `Session`. What is
+empty was not tried: it is each framework, each server and each driver, not each combination.
 
 {grid}
 
@@ -116,7 +117,7 @@ class Page:
     def text(self) -> str:
         documents = [cleandoc(vars(Checks)[name].__doc__) for name in names_of(Checks)]
         libraries = (
-            (f"{self.mark(name)} {_named(one.distribution)}", one.given, one.use)
+            (f"{self.mark(name)}&nbsp;{_named(one.distribution)}", one.given, one.use)
             for name, one in LIBRARIES.items()
         )
         head = ("", *(f"{name} {self.version_of_system(key)}" for key, name in SYSTEMS.items()))
@@ -155,7 +156,7 @@ class Page:
         return cells
 
     def cell(self, row: Row) -> str:
-        return f"{self.mark(str(row))} {row.server}{', async' if row.is_async else ''}"
+        return f"{self.mark(str(row))}&nbsp;{row.server}{' (async)' if row.is_async else ''}"
 
     def mark(self, name: str) -> str:
         result = self.result(name)

@@ -1,0 +1,12 @@
+/* Tells each cell of a table the name of its column, which a phone shows in front of it. */
+document.addEventListener("DOMContentLoaded", () => {
+  for (const table of document.querySelectorAll("article table.docutils:not(.grid)")) {
+    const names = [...table.querySelectorAll("thead th")].map((cell) => cell.textContent.trim());
+    const cells = [...table.querySelectorAll("tbody td:not(:first-child)")];
+    const figures = cells.filter((cell) => /^[\d.\s]*\d/.test(cell.textContent.trim()));
+    table.classList.add(figures.length > cells.length / 2 ? "figures" : "words");
+    for (const row of table.querySelectorAll("tbody tr")) {
+      [...row.cells].forEach((cell, number) => (cell.dataset.name = names[number] ?? ""));
+    }
+  }
+});
