@@ -49,7 +49,6 @@ HOUSE = (
     "session.where",
     "session.door",
     "session.holders",
-    "session.inside",
     "session.giving_way",
     "session.waits",
     "session.notice",

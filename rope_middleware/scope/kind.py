@@ -43,12 +43,8 @@ class SessionKind(Protocol):
         """Tell whether somebody is in the middle of a statement, or of a flush."""
         ...
 
-    def put_aside(self, session: Any, scope: Any, /) -> None:
-        """Let whoever else calls `session` wait for the commit of `scope` that is under way."""
-        ...
-
-    def put_back(self, session: Any, /) -> None:
-        """That commit has ended."""
+    def guard(self, session: Any, scope: Any, /) -> None:
+        """Let calls on `session` and a commit of `scope` wait for each other."""
         ...
 
     def is_twophase(self, session: Any, /) -> bool:

@@ -64,6 +64,7 @@ class Scope:
     _outer: ReferenceType[Scope] | None = None  # what `open_scope` found open
     _gate: Any = None  # of a middleware inside, where the outermost one has none: see `answer`
     _settling: Any = None  # the commit that is under way before the response: see `settling`
+    _calls: list[object] | None = None  # on its sessions, that are under way: see `aside`
     _left: tuple[Scope | None] | None = None  # see `opening.restore`
     _carried: Carried | None = None  # of a request that is followed: see R3
     _choices: dict[SessionKey, Any] | None = None  # what its sessions read from: see R2

@@ -16,7 +16,7 @@ from typing import Any
 from rope_middleware.scope.kind import SessionKey, SessionKind
 from rope_middleware.scope.scope import Scope
 
-__all__ = ["Settling", "must_wait_for", "settling_of"]
+__all__ = ["Settling", "calls_of", "has_company", "must_wait_for", "settling_of"]
 
 # The scope whose commit the running code is part of: its listeners have the commit's own sessions.
 _committing: ContextVar[Scope | None] = ContextVar("rope_middleware.committing", default=None)
@@ -37,7 +37,6 @@ class Settling:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
         self._aside: dict[SessionKey, tuple[_Aside, Any]] = {}
-        self._held: list[tuple[SessionKind, Any]] = []  # whose callers wait
         self._late: set[SessionKey] = set()  # whose session was made meanwhile by somebody else
         self._ended = threading.Event()
         self._waiters: list[asyncio.Future[None]] = []
@@ -54,9 +53,9 @@ class Settling:
                 aside = _Aside(key.kind)
                 session = sessions[aside] = sessions.pop(key)
                 self._aside[key] = aside, session
-            for key, session in list(sessions.items()):
-                key.kind.put_aside(session, scope)
-                self._held.append((key.kind, session))
+            if scope._is_async:
+                for key, session in list(sessions.items()):
+                    key.kind.guard(session, scope)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,8 +69,6 @@ class Settling:
         if scope._settling is not self:
             return
         scope._settling = None
-        for kind, session in self._held:
-            kind.put_back(session)
         sessions = scope._sessions or {}
         for key, (aside, session) in self._aside.items():
             if sessions.setdefault(key, session) is session:
@@ -111,6 +108,18 @@ class Settling:
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+def calls_of(scope: Scope) -> list[object]:
+    """Return who is inside of a call on a guarded session of `scope`."""
+    if scope._calls is None:
+        scope._calls = []
+    return scope._calls
+
+
+def has_company(scope: Scope) -> bool:
+    """Tell whether `scope` commits while its application may go on."""
+    return scope._is_async and scope._options.commit_on_success
 
 
 def settling_of(scope: Scope) -> Settling | None:

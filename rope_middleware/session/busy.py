@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
+from rope_middleware.scope.settling import calls_of
+from rope_middleware.session.aside import is_guarded
 from rope_middleware.session.connections import made_connections
-from rope_middleware.session.door import is_waiting
-from rope_middleware.session.inside import is_in_call
 from rope_middleware.session.tie import tie_of
-from rope_middleware.session.turns import wait_for_commit
 from rope_middleware.session.written import notes_of
 
 __all__ = ["is_busy"]
@@ -19,8 +18,8 @@ def is_busy(session: Session) -> bool:
     tie = tie_of(session)
     if tie is None:
         return False
+    if tie.scope is not None and is_guarded(session) and calls_of(tie.scope):
+        return True
     if tie.flush is not None and tie.flush[0].is_active:
         return True
-    if any(notes_of(one).is_executing() for one in made_connections(tie.transaction)):
-        return True
-    return is_waiting(tie) or is_in_call(session, wait_for_commit.__code__)
+    return any(notes_of(one).is_executing() for one in made_connections(tie.transaction))

@@ -21,11 +21,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
+import threading
 from collections.abc import Collection
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.orm import SessionTransactionOrigin
+from sqlalchemy.orm import Session, SessionTransactionOrigin
+from sqlalchemy.orm import session as _session_module
 from sqlalchemy.pool import Pool
 
 from rope_middleware.scope.asking import loop_of, with_outer
@@ -36,7 +40,6 @@ from rope_middleware.session.connections import (
     end_transaction,
     lent_connections,
 )
-from rope_middleware.session.inside import is_in_call
 from rope_middleware.session.statements import READS, effect_of
 from rope_middleware.session.writes import may_write
 from rope_middleware.session.written import notes_of, take
@@ -84,7 +87,7 @@ def _gives_back(tie: Tie, pool: Pool) -> bool:
         or lent_connections(transaction)
         or not all(map(_has_only_read, out))
         or not _is_here(tie, out)
-        or is_in_call(session)
+        or _is_in_call(session)
     ):
         return False
     is_given = take(out, lambda: end_transaction(transaction, out))
@@ -143,3 +146,32 @@ def _is_here(tie: Tie, out: Collection[Connection]) -> bool:
     if not any(connection.dialect.is_async for connection in out):
         return True
     return tie.scope is not None and loop_of(tie.scope) is asyncio.get_running_loop()
+
+
+def _is_in_call(session: Session) -> bool:
+    """Tell whether another thread is inside of a call on the session.
+
+    What it would do next, it would do on the connection that is back in its pool by then.
+    """
+    here = threading.get_ident()
+    for ident, found in list(sys._current_frames().items()):  # noqa: SLF001 - documented
+        frame: FrameType | None = found
+        while ident != here and frame is not None:
+            if frame.f_code.co_filename == _SESSION_FILE and _is_call_on(frame, session):
+                return True
+            frame = frame.f_back
+    return False
+
+
+_SESSION_FILE = str(_session_module.__file__)
+
+# Before Python 3.13 what is read is a copy that stays in the frame, and keeps what it refers to.
+_COPIES = sys.version_info < (3, 13)
+
+
+def _is_call_on(frame: FrameType, session: Session) -> bool:
+    variables = frame.f_locals
+    found = variables.get("self")
+    if _COPIES:
+        variables.clear()
+    return found is session or getattr(found, "session", None) is session

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from rope_middleware.session import closing, committing
-from rope_middleware.session.aside import put_aside, put_back
+from rope_middleware.session.aside import guard
 from rope_middleware.session.busy import is_busy
 from rope_middleware.session.sharing import note_rollback
 
@@ -49,15 +49,10 @@ class SyncKind:
         inner = self.inner(session)
         return inner is not None and is_busy(inner)
 
-    def put_aside(self, session: Any, scope: Any, /) -> None:
+    def guard(self, session: Any, scope: Any, /) -> None:
         inner = self.inner(session)
         if inner is not None:
-            put_aside(inner, scope)
-
-    def put_back(self, session: Any, /) -> None:
-        inner = self.inner(session)
-        if inner is not None:
-            put_back(inner)
+            guard(inner, scope)
 
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.twophase)

@@ -17,7 +17,7 @@ from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.kind import PlainKind, SessionKind
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.session import closing, committing
-from rope_middleware.session.aside import put_aside, put_back
+from rope_middleware.session.aside import guard
 from rope_middleware.session.busy import is_busy
 from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.registry import ScopeRegistry
@@ -94,15 +94,10 @@ class PlainSessions:
         session = self.find()
         return session is not None and is_busy(session)
 
-    def put_aside(self, _: Any, scope: Any, /) -> None:
+    def guard(self, _: Any, scope: Any, /) -> None:
         session = self.find()
         if isinstance(session, Session):
-            put_aside(session, scope)
-
-    def put_back(self, _: Any, /) -> None:
-        session = self.find()
-        if isinstance(session, Session):
-            put_back(session)
+            guard(session, scope)
 
     def is_twophase(self, _: Any, /) -> bool:
         return bool(getattr(self.find(), "twophase", False))

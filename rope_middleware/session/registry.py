@@ -25,7 +25,8 @@ from rope_middleware.scope.scope import (
     require_open,
     session_of,
 )
-from rope_middleware.scope.settling import settling_of
+from rope_middleware.scope.settling import has_company, settling_of
+from rope_middleware.session.aside import guard
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.tie import keep_also, listen_to, tie_of, tie_to
@@ -133,6 +134,8 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             if session_class is not self._listening and listen_to(inner):
                 self._listening = session_class
             tie = tie_to(inner, scope, self.kind)  # before another thread can see it
+            if has_company(scope):
+                guard(inner, scope)
             if self.replicas is not None:
                 self.replicas.follow(tie, scope)
         kept: Any = None

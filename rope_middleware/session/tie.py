@@ -32,7 +32,7 @@ from rope_middleware.scope.scope import (
     require_open,
 )
 from rope_middleware.scope.settling import settling_of
-from rope_middleware.session.aside import is_aside
+from rope_middleware.session.aside import is_guarded
 from rope_middleware.session.begun import note_begin
 from rope_middleware.session.connections import connections_out, has_made, made_connections
 from rope_middleware.session.lines import Line
@@ -199,7 +199,7 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     scope = tie.scope
     if tie.transaction is transaction:
         return  # a base class of its class is listened to as well
-    if scope is not None and settling_of(scope) is not None and not is_aside(session):
+    if scope is not None and settling_of(scope) is not None and not is_guarded(session):
         wait_for_commit(scope)
     if scope is not None and is_over(scope):
         if transaction.parent is None:

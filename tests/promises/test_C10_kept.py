@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -107,36 +109,55 @@ def test_C10_who_is_on_the_way_to_a_statement_is_waited_for(
     assert rows(engine) == 1
 
 
-def test_C10_the_session_is_as_before_when_the_commit_stands(
-    make_engine: MakeEngine,
-) -> None:
-    """Nothing of the wait stays on it; where the commit fails, neither."""
+def test_C10_a_method_that_a_thread_was_given_waits(make_engine: MakeEngine) -> None:
+    """``run_in_threadpool(jenny.session.scalar, ...)``, begun while the commit is under way."""
     engine = make_engine()
     jenny = SessionJenny(sessionmaker(engine))
-    seen: list[set[str]] = []
+    commits, may_go = threading.Event(), threading.Event()
+
+    @event.listens_for(engine, "commit")
+    def slowly(_: object) -> None:
+        commits.set()
+        assert may_go.wait(PATIENCE)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         jenny.session.add(Row(name="view"))
-        session = jenny.session
-        seen.append(set(vars(session)))
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-        finally:
-            seen.append(set(vars(session)))
+        scalar = jenny.session.scalar
+
+        async def beside() -> object:
+            await asyncio.to_thread(commits.wait, PATIENCE)
+            threading.Timer(0.2, may_go.set).start()
+            return await asyncio.to_thread(scalar, COUNT)
+
+        other = asyncio.create_task(beside())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert await other == 1
+        await send({"type": "http.response.body", "body": b""})
 
     async def send(message: Any) -> None: ...
 
-    wrapped = RopeMiddleware(app, commit_on_success=True)
-    asyncio.run(wrapped(http_scope(), never, send))
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+    assert checked_out(engine) == 0
 
-    @event.listens_for(jenny.session_factory, "before_commit")
-    def fails(_: Session) -> None:
-        raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        asyncio.run(wrapped(http_scope(), never, send))
-    assert seen[0] >= seen[1]
-    assert seen[2] >= seen[3]
+def test_C10_what_guards_a_session_keeps_it_not_alive(make_engine: MakeEngine) -> None:
+    """A session goes when its request is over, without the garbage collector."""
+    jenny = SessionJenny(sessionmaker(make_engine()))
+    seen: list[weakref.ref[Session]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.to_thread(lambda: jenny.session.scalar(COUNT))
+        seen.append(weakref.ref(jenny.session))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None: ...
+
+    gc.disable()
+    try:
+        asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 # -- PostgreSQL --------------------------------------------------------------------------------
@@ -181,6 +202,7 @@ def test_C10_an_async_stream_on_postgresql(database: Database, driver: str, keep
     assert database.query("SELECT count(*) FROM row") == [(80,)]
 
 
+@pytest.mark.told
 def test_S3_no_connection_goes_back_within_its_transaction(
     database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
