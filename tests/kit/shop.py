@@ -38,6 +38,11 @@ SHOPS = {
 }
 """The ways, each with its driver."""
 
+ELSEWHERE = {"asgi-asyncmy": "mariadb+asyncmy", "asgi-threads": "mariadb+pymysql"}
+"""The ways on MariaDB."""
+
+_ASYNC = {"asgi-asyncpg", "asgi-psycopg", "asgi-asyncmy"}
+
 Work = Callable[[Session, int], int]
 
 
@@ -69,7 +74,7 @@ class Shop:
     """A service.
 
     Args:
-        kind: one of SHOPS.
+        kind: one of SHOPS, or of ELSEWHERE.
         url: of its database.
         work: what a request does; it returns the status.
         engine: options of the engine.
@@ -82,7 +87,7 @@ class Shop:
         self.kind = kind
         self.work = work
         told = {"pool_size": 5, "max_overflow": 15, **(engine or {})}
-        if kind in ("asgi-asyncpg", "asgi-psycopg"):
+        if kind in _ASYNC:
             self.async_engine = create_async_engine(url, **told)
             self.engine = self.async_engine.sync_engine
             self.async_jenny = AsyncSessionJenny(

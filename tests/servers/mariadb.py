@@ -26,6 +26,7 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -61,16 +62,22 @@ SETTINGS = {
 }
 
 # Runs told["command"] until its standard input is closed, then ends it and removes its folder.
-# Nobody needs the data any more, so that it need not shut down in order.
+# Nobody needs the data any more, so that it need not shut down in order. A line on the standard
+# input is the number of a signal: the server gets it, and is started again when it has ended.
 KEEPER = """
 import json, os, shutil, signal, subprocess, sys
 told = json.loads(sys.argv[1])
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 with open(os.path.join(told["base"], "log"), "ab") as log:
-    server = subprocess.Popen(
-        told["command"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, **told["as_user"]
-    )
-    sys.stdin.buffer.read()
+    def start():
+        return subprocess.Popen(
+            told["command"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, **told["as_user"]
+        )
+    server = start()
+    for line in sys.stdin:
+        server.send_signal(int(line))
+        server.wait()
+        server = start()
     server.kill()
     server.wait()
 shutil.rmtree(told["base"], ignore_errors=True)
@@ -151,6 +158,20 @@ class MariaDBServer:
                     with contextlib.suppress(pymysql.err.OperationalError):  # gone meanwhile
                         cursor.execute("KILL %s", (number,))
                 cursor.execute(f"DROP DATABASE IF EXISTS {name}")
+
+    def restart(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End a server that was started here, in order or by SIGKILL, and start it again."""
+        assert self._keeper is not None
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.write(b"%d\n" % how)
+        self._keeper.stdin.flush()
+        limit = time.monotonic() + START_LIMIT
+        was_away = False
+        while not (was_away and _listens(self.url)):
+            was_away = was_away or not _listens(self.url)
+            if time.monotonic() > limit:
+                raise RuntimeError("MariaDB did not come again")
+            time.sleep(0.005)
 
     def stop(self) -> None:
         """Stop the server if it was started here. Safe to call twice."""

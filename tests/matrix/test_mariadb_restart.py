@@ -1,0 +1,83 @@
+"""C8, C9: MariaDB ends and comes again while requests write."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from rope_middleware import CommitInDoubtError
+from tests.kit.shop import ELSEWHERE, Answer, Shop
+from tests.servers.mariadb import MariaDBServer, NoMariaDBError, start
+
+CLIENTS = 16
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MariaDBServer]:
+    try:
+        # One of our own: others may use the server of the whole run.
+        found = start()
+    except NoMariaDBError as error:
+        pytest.skip(str(error))
+    yield found
+    found.stop()
+
+
+def insert(session: Session, n: int) -> int:
+    session.execute(text("INSERT INTO written (n) VALUES (:n)"), {"n": n})
+    return 201
+
+
+# PyMySQL leaves the socket open where it cannot connect.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ELSEWHERE)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+def test_C8_a_restart_of_mariadb_costs_time_and_leaves_what_is_in_doubt(
+    kind: str, server: MariaDBServer, how: signal.Signals
+) -> None:
+    """Each success has its row, once. An error is a commit in doubt: MariaDB cannot be asked."""
+    answers: dict[int, Answer] = {}
+    numbers, is_over = count(1), asyncio.Event()
+
+    async def client(shop: Shop) -> None:
+        while not is_over.is_set():
+            n = next(numbers)
+            answers[n] = await shop.ask(n)
+
+    async def restart() -> None:
+        while len(answers) < 50:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(server.restart, how)
+        so_far = len(answers)
+        while len(answers) < so_far + 50:
+            await asyncio.sleep(0.01)
+        is_over.set()
+
+    with server.new_database() as database:
+        # What a killed process has committed is there: see SETTINGS.
+        database.query("SET GLOBAL innodb_flush_log_at_trx_commit = 2")
+        database.query("CREATE TABLE written (id INTEGER AUTO_INCREMENT PRIMARY KEY, n INTEGER)")
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            loop.set_default_executor(ThreadPoolExecutor(CLIENTS + 2))
+            url = database.url(ELSEWHERE[kind])
+            shop = Shop(kind, url, insert, commit_on_success=True, retries=5)
+            await asyncio.gather(restart(), *(client(shop) for _ in range(CLIENTS)))
+            assert shop.held() == 0
+            await shop.close()
+
+        asyncio.run(main())
+        found = dict(database.query("SELECT n, count(*) FROM written GROUP BY n"))
+    failed = {n: answer for n, answer in answers.items() if answer.status != 201}
+    assert all(isinstance(one.error, CommitInDoubtError) for one in failed.values()), failed
+    assert len(failed) <= CLIENTS
+    assert set(found.values()) == {1}
+    assert set(answers) - set(failed) <= set(found) <= set(answers)
