@@ -10,6 +10,11 @@ from rope_middleware.scope.context import is_async_callable
 __all__ = ["NAMES", "check_app", "is_around_itself", "is_wrapped", "protocol_of"]
 
 _NO_APP = "{} takes an ASGI or WSGI application, not {!r}."
+_OF_FRAMEWORK = (
+    " (It is no middleware of Django's MIDDLEWARE, and no tween of Pyramid's, which are called "
+    "with a request: wrap the finished application, as in application = "
+    "RopeMiddleware(application).)"
+)
 _PARAMETERS = {"asgi": "(scope, receive, send)", "wsgi": "(environ, start_response)"}
 
 
@@ -48,7 +53,7 @@ def protocol_of(app: Any) -> str:
         f"RopeMiddleware cannot tell whether {app!r} is an ASGI or a WSGI application: "
         + ("it is a class" if isinstance(app, type) else "its parameters do not say so")
         + f". Say so yourself: ASGIRopeMiddleware(app), called with {_PARAMETERS['asgi']}, or "
-        f"WSGIRopeMiddleware(app), called with {_PARAMETERS['wsgi']}."
+        f"WSGIRopeMiddleware(app), called with {_PARAMETERS['wsgi']}." + _OF_FRAMEWORK
     )
 
 
@@ -73,7 +78,7 @@ def check_app(who: str, app: Any, protocol: str) -> None:
     raise TypeError(
         f"{who} takes {'an ASGI' if is_asgi else 'a WSGI'} application, and {app!r} cannot be "
         f"called as one, with {_PARAMETERS[protocol]}. RopeMiddleware tells the two protocols "
-        "apart by itself: RopeMiddleware(app), or add_middleware(RopeMiddleware)."
+        "apart by itself: RopeMiddleware(app), or add_middleware(RopeMiddleware)." + _OF_FRAMEWORK
     )
 
 

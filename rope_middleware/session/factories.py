@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 from sqlalchemy.orm import Session
@@ -75,7 +76,11 @@ def check_session(session: object, expected: type, factory: object, example: str
     is_other_kind = isinstance(session, Session) or (
         expected is Session and is_async_callable(close)
     )
-    if is_class or not callable(close) or is_other_kind:
+    # They have a close(), too: of a `get_db` for Depends(), and of an async function.
+    is_generator = inspect.isgenerator(session) or inspect.iscoroutine(session)
+    if is_generator and callable(close):
+        close()
+    if is_class or not callable(close) or is_other_kind or is_generator:
         what = f"an instance of {type(session).__qualname__}"
         if session is None or is_class:
             what = "None" if session is None else f"the class {session!r}"

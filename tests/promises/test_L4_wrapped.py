@@ -35,6 +35,7 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
+from rope_middleware.flask import flask_scoped_session
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data
 from tests.kit.sessions import Around, Jenny
@@ -138,6 +139,16 @@ WRONG: dict[str, tuple[Case, type[Exception], str]] = {
         lambda: open_scope(close_timeout=None),  # type: ignore[arg-type]
         TypeError,
         "number of seconds, not None.*give a large number",
+    ),
+    "among Django's middleware": (
+        lambda: RopeMiddleware(lambda request: None),  # type: ignore[arg-type, call-overload]
+        TypeError,
+        r"no middleware of Django's.*application = RopeMiddleware\(application\)",
+    ),
+    "a Flask session for FastAPI": (
+        lambda: flask_scoped_session(sessionmaker(), FastAPI()),  # type: ignore[arg-type]
+        TypeError,
+        r"init_app\(\) takes a Flask application.*RopeMiddleware\(app\)",
     ),
     "a Scope by hand": (lambda: Scope(), TypeError, r'"with open_scope\(\) as scope:"'),
     "a rope without a registry": (
@@ -248,6 +259,21 @@ def test_L4_the_bare_class_of_sessions(engine: Engine, around: Around) -> None:
                 await AsyncSessionJenny(AsyncSession).execute(ONE)
 
     asyncio.run(main())
+
+
+def test_L4_a_factory_that_is_a_dependency(engine: Engine, around: Around) -> None:
+    """A `get_db` with `yield`, or an async function: what they return has a `close()`, too."""
+
+    def get_db() -> Any:
+        yield Session(engine)
+
+    async def get_async_db() -> Session:
+        return Session(engine)
+
+    for factory in get_db, get_async_db:
+        jenny = SessionJenny(factory)
+        with around(), pytest.raises(RopeError, match=r"get_.*db.*must return a new sqlalchemy"):
+            _ = jenny.session
 
 
 @pytest.mark.parametrize("way", ["with arguments", "set"])
