@@ -171,7 +171,7 @@ class Page:
         compile(path.read_text(), path, "exec", dont_inherit=True)
         if COLLECTED.search(name):
             self._uncollected = name
-        elif "/" not in name and not self._console.served:
+        elif path.stem.isidentifier() and "/" not in name and not self._console.served:
             importlib.invalidate_caches()
             sys.modules.pop(path.stem, None)  # shown once more, longer
             module = importlib.import_module(path.stem)

@@ -47,7 +47,10 @@ PAGES = [
     for page in pages()
     if page not in (TUTORIAL, FAQ, TENANTS) and not page.startswith(MIGRATION)
 ]
-ASKED = [page for page in PAGES if "\n$ curl " in (ROOT / page).read_text()]
+ASKED = [
+    page for page in PAGES if re.search(r"^\$ (curl|python count)", (ROOT / page).read_text(), re.M)
+]
+"""Pages whose commands are all there: they are run as a reader would, nothing is imported here."""
 
 
 @pytest.fixture
@@ -151,6 +154,41 @@ def test_the_how_to_pages_have_one_order(name: str) -> None:
     """Install, set up, use, test, deploy."""
     headings = re.findall(r"^## (.*)$", HOW_TO[name].read_text(), re.MULTILINE)
     assert headings == ["Install", "Set up", "Use", "Test", "Deploy"]
+
+
+BLOCK = re.compile(r"^```(.*)\n((?:(?!```).*\n)*)```$", re.M)
+STARTS = re.compile(
+    r"^\$ (?:uvicorn|gunicorn|hypercorn|waitress-serve|celery|rq|flask .* run)\b", re.M
+)
+
+
+@pytest.mark.parametrize("name", sorted(HOW_TO))
+def test_a_how_to_page_can_be_pasted(name: str) -> None:
+    """Each block says which file it goes to; a server is alone in its block."""
+    for language, source in BLOCK.findall(HOW_TO[name].read_text()):
+        assert language != "python", f"which file? {source}"
+        if language == "{code-block} python":
+            assert source.startswith(":caption: "), source
+        if STARTS.search(source):
+            assert len(re.findall(r"^\$ ", source, re.M)) == 1, source
+
+
+ABOUT_ROPES = {"docs/howto/scripts.md"}
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page not in (FAQ,)])
+def test_the_examples_are_made_as_we_advise(page: str) -> None:
+    """A strict jenny; objects of an AsyncSession stay readable; no race for tables."""
+    source = (ROOT / page).read_text()
+    for made in re.findall(r"\basync_sessionmaker\((?!\))[^)]*\)", source):
+        assert "expire_on_commit=False" in made, made
+    for made in re.findall(r"^\w+ = SessionJenny\(.*?\)$", source, re.M | re.S):
+        is_shown = page.startswith(("docs/howto/", "README", "docs/index", "docs/tutorial"))
+        assert "strict=True" in made or not is_shown or page in ABOUT_ROPES, made
+    starts = re.findall(
+        r"^(?:async )?def (?:lifespan|startup)\b.*\n(?:    .*\n|\n(?=    ))*", source, re.M
+    )
+    assert not [start for start in starts if "create_all" in start]
 
 
 def test_the_overview_lists_every_how_to_page() -> None:
