@@ -14,9 +14,9 @@ from contextvars import ContextVar, Token
 from typing import Any
 
 from rope_middleware.scope.kind import SessionKey, SessionKind
-from rope_middleware.scope.scope import Scope
+from rope_middleware.scope.scope import OPEN, Scope
 
-__all__ = ["Settling", "calls_of", "has_company", "must_wait_for", "settling_of"]
+__all__ = ["Settling", "calls_of", "has_company", "may_begin", "must_wait_for", "settling_of"]
 
 # The scope whose commit the running code is part of: its listeners have the commit's own sessions.
 _committing: ContextVar[Scope | None] = ContextVar("rope_middleware.committing", default=None)
@@ -126,6 +126,11 @@ def settling_of(scope: Scope) -> Settling | None:
     """Return the commit that is under way in `scope`, or None."""
     settling: Settling | None = scope._settling
     return settling
+
+
+def may_begin(scope: Scope) -> bool:
+    """Tell whether a session may begin in `scope` at once: it is open, no commit is under way."""
+    return scope._state == OPEN and scope._settling is None
 
 
 def must_wait_for(scope: Scope) -> Settling | None:

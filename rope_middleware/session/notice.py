@@ -24,6 +24,7 @@ __all__ = ["learn_engines", "notice_begin", "notice_module"]
 
 _late: WeakSet[type[Session]] = WeakSet()
 _of_modules: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()
+_has_modules: list[bool] = []  # not empty once there was one: to ask the above is a call
 
 
 def notice_begin(tie: Tie, session: Session) -> None:
@@ -42,15 +43,12 @@ def notice_begin(tie: Tie, session: Session) -> None:
             first = memory.setdefault("thread", tie.thread)
             if first != tie.thread or (scope is not None and is_async(scope)):
                 raise memory_of_thread(is_async=scope is not None and is_async(scope))
-    if scope is not None and not _awaits(tie) and is_thread_of(scope, tie.thread):
+    kind = tie.kind
+    is_sync = scope is not None and kind is not None and not kind.is_async
+    if is_sync and scope is not None and is_thread_of(scope, tie.thread):
         _tell_blocking(tie, scope.name)
-    if _of_modules:
+    if _has_modules:
         _look_at_modules()
-
-
-def _awaits(tie: Tie) -> bool:
-    """Tell whether the session of `tie` is that of an AsyncSession."""
-    return tie.kind is None or tie.kind.is_async
 
 
 def _look_at_modules() -> None:
@@ -74,6 +72,7 @@ def _on_connection(_: Session, __: SessionTransaction, connection: Connection) -
 def notice_module(tie: Tie, line: Line) -> None:
     """Note that a rope on the frame of a module holds the session of `tie`."""
     _of_modules[tie] = line
+    _has_modules[:] = [True]
 
 
 def _tell_module(line: Line) -> None:

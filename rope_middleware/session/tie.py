@@ -31,7 +31,7 @@ from rope_middleware.scope.scope import (
     registries_of,
     require_open,
 )
-from rope_middleware.scope.settling import settling_of
+from rope_middleware.scope.settling import may_begin, settling_of
 from rope_middleware.session.aside import is_guarded
 from rope_middleware.session.begun import note_begin
 from rope_middleware.session.connections import connections_out, has_made, made_connections
@@ -189,7 +189,8 @@ def listen_to(session: Session) -> bool:
 
 def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     """Refuse to begin in a scope that has ended: nothing is checked out yet."""
-    if transaction.parent is None:
+    is_outermost = transaction.parent is None
+    if is_outermost:
         watch(session)
     tie: Tie | None = session.__dict__.get(_TIE)
     if tie is None:
@@ -199,27 +200,27 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     scope = tie.scope
     if tie.transaction is transaction:
         return  # a base class of its class is listened to as well
-    if scope is not None and settling_of(scope) is not None and not is_guarded(session):
-        wait_for_commit(scope)
-    if scope is not None and is_over(scope):
-        if transaction.parent is None:
-            # SQLAlchemy has assigned the transaction already; it must go, for the next use
-            # to come by here again.
-            session.reset()
-        require_open(scope)
-    if transaction.parent is None:
+    if scope is not None and not may_begin(scope):
+        _wait_or_refuse(session, scope, is_outermost)
+    if is_outermost:
         if tie.transaction is not None or tie.connections:
             tie.connections = connections_out(tie)
         tie.transaction = transaction
     elif not transaction.nested:
         # The transaction within a transaction that SQLAlchemy opens for each flush.
         tie.flush = transaction, threading.get_ident()
-    if scope is not None and tie.kind is not None:
+    kind = tie.kind
+    if scope is not None and kind is not None:
         if tie.is_removed:
-            keep_also(tie, tie.kind.handed_out(session))
-        if tie.kind.is_async:
-            _check_begin(session, transaction, cast("AsyncScope", scope))
-    if transaction.parent is None and (tie.kind is not None or scope is None):
+            keep_also(tie, kind.handed_out(session))
+        if kind.is_async:
+            try:
+                check_loop(cast("AsyncScope", scope))
+            except CrossLoopError:
+                if is_outermost:
+                    session.reset()
+                raise
+    if is_outermost and (kind is not None or scope is None):
         tie.written = None  # of one that the application has closed
         try:
             notice_begin(tie, session)
@@ -236,13 +237,16 @@ def _adopted(session: Session) -> Tie | None:
     return tie_to(session, scope)
 
 
-def _check_begin(session: Session, transaction: SessionTransaction, scope: AsyncScope) -> None:
-    try:
-        check_loop(scope)
-    except CrossLoopError:
-        if transaction.parent is None:
+def _wait_or_refuse(session: Session, scope: Scope, is_outermost: bool) -> None:
+    """Wait for a commit of `scope` that is under way, and refuse to begin where it has ended."""
+    if settling_of(scope) is not None and not is_guarded(session):
+        wait_for_commit(scope)
+    if is_over(scope):
+        if is_outermost:
+            # SQLAlchemy has assigned the transaction already; it must go, for the next use
+            # to come by here again.
             session.reset()
-        raise
+        require_open(scope)
 
 
 def check_loop(scope: AsyncScope) -> None:

@@ -41,7 +41,9 @@ def put_door(engine: Engine) -> dict[str, int] | None:
         that has the first one. Else None.
     """
     pool = engine.pool
-    known: Any = vars(pool).get(_DOOR, pool)
+    known: Any = pool.__dict__.get(_DOOR, pool)
+    if type(known) is Door:
+        return None
     if known is not pool:
         return cast("dict[str, int]", known) if type(known) is dict else None
     with deciding:
