@@ -39,13 +39,14 @@ from tests.servers.postgres import postgres_server
 
 TUTORIAL = "docs/tutorial.md"
 FAQ = "docs/faq.md"
+WRONG = "docs/wrong.md"
 TENANTS = "docs/howto/tenants.md"
 GUIDE = ROOT / "docs" / "guide.md"
 MIGRATION = "docs/migration/"  # tests/test_migration_docs.py runs their blocks
 PAGES = [
     page
     for page in pages()
-    if page not in (TUTORIAL, FAQ, TENANTS) and not page.startswith(MIGRATION)
+    if page not in (TUTORIAL, FAQ, WRONG, TENANTS) and not page.startswith(MIGRATION)
 ]
 ASKED = [
     page for page in PAGES if re.search(r"^\$ (curl|python count)", (ROOT / page).read_text(), re.M)
@@ -143,6 +144,18 @@ def test_the_errors_of_the_faq_are_the_ones_that_come(elsewhere: None) -> None:
         printed = "\n".join(text for line, text in page.printed if start < line < end)
         if headings[start] not in NOT_PROVOKED:
             check_output(headings[start], printed)
+
+
+@pytest.mark.told
+def test_what_is_told_of_something_wrong(elsewhere: None) -> None:
+    """The page shows what the package says, to the letter."""
+    ours = logging.getLogger("rope_middleware")
+    handlers = ours.handlers[:]
+    try:
+        Page(WRONG).run()
+    finally:
+        ours.handlers = handlers
+    no_scope_open()
 
 
 HOW_TO = {path.stem: path for path in (ROOT / "docs" / "howto").glob("*.md")}
