@@ -73,6 +73,9 @@ soak: $(VENV)/.test ## send a million requests with random faults, look for leak
 	@# A fiftieth of them over lines to PostgreSQL that are cut.
 	$(bin)/python -m tests.soak.truth --requests $$(( $(REQUESTS) / 50 )) \
 		$(if $(SEED),--seed $(SEED))
+	@# A hundredth of them through a stack of frameworks, by clients of which a third hangs up.
+	$(bin)/python -m tests.soak.stack --requests $$(( $(REQUESTS) / 100 )) \
+		$(if $(SEED),--seed $(SEED))
 
 compatibility: $(VENV)/.test ## run every framework, server and database, write docs/compatibility.md
 	$(pytest) tests/matrix --compatibility docs/compatibility.md $(PYTEST_ARGS)
