@@ -243,7 +243,7 @@ class _SizedBody(Body):
 class _File(_Ending):
     """Ends the scope by the `close()` of the server's own file wrapper.
 
-    It does not refer to the wrapper, which refers to it: that would be a cycle.
+    Once closed it does not refer to the wrapper, which refers to it: that would be a cycle.
     """
 
     __slots__ = ()
@@ -251,7 +251,10 @@ class _File(_Ending):
     def close(self) -> None:
         """Close the file, then end the scope: the server has read it by itself."""
         self._read = True
-        super().close()
+        try:
+            super().close()
+        finally:
+            self._body = None  # a method of the wrapper's, where its class has close()
 
 
 def _end_with_file(body: Any, scope: Scope, commits: bool) -> Iterable[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from wsgiref.handlers import SimpleHandler
@@ -613,6 +614,38 @@ def test_W1_a_file_wrapper_whose_close_fails(
     with pytest.raises(OSError, match=r"^close$"):
         result.close()
     assert scope_of(environ).closed
+    assert checked_out(engine) == 0
+
+
+def test_W1_a_file_response_leaves_no_cycle(
+    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """A wrapper whose class has a close(), as waitress's and Werkzeug's have, goes at once."""
+
+    class WithMethod:
+        def __init__(self, file: Any, size: int) -> None:
+            self.file = file
+
+        def __iter__(self) -> Any:
+            return iter(self.file)
+
+        def close(self) -> None:
+            self.file.close()
+
+    made: list[Any] = []
+    app = file_app(jenny, io.BytesIO(b"abcd"), made)
+    gc.disable()
+    try:
+        environ = make_environ(**{"wsgi.file_wrapper": WithMethod})
+        result = wrap(app)(environ, lambda *args: print)
+        assert b"".join(result) == b"abcd"
+        result.close()
+        gone = weakref.ref(result)
+        made.clear()
+        del result, environ
+        assert gone() is None
+    finally:
+        gc.enable()
     assert checked_out(engine) == 0
 
 
