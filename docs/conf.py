@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, get_origin
+
+from docutils import nodes
 
 import rope_middleware
 
 if TYPE_CHECKING:
-    from docutils import nodes
     from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
     from sphinx.environment import BuildEnvironment
@@ -53,6 +54,7 @@ DOCUMENTED_AS = {
     "AsyncSession": "sqlalchemy.ext.asyncio.AsyncSession",
     "Engine": "sqlalchemy.engine.Engine",
     "Flask": "flask.Flask",
+    "flask.app.Flask": "flask.Flask",
     "ScopedRegistry": "sqlalchemy.util.ScopedRegistry",
     "Session": "sqlalchemy.orm.Session",
     "async_scoped_session": "sqlalchemy.ext.asyncio.async_scoped_session",
@@ -129,7 +131,27 @@ def resolve_public_name(
     )
 
 
+# What a reader knows a type variable as.
+READABLE = {"_S": "Session", "_AS": "AsyncSession", "_T": "Session"}
+
+
+def name_types(_app: Sphinx, doctree: nodes.document) -> None:
+    """Show the types that type variables stand for: `Session`, and not `_S`."""
+    for text in list(doctree.findall(nodes.Text)):
+        parent = text.parent
+        if str(text) in READABLE and not isinstance(parent, nodes.literal_block):
+            parent.replace(text, nodes.Text(READABLE[str(text)]))
+
+
+def drop_generic(*event: Any) -> None:
+    """Leave out the base class that is for type checkers alone."""
+    bases = event[-1]
+    bases[:] = [base for base in bases if get_origin(base) is not Generic]
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
+    app.connect("doctree-read", name_types)
+    app.connect("autodoc-process-bases", drop_generic)
     app.connect("missing-reference", resolve_public_name, priority=400)
     app.connect("build-finished", refuse_remote_parts)

@@ -186,6 +186,16 @@ def test_a_how_to_page_can_be_pasted(name: str) -> None:
             assert len(re.findall(r"^\$ ", source, re.M)) == 1, source
 
 
+REFERENCE = sorted(path.name for path in (ROOT / "docs" / "reference").glob("*.md"))
+
+
+@pytest.mark.parametrize("name", [name for name in REFERENCE if name != "index.md"])
+def test_each_page_of_the_reference_begins_with_an_example(name: str) -> None:
+    """Who looks a name up sees it in use first."""
+    page = (ROOT / "docs" / "reference" / name).read_text()
+    assert 0 < page.index("```python") < page.find("```{eval-rst}") % 10**6
+
+
 ABOUT_ROPES = {"docs/howto/scripts.md"}
 
 
