@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,20 @@ from sqlalchemy.orm import sessionmaker
 from rope_middleware import SessionJenny
 from tests.kit.engines import MakeEngine, counter_engine
 from tests.kit.leaks import LostConnections, no_scope_here, nothing_checked_out, open_scopes
+from tests.kit.ropes import tracing
 from tests.kit.said import Said, listening
-from tests.kit.sessions import Jenny
+from tests.kit.sessions import Around, Jenny
 from tests.kit.waiting import eventually
 
 HERE = Path(__file__).parent
-NOT_QUICK = {"test_docs.py", "test_make.py", "test_migration_docs.py", "test_package.py"}
+NOT_QUICK = {
+    "test_docs.py",
+    "test_examples_served.py",
+    "test_make.py",
+    "test_migration_docs.py",
+    "test_package.py",
+}
+STARTS = {"cluster", "mariadb_server", "postgres_server"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,20 +51,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         is_here = item.path.parent in (HERE, HERE / "promises")
         has_server = any(name in item.nodeid for name in ("postgres", "mariadb"))
+        if isinstance(item, pytest.Function) and "sqlite" not in item.nodeid:
+            has_server = has_server or not STARTS.isdisjoint(vars(item.module))
         is_slow = has_server or item.path.name in NOT_QUICK or item.get_closest_marker("slow")
         if is_here and not is_slow:
             item.add_marker("quick")
 
 
-def pytest_collection_finish() -> None:
-    """Spare the search for leaks what the imports have made: half of the time of the suite."""
-    gc.collect()
-    gc.freeze()
+def pytest_runtest_logstart(nodeid: str, location: tuple[str, int | None, str]) -> None:
+    """Spare the search for leaks what imports and earlier files have left: most of its time."""
+    if location[0] != _file[0]:
+        _file[0] = location[0]
+        gc.collect()
+        gc.freeze()
+
+
+_file = [""]
 
 
 def pytest_sessionfinish() -> None:
     """What comes now may ask the garbage collector for its objects."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _root_logger() -> Iterator[None]:
+    """Take back what a framework does to the root logger: its stream is that of one test."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers = [one for one in root.handlers if one in handlers or _is_pytests(one)]
+
+
+def _is_pytests(handler: logging.Handler) -> bool:
+    return type(handler).__module__.startswith("_pytest")
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +136,12 @@ def engine(make_engine: MakeEngine) -> Engine:
 def jenny(engine: Engine) -> Jenny:
     """A jenny for the engine."""
     return SessionJenny(sessionmaker(engine))
+
+
+@pytest.fixture(params=[nullcontext, tracing], ids=["no_tracing", "tracing"])
+def traced(request: pytest.FixtureRequest) -> Around:
+    """A context in which to run the code that ropes hang on."""
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,33 +21,6 @@ from tests.kit.sessions import Jenny, use
 def jenny(engine: Engine) -> Jenny:
     """A jenny whose sessions are `Seen`."""
     return SessionJenny(sessionmaker(engine, class_=Seen))
-
-
-@contextmanager
-def no_tracing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def tracing() -> Iterator[None]:
-    """Trace every line as a debugger does, and look at the local variables."""
-
-    def trace(frame: types.FrameType, what: str, argument: object) -> Any:
-        assert frame.f_locals is not None
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-@pytest.fixture(params=[no_tracing, tracing])
-def traced(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """A context in which to run the application's code."""
-    return request.param  # type: ignore[no-any-return]
 
 
 def test_J5_set_rope_ties_in_the_calling_frame(jenny: Jenny, engine: Engine, traced: Any) -> None:

@@ -133,11 +133,11 @@ def test_line_a_thread_whose_wait_is_ended_leaves_nothing() -> None:
     line = Line(1)
     first = line.enter()
     code = """
-import _thread, threading
+import os, signal, threading
 from rope_middleware.running.line import Line, wait_in_thread
 line = Line(1)
 line.enter()
-threading.Timer(0.2, _thread.interrupt_main).start()
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     wait_in_thread(line)
 except KeyboardInterrupt:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -41,3 +44,19 @@ def variables() -> dict[str, Any]:
 def ropes_in(namespace: Any) -> list[str]:
     """Return the names under which ropes lie in a namespace."""
     return [name for name, value in namespace.items() if isinstance(value, SessionRope)]
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Trace every line as a debugger does, and look at the local variables."""
+
+    def trace(frame: types.FrameType, what: str, argument: object) -> Any:
+        assert frame.f_locals is not None
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

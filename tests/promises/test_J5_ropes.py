@@ -11,8 +11,7 @@ import importlib.util
 import sys
 import threading
 import types
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +30,6 @@ from tests.kit.sessions import Jenny, run_threads, use
 def jenny(engine: Engine) -> Jenny:
     """A jenny whose sessions are `Seen`."""
     return SessionJenny(sessionmaker(engine, class_=Seen))
-
-
-@contextmanager
-def no_tracing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def tracing() -> Iterator[None]:
-    """Trace every line as a debugger does, and look at the local variables."""
-
-    def trace(frame: types.FrameType, what: str, argument: object) -> Any:
-        assert frame.f_locals is not None
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-@pytest.fixture(params=[no_tracing, tracing])
-def traced(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """A context in which to run the application's code."""
-    return request.param  # type: ignore[no-any-return]
 
 
 def test_J5_a_function_has_one_session_that_goes_with_it(

@@ -6,10 +6,7 @@ import asyncio
 import gc
 import sys
 import threading
-import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -30,33 +27,6 @@ from tests.kit.waiting import eventually
 def jenny(engine: Engine) -> Jenny:
     """A jenny whose sessions are `Seen`."""
     return SessionJenny(sessionmaker(engine, class_=Seen))
-
-
-@contextmanager
-def no_tracing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def tracing() -> Iterator[None]:
-    """Trace every line as a debugger does, and look at the local variables."""
-
-    def trace(frame: types.FrameType, what: str, argument: object) -> Any:
-        assert frame.f_locals is not None
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-@pytest.fixture(params=[no_tracing, tracing])
-def traced(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """A context in which to run the application's code."""
-    return request.param  # type: ignore[no-any-return]
 
 
 def test_J5_the_rope_is_a_local_variable_of_its_name(jenny: Jenny, traced: Any) -> None:

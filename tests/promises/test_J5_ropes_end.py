@@ -10,10 +10,8 @@ import subprocess
 import sys
 import threading
 import traceback
-import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,33 +250,6 @@ def test_J5_a_reference_cycle_is_collected_late(jenny: Jenny, engine: Engine) ->
     finally:
         gc.enable()
     assert checked_out(engine) == 0
-
-
-@contextmanager
-def no_tracing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def tracing() -> Iterator[None]:
-    """Trace every line as a debugger does, and look at the local variables."""
-
-    def trace(frame: types.FrameType, what: str, argument: object) -> Any:
-        assert frame.f_locals is not None
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-@pytest.fixture(params=[no_tracing, tracing])
-def traced(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """A context in which to run the application's code."""
-    return request.param  # type: ignore[no-any-return]
 
 
 def test_J5_using_the_session_where_an_error_is_handled_makes_no_cycle(

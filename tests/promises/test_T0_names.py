@@ -209,6 +209,7 @@ def run_pytest(folder: Path, tests: str, *options: str) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.slow
 def test_T0_the_plugin_works_in_sync_tests_and_under_anyio(tmp_path: Path) -> None:
     """Each test begins with what the last one found."""
     options = ("-p", "no:asyncio")
@@ -216,6 +217,7 @@ def test_T0_the_plugin_works_in_sync_tests_and_under_anyio(tmp_path: Path) -> No
     assert "4 passed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_T0_the_plugin_works_under_pytest_asyncio(tmp_path: Path) -> None:
     """Its loops are made and closed around each test."""
     if importlib.util.find_spec("pytest_asyncio") is None:
@@ -225,6 +227,7 @@ def test_T0_the_plugin_works_under_pytest_asyncio(tmp_path: Path) -> None:
     assert "4 passed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_T0_without_rope_jennies_the_plugin_says_what_to_define(tmp_path: Path) -> None:
     """The error of the first test that asks for a sandbox."""
     (tmp_path / "test_it.py").write_text("def test(rope_sandbox): pass")
