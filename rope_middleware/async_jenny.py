@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary
 
 from rope_middleware.errors import no_engine, sync_scope
 from rope_middleware.jenny import get_or_make, name_elsewhere
-from rope_middleware.running.finish import finish
+from rope_middleware.running.finish import finish, within
 from rope_middleware.scope.context import current
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.options import DEFAULT
+from rope_middleware.scope.outcome import timeout_of
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over, session_of
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
 from rope_middleware.session.factories import check_callables, check_session
@@ -177,10 +178,16 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         """Close the current session; the next use makes a new one.
 
         Finishes even where the caller is cancelled meanwhile.
+
+        Raises:
+            TimeoutError: the database has given no answer within the scope's `close_timeout`; the
+                connection is invalidated.
         """
+        scope = self.registry.scope()
         closing = self.registry.remove()
         if closing is not None:
-            await finish(closing, grace=DEFAULT.close_timeout)
+            limit = DEFAULT.close_timeout if scope is None else timeout_of(scope)
+            await finish(within(limit, closing), grace=limit)
 
     async def release(self) -> None:
         """Give the session's connection back to its pool, now: see `SessionJenny.release`.

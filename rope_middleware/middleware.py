@@ -77,8 +77,10 @@ class RopeMiddleware:
             no limit. WebSockets are not counted.
         read_only: methods, as ``("GET", "HEAD")``. Sessions of their requests read without a
             transaction, from a jenny's `replicas` where it has some, and refuse to write.
-        close_timeout: seconds that each async session may take to give its connection back, 10
-            by default; past it the connection is invalidated.
+        close_timeout: seconds that the database may take to answer the COMMIT of an async
+            session, each async session to give its connection back, and each async `on_close`
+            function to end; 10 by default. Past it the connection is invalidated; what became of
+            a COMMIT is then in doubt.
 
     Raises:
         TypeError: `app` is no application, or cannot be told apart, or an option is of a

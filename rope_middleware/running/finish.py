@@ -15,9 +15,23 @@ from contextvars import Context
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-__all__ = ["at_most", "finish", "is_async_running", "pause", "running_loop", "to_end", "within"]
+__all__ = [
+    "OutOfTimeError",
+    "at_most",
+    "finish",
+    "is_async_running",
+    "pause",
+    "running_loop",
+    "to_end",
+    "within",
+]
 
 _T = TypeVar("_T")
+
+
+class OutOfTimeError(TimeoutError):
+    """Work was cut off because it took too long; see `within`."""
+
 
 # The event loop holds tasks weakly. One that is still ending something must stay alive even
 # where its waiter is gone. https://docs.python.org/3/library/asyncio-task.html#creating-tasks
@@ -150,15 +164,16 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
     cancelled.
 
     Raises:
-        TimeoutError: the time was up.
+        OutOfTimeError: the time was up.
     """
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:  # trio
         import anyio
 
-        with anyio.fail_after(seconds):
+        with anyio.move_on_after(seconds):
             return await work
+        raise OutOfTimeError(f"gave up after {seconds} seconds") from None
     task = asyncio.current_task(loop)
     assert task is not None  # noqa: S101 - no user input: `finish` has made the task
     deadlines = _deadlines.get(loop)
@@ -171,7 +186,7 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
         if task in deadlines.tasks:
             raise
         task.uncancel()
-        raise TimeoutError(f"gave up after {seconds} seconds") from None
+        raise OutOfTimeError(f"gave up after {seconds} seconds") from None
     finally:
         deadlines.tasks.pop(task, None)
 

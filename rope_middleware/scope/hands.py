@@ -44,8 +44,8 @@ class Hands(Protocol):
     async def release(self, kind: SessionKind, call: _Call, session: Any) -> None:
         """Roll back or close: gives a connection back."""
 
-    async def run(self, fn: Callable[[], Any]) -> None:
-        """Call a function of the application's, sync or async."""
+    async def run(self, fn: Callable[[], Any], limited: bool = False) -> None:
+        """Call a function of the application's, sync or async; a limited one may not take long."""
 
 
 class Here:
@@ -66,7 +66,7 @@ class Here:
     async def release(self, kind: SessionKind, call: _Call, session: Any) -> None:  # noqa: ARG002
         call(session)
 
-    async def run(self, fn: Callable[[], Any]) -> None:
+    async def run(self, fn: Callable[[], Any], limited: bool = False) -> None:  # noqa: ARG002
         result = fn()
         if inspect.isawaitable(result):
             if inspect.iscoroutine(result):
@@ -78,7 +78,8 @@ class Async:
     """Awaits what is async, and sends what blocks to a thread.
 
     Args:
-        close_timeout: seconds for each async session to give its connection back.
+        close_timeout: seconds for each async session to give its connection back, and for each
+            async function that runs at the end.
     """
 
     def __init__(self, close_timeout: float) -> None:
@@ -107,10 +108,10 @@ class Async:
         else:
             await in_thread(call, session)
 
-    async def run(self, fn: Callable[[], Any]) -> None:
+    async def run(self, fn: Callable[[], Any], limited: bool = False) -> None:
         result = fn() if is_async_callable(fn) else await in_app_thread(lambda _: fn(), None)
         if inspect.isawaitable(result):  # also of a lambda around an async function
-            await result
+            await (within(self._close_timeout, result) if limited else result)
 
 
 class Closing(Here):
@@ -121,9 +122,9 @@ class Closing(Here):
             raise RopeError("the coroutine that served it was closed before its end")
         call(session)
 
-    async def run(self, fn: Callable[[], Any]) -> None:
+    async def run(self, fn: Callable[[], Any], limited: bool = False) -> None:
         if not is_async_callable(fn):
-            await super().run(fn)
+            await super().run(fn, limited)
 
 
 HERE = Here()

@@ -71,8 +71,10 @@ class open_scope:  # noqa: N801 - used like a function
             used as a decorator.
         commit_on_success: commit when the block ends without an error; ``sys.exit(0)`` is none.
         read_only: sessions of the scope read without a transaction, and refuse to write.
-        close_timeout: seconds that each async session may take to give its connection back, 10
-            by default; past it the connection is invalidated.
+        close_timeout: seconds that the database may take to answer the COMMIT of an async
+            session, each async session to give its connection back, and each async `on_close`
+            function to end; 10 by default. Past it the connection is invalidated; what became of
+            a COMMIT is then in doubt.
 
     Returns:
         A context manager; ``with`` and ``async with`` give the `Scope`.

@@ -33,8 +33,9 @@ class Options:
             one to try again, or a connection was lost.
         max_active: how many requests may be served at a time; the others wait in line.
         read_only: the methods whose requests read only (R1), or `EVERY`.
-        close_timeout: seconds that each async session may take to give its connection back; past
-            it the connection is invalidated.
+        close_timeout: seconds that the database may take to answer the COMMIT of an async
+            session, each async session to give its connection back, and each async `on_close`
+            function to end; past it the connection is invalidated.
 
     Raises:
         TypeError: an option is of a wrong type.

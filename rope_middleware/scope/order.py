@@ -195,7 +195,7 @@ async def _run_all(
     failure: BaseException | None = None
     for fn in functions:
         try:
-            await hands.run(fn)
+            await hands.run(fn, limited=what == "on_close")
         except BaseException as error:
             if _is_fatal(error):
                 failure = failure or error

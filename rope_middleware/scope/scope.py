@@ -162,7 +162,8 @@ class Scope:
     def on_close(self, fn: Callable[[], object]) -> None:
         """Call `fn` once when the scope has ended and its sessions are closed, newest first.
 
-        Its own error is logged, and the others still run.
+        Its own error is logged, and the others still run. An async function is cut off after
+        `close_timeout` seconds.
 
         Args:
             fn: called without arguments; an async function only in an async scope.

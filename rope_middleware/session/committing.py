@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from rope_middleware.errors import in_doubt
+from rope_middleware.running.finish import OutOfTimeError, within
 from rope_middleware.scope.context import class_of, logger
 from rope_middleware.scope.hands import run_now
 from rope_middleware.scope.outcome import (
@@ -31,7 +32,7 @@ from rope_middleware.session.connections import made_connections
 from rope_middleware.session.doubt import HERE, Asking, AsyncAsking, Verdict, verdict_on
 from rope_middleware.session.lost import was_sent
 from rope_middleware.session.tie import tie_of
-from rope_middleware.session.trial import Attempt, attempts_lost, find_trial
+from rope_middleware.session.trial import LOST, Attempt, attempts_lost, find_trial
 from rope_middleware.session.writes import ends_transaction
 
 if TYPE_CHECKING:
@@ -79,10 +80,15 @@ async def acommit(session: AsyncSession) -> None:
         await session.commit()
         return
     connections = _begin(session.sync_session, scope)
+    inner = session.sync_session
     try:
-        await session.commit()
+        if inner.new or inner.dirty or inner.deleted:
+            await session.flush()  # the application's own statements take as long as they take
+        await within(timeout_of(scope), session.commit())
     except Exception as error:
-        if not _is_lost(scope, error):
+        if isinstance(error, OutOfTimeError):
+            _note_no_answer(scope, connections, error)
+        elif not _is_lost(scope, error):
             raise
         failure = error
     else:
@@ -106,6 +112,17 @@ def _begin(session: Session, scope: Scope) -> Collection[Connection]:
     return connections
 
 
+def _note_no_answer(
+    scope: Scope, connections: Collection[Connection], error: OutOfTimeError
+) -> None:
+    """The database has not answered in time: the commit was cut off, and may stand."""
+    trial = find_trial(scope)
+    for attempt in () if trial is None else trial.attempts:
+        if attempt.connection in connections:
+            attempt.state = LOST
+            attempt.error = error
+
+
 def _is_lost(scope: Scope, error: Exception) -> bool:
     """Tell whether the database's answer to the commit was lost."""
     return is_broken(scope) or bool(attempts_lost(scope)) or _broke_at_commit(error)
@@ -126,7 +143,7 @@ async def _ask(
     note_commit(scope)
     tell_unknown(scope)
     if verdict is Verdict.UNKNOWN:
-        raise in_doubt(scope.name, _why(scope)) from failure
+        raise in_doubt(scope.name, _why(scope, failure)) from failure
     logger.warning("the answer to the commit of %r was lost; it stands", scope.name)
     await adopt()
 
@@ -166,7 +183,9 @@ async def _settle_one(scope: Scope, attempt: Attempt, asking: Asking) -> Verdict
     return verdict
 
 
-def _why(scope: Scope) -> str:
+def _why(scope: Scope, failure: Exception) -> str:
+    if isinstance(failure, OutOfTimeError):
+        return f"no answer came within {timeout_of(scope):g} seconds (close_timeout)"
     if not retries_of(scope):
         return "the database was not asked (that takes retries= and PostgreSQL)"
     return "the database could not tell"

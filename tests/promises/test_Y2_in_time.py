@@ -1,0 +1,108 @@
+"""Y2: nothing of the end hangs for ever, where the database or the application gives no answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.util import await_only
+
+from rope_middleware import CommitInDoubtError, current_scope, open_scope
+from tests.kit.asgi import serve
+from tests.kit.models import Row
+from tests.kit.stores import Store
+from tests.kit.waiting import PATIENCE
+
+pytestmark = pytest.mark.anyio
+LIMIT = 0.2
+
+
+@asynccontextmanager
+async def in_time() -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    yield
+    assert LIMIT * 0.7 <= loop.time() - before < PATIENCE
+
+
+def hang(store: Store, what: str) -> None:
+    event.listen(store.engine, what, lambda connection: await_only(asyncio.sleep(3600)))
+
+
+@pytest.mark.parametrize("where", ["a request", "open_scope"])
+async def test_Y2_a_commit_that_is_not_answered_is_in_doubt(store: Store, where: str) -> None:
+    """Past close_timeout nobody can tell whether it stands; no connection is out."""
+    hang(store, "commit")
+
+    async def handler() -> None:
+        await store.add(1)
+
+    async with in_time():
+        with pytest.raises(CommitInDoubtError, match=r"no answer came within 0\.2 seconds"):
+            if where == "a request":
+                await serve(handler, commit_on_success=True, close_timeout=LIMIT)
+            else:
+                async with open_scope(commit_on_success=True, close_timeout=LIMIT):
+                    await handler()
+    assert store.held() == 0
+    assert store.rows() == []
+
+
+async def test_Y2_a_slow_flush_is_no_commit_without_an_answer(store: Store) -> None:
+    """The limit is for the database's answer, not for the statements of the application."""
+
+    @event.listens_for(store.engine, "before_cursor_execute")
+    def slowly(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if statement.startswith("INSERT"):
+            await_only(asyncio.sleep(2 * LIMIT))
+
+    async with open_scope(commit_on_success=True, close_timeout=LIMIT):
+        await store.execute(text("INSERT INTO row (n) VALUES (1)"))
+        store.jenny.add(Row(n=2))
+    assert store.rows() == [1, 2]
+
+
+async def test_Y2_remove_gives_up_where_the_database_is_silent(store: Store) -> None:
+    """It raises, its connection is invalidated, and the next use has another one."""
+    silent = True
+
+    @event.listens_for(store.engine, "rollback")
+    def hang(connection: object) -> None:
+        if silent:
+            await_only(asyncio.sleep(3600))
+
+    async with open_scope(close_timeout=LIMIT):
+        await store.execute(text("SELECT 1"))
+        async with in_time():
+            with pytest.raises(TimeoutError):
+                await store.jenny.remove()
+        assert store.held() == 0
+        silent = False
+        await store.execute(text("SELECT 1"))
+
+
+async def test_S5_an_on_close_function_that_does_not_end_is_cut_off(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says so, and the others still run."""
+    ran: list[str] = []
+
+    async def never_ends() -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            ran.append("cut off")
+
+    async def handler() -> None:
+        current_scope().on_close(lambda: ran.append("the other one"))
+        current_scope().on_close(never_ends)
+
+    async with in_time():
+        await serve(handler, close_timeout=LIMIT)
+    assert ran == ["cut off", "the other one"]
+    assert "never_ends" in caplog.text
+    assert "gave up after 0.2 seconds" in caplog.text
