@@ -35,6 +35,7 @@ HOUSE = (
     "scope.response",
     "scope.hands",
     "scope.order",
+    "scope.short",
     "scope.ending",
     "scope.opening",
     "session",

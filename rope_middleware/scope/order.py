@@ -48,13 +48,17 @@ async def committing(
         for _ in range(MOST_ROUNDS):
             # A listener may write by another jenny while this commit is under way.
             work = hands.takes(open_sessions(scope))
-            work = [(key, session) for key, session in work if key not in told]
+            if told:
+                work = [(key, session) for key, session in work if key not in told]
             if not work:
                 break
-            await hands.until(partial(_is_free, work))
-            told.update(key for key, session in work if key.kind.is_opaque(session))
-            if note is not None:
-                _note_results(scope, work)
+            if not _is_free(work):
+                await hands.until(partial(_is_free, work))
+            for key, session in work:
+                if key.kind.is_opaque(session):
+                    told.add(key)
+                if note is not None and key.kind.has_open_result(session):
+                    scope._cuts_results = True  # the scope goes on, and this closes its results
             await _commit_each(work, hands)
         else:
             raise RopeError(
@@ -83,14 +87,10 @@ MOST_ROUNDS = 10
 
 
 def _is_free(work: Work) -> bool:
-    return not any(key.kind.is_busy(session) for key, session in work)
-
-
-def _note_results(scope: Scope, work: Work) -> None:
-    """Note, before the commit of a scope that goes on, that it will close open results."""
-    for key, session in work:
-        if key.kind.has_open_result(session):
-            scope._cuts_results = True
+    for key, session in work:  # noqa: SIM110 - a generator costs double
+        if key.kind.is_busy(session):
+            return False
+    return True
 
 
 async def _commit_each(work: Work, hands: Hands) -> None:

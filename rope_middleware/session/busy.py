@@ -22,4 +22,7 @@ def is_busy(session: Session) -> bool:
         return True
     if tie.flush is not None and tie.flush[0].is_active:
         return True
-    return any(notes_of(one).is_executing() for one in made_connections(tie.transaction))
+    for connection in made_connections(tie.transaction):
+        if notes_of(connection).is_executing():
+            return True
+    return False

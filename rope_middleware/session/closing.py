@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.exc import IllegalStateChangeError
@@ -44,7 +44,8 @@ _SESSION_CLOSE = Session.close
 
 def overrides_close(session: Any, original: Any = _SESSION_CLOSE) -> bool:
     """Tell whether somebody has put another close() in the place of SQLAlchemy's."""
-    return cast("Any", type(session)).close is not original or "close" in session.__dict__
+    session_class: Any = type(session)  # pyright: ignore[reportUnknownVariableType]
+    return session_class.close is not original or "close" in session.__dict__
 
 
 def has_nothing_open(session: Session) -> bool:
@@ -70,7 +71,11 @@ def ends_at_once(session: Session) -> bool:
 def has_open_result(session: Session) -> bool:
     """Tell whether a result of `session` is still being read."""
     tie = tie_of(session)
-    return tie is not None and any(notes_of(one).has_unread() for one in connections_out(tie))
+    if tie is not None:
+        for connection in connections_out(tie):
+            if notes_of(connection).has_unread():
+                return True
+    return False
 
 
 def close(session: Session) -> None:

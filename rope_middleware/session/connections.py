@@ -79,9 +79,12 @@ def connections_out(tie: Tie) -> list[Connection]:
 
 def has_connection_out(tie: Tie) -> bool:
     """Tell whether there are `connections_out`: asked several times for each request."""
+    seen = None
     for connection, _, _, is_made in _connections(tie.transaction):
-        if is_made and not connection.closed:
+        # It stands there by its engine, and by itself.
+        if is_made and connection is not seen and not connection.closed:
             return True
+        seen = connection
     return bool(tie.connections) and any(not connection.closed for connection in tie.connections)
 
 

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from rope_middleware.scope.context import current, logger, unbind
-from rope_middleware.scope.ending import end, end_failed, explain, is_untouched
+from rope_middleware.scope.ending import end, end_failed, explain
 from rope_middleware.scope.response import inner_gate_of, is_doomed
 from rope_middleware.scope.scope import Scope
+from rope_middleware.scope.short import is_untouched
 from rope_middleware.wsgi.begun import to_the_end
 from rope_middleware.wsgi.files import is_file, is_odd, is_streamed
 
