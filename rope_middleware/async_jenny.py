@@ -94,15 +94,15 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
 class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
     """The AsyncSession of the request being served: the twin of `SessionJenny`.
 
-    There is no rope: nothing can await the end of a session when a frame goes. Outside of
-    scopes, `scopefunc` tells whose session it is, or `NoScopeError` is raised.
+    There is no rope, because nothing can await the end of a session when a function returns.
+    Outside of scopes, `scopefunc` says whose session it is; without one, `NoScopeError` is raised.
 
     Args:
         session_factory: an `async_sessionmaker`, or any callable that returns a new
             `AsyncSession`.
         scopefunc: called outside of scopes; its hashable result is the key of the session.
             Call ``await jenny.remove()`` yourself there.
-        strict: raise `NoScopeError` outside of scopes, whatever the scopefunc.
+        strict: raise `NoScopeError` outside of scopes, even if there is a `scopefunc`.
         replicas: one `AsyncEngine` for each server that replicates the factory's. Sessions of
             read-only scopes read from one of them.
 

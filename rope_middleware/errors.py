@@ -43,8 +43,8 @@ class NoScopeError(RopeError, LookupError):
 class ScopeClosedError(RopeError):
     """The scope has ended; what belonged to it cannot be used any more.
 
-    Code that outlives its request (a thread, a task, a timed-out handler) meets it in
-    ``jenny.session``, in `current_scope`, and where a session that it kept would begin a
+    Code that runs on after its request (a thread, a task, a timed-out handler) gets it from
+    ``jenny.session``, from `current_scope`, and from a session that it kept, if that would begin a
     transaction. Give such work a scope of its own with `open_scope`.
     """
 
@@ -58,21 +58,21 @@ class CrossLoopError(RopeError):
 
 
 class ReadOnlyError(RopeError):
-    """Something would have written in a read-only scope; nothing is written.
+    """A statement would have written in a read-only scope. Nothing is written.
 
-    Open a scope that writes around it (``with open_scope():``), or serve it by another method.
+    Put a scope that writes around it (``with open_scope():``), or serve it by another HTTP method.
     """
 
 
 class PoolDeadlockError(RopeError, PoolTimeout):
     """Every connection of the pool is held by someone who waits for another one.
 
-    Raised in whoever would close the circle, at once, instead of a time-out for all.
+    Raised at once, in the one that would close the circle, instead of a time-out for all.
     """
 
 
 class CommitInDoubtError(RopeError):
-    """The line broke after COMMIT was sent, and nobody can tell whether it stands.
+    """The connection broke after COMMIT was sent, and nobody can tell whether the rows are there.
 
     Its cause is the driver's error. Look for the rows before the work is done again. With
     ``retries`` PostgreSQL is asked, and most doubts end there.

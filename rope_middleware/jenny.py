@@ -40,22 +40,22 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
 
     It hands out the session that is yours here, as the spinning jenny handed out threads.
     Every method and attribute of SQLAlchemy's `scoped_session` works and goes to the current
-    scope's session. Outside of any scope it is `scopefunc` that tells whose session it is, as
-    in SQLAlchemy; without one, a rope on the calling frame holds the session, as in
+    scope's session. Outside of any scope, `scopefunc` says whose session it is, as in SQLAlchemy.
+    Without a `scopefunc` a rope holds the session: a local variable of the calling function, as in
     SQLAlchemy-Rope.
 
     Args:
         session_factory: a `sessionmaker`, or any callable that returns a new `Session`.
         scopefunc: called outside of scopes; its hashable result is the key of the session.
-        strict: raise `NoScopeError` outside of scopes, whatever the scopefunc.
+        strict: raise `NoScopeError` outside of scopes, even if there is a `scopefunc`.
         replicas: one `Engine` for each server that replicates the factory's. Sessions of read-only
             scopes read from one of them.
 
     Raises:
         TypeError: `session_factory` or `scopefunc` is not callable, or `replicas` holds something
-            else than engines.
-        RopeError: the factory's engine is an AsyncEngine; or there are replicas, and ``binds=`` or
-            a get_bind() of the factory's chooses, too.
+            that is no engine.
+        RopeError: the factory's engine is an AsyncEngine; or the factory has ``binds=`` or a
+            get_bind() of its own, which cannot be used together with `replicas`.
 
     See SQLAlchemy's documentation: `Contextual/Thread-local Sessions
     <https://docs.sqlalchemy.org/en/20/orm/contextual.html>`_.
@@ -115,7 +115,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         Raises:
             NoScopeError: no scope is open, and the jenny is strict.
             ScopeClosedError: this code has outlived its scope.
-            RopeError: the session factory returned something that is no Session.
+            RopeError: the session factory returned something that cannot be a session.
         """
         scope = _current(None)
         if scope is not None and scope._sessions is not None:
@@ -126,7 +126,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         return self.registry.first_use(scope)
 
     def __call__(self, **kw: Any) -> _S:
-        """Return the current session; make it with `kw` for the session factory if there is none.
+        """Return the current session. If there is none, make it: `kw` goes to the session factory.
 
         Raises:
             sqlalchemy.exc.InvalidRequestError: `kw` is given and there is a session already.
@@ -141,7 +141,8 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
 
         Args:
             rope_name: outside of scopes, the name of the rope whose session is meant; by
-                default `create_rope_name`'s. A rope that is not there is passed over.
+                default the one that `create_rope_name` returns. If there is no such rope, nothing
+                happens.
         """
         outside = self.registry.outside
         if self.registry.scope() is None and isinstance(outside, RopeRegistry):
@@ -152,20 +153,20 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
     def release(self) -> None:
         """Give the session's connection back to its pool, now: before a wait.
 
-        The session goes on, and so does all that it has loaded: nothing is expired, and nothing
-        is committed. Its next use begins a transaction of its own. Locks are gone by then, and
-        what was set for the transaction alone (``SET LOCAL``). Where there is nothing to give
-        back, nothing is done::
+        The session stays, and so does everything that it has loaded: nothing is expired, and
+        nothing is committed. Its next use begins a new transaction. The old transaction's locks
+        are gone then, and so are its settings (``SET LOCAL``). If there is nothing to give back,
+        nothing happens::
 
             user = jenny.session.get_one(User, 1)
             jenny.release()
             answer = model.ask(user.question)  # takes half a minute
 
-        PostgreSQL is asked whether text or a function has written anything. Of other databases
-        that cannot be seen: there, what text has written is rolled back.
+        PostgreSQL is asked whether a statement given as text, or a function, has written anything.
+        Other databases cannot be asked: there, the writes of such statements are rolled back.
 
         Raises:
-            RopeError: something that is not committed would be lost; or a savepoint, a
+            RopeError: something would be lost, because it is not committed; or a savepoint, a
                 ``begin()`` block or a result is open.
         """
         if self.registry.has():
@@ -177,8 +178,8 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
     def rope(self) -> SessionRope[_S]:
         """The rope that holds the current session; set in the calling frame if there is none.
 
-        Inside a scope it is the scope's, with a scopefunc the scopefunc's: nothing is set in
-        any frame then.
+        Inside a scope it belongs to the scope, and with a `scopefunc` to what that returns. Then
+        nothing is set in any frame.
 
         Raises:
             NoScopeError: no scope is open, and the jenny is strict.
@@ -189,10 +190,10 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
     def set_rope(self, frame: FrameType | None = None) -> None:
         """Set a new rope as a local variable named `create_rope_name`.
 
-        Does nothing where no rope is needed: inside a scope, or with a scopefunc.
+        Does nothing if no rope is needed: inside a scope, or with a `scopefunc`.
 
         Args:
-            frame: the frame to set it in; by default the first one outside the facade.
+            frame: the frame to set it in; by default that of the code that uses the jenny.
 
         Raises:
             NoScopeError: no scope is open, and the jenny is strict.
@@ -204,10 +205,10 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
     def create_rope_name(self) -> str:
         """Return the name of the rope of this thread or asyncio task.
 
-        It is what `_rope_name_callback` returns, where one is set.
+        If a `_rope_name_callback` is set, it is what that returns.
 
         Raises:
-            TypeError: the callback returned something else than a str.
+            TypeError: the callback returned something that is no str.
         """
         if self._callback is None:
             return f"session{id(self)}:{owner_name()}"

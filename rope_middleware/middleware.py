@@ -53,45 +53,44 @@ class RopeMiddleware:
     `WSGIRopeMiddleware`.
 
     Args:
-        app: the application; its protocol is told by its signature.
+        app: the application. Its signature tells whether it is ASGI or WSGI.
         registries: `scoped_session` and `async_scoped_session` objects made with
-            ``scopefunc=current_scope``, to be removed at the end of each request. A
-            `SessionJenny` needs no mention.
+            ``scopefunc=current_scope``. They are removed at the end of each request. A
+            `SessionJenny` need not be named.
         commit_on_success: commit before a response with a status under 400 starts, else roll
-            back. What is done after that is committed when the scope ends.
+            back. Later work (a stream, a background task) is committed when the scope ends.
         commit_veto: with commit_on_success, called with the status and the headers (a list of
-            pairs of str); where it returns something true, the scope rolls back. It must not
+            pairs of str). If it returns something true, the scope rolls back. It must not block.
+        on_commit_error: called with the error of a failed commit, after the last try. It returns
+            the application that answers (every Starlette or Werkzeug response is one), or None
+            for the default. An error that it raises comes out of the middleware. It must not
             block.
-        on_commit_error: called with the error of a commit that has failed, after the last try; it
-            returns the application that answers (every Starlette or Werkzeug response is one), or
-            None for the default. What it raises comes out of the middleware. It must not block.
-        retries: how often a request is run again when the database refused its transaction as
-            one to try again (serialization failure, deadlock, SQLite busy), or when a connection
-            was lost or could not be made before anything was committed. With PostgreSQL a commit
-            whose answer was lost is asked for. The request's body is kept for that, up to 1 MiB;
-            a longer one is served once.
-        max_active: how many requests may be served at a time, between their start and the moment
-            when they hold no connection any more: their end, or their response's start where
-            nothing is held then. The others wait in line, first come, first served. A good number
-            is what the pool has (pool_size + max_overflow, 15 by default). None, the default, for
-            no limit. WebSockets are not counted.
-        read_only: methods, as ``("GET", "HEAD")``. Sessions of their requests read without a
-            transaction, from a jenny's `replicas` where it has some, and refuse to write.
-        close_timeout: seconds that the database may take to answer the COMMIT of an async
-            session, each async session to give its connection back, and each async `on_close`
-            function to end; 10 by default. Past it the connection is invalidated; what became of
-            a COMMIT is then in doubt.
+        retries: how often a request is run again if the database refused its transaction
+            (serialization failure, deadlock, SQLite busy), or if a connection was lost or could
+            not be made before anything was committed. If the answer to a commit was lost,
+            PostgreSQL is asked what became of it. The body of the request is kept for another
+            try, up to 1 MiB; a request with a longer one is run once.
+        max_active: how many requests may be served at a time. The others wait in line, first come,
+            first served. A request counts until it holds no connection any more: until its end,
+            or until its response starts if it holds none then. A good number is the size of the
+            pool (pool_size + max_overflow, 15 by default). None, the default, means no limit.
+            WebSockets are not counted.
+        read_only: methods, as ``("GET", "HEAD")``. Sessions of such requests read without a
+            transaction, and refuse to write. If a jenny has `replicas`, they read from one.
+        close_timeout: seconds for each of these: the database's answer to the COMMIT of an async
+            session, the end of an async session, an async `on_close` function; 10 by default.
+            After that the connection is invalidated, and a COMMIT without an answer is in doubt.
 
     Raises:
-        TypeError: `app` is no application, or cannot be told apart, or an option is of a
+        TypeError: `app` is no application, or could be ASGI as well as WSGI, or an option has a
             wrong type.
         ValueError: `retries` is negative, `max_active` is less than 1, or `close_timeout` is not
             more than 0.
 
-    The open `Scope` stands in the ASGI scope or the WSGI environ under
-    ``"rope_middleware.scope"``. Two of these around the same request share one scope, and their
-    options add up: `registries` and `read_only` of both, a commit or a veto that either asks for.
-    `retries`, `max_active` and `close_timeout` are the outer one's.
+    The ASGI scope and the WSGI environ carry the open `Scope` under ``"rope_middleware.scope"``.
+    Two middlewares around the same request share one scope, and their options add up: `registries`
+    and `read_only` of both, a commit or a veto that either asks for. `retries`, `max_active` and
+    `close_timeout` are those of the outer one.
     """
 
     _protocols: ClassVar[dict[str, type[RopeMiddleware]]] = {}

@@ -41,7 +41,7 @@ def current_scope() -> Scope:
 
     Raises:
         NoScopeError: no scope is open here.
-        ScopeClosedError: this code has outlived the scope that it was started in.
+        ScopeClosedError: the scope in which this code was started has ended.
     """
     scope = current.get(None)
     if scope is None:
@@ -54,9 +54,9 @@ def current_scope() -> Scope:
 class open_scope:  # noqa: N801 - used like a function
     """Open a scope by hand: ``with``, ``async with``, or as a decorator.
 
-    The scope is an inner one where another is open already, with sessions of its own; the
-    outer one is untouched and current again afterwards. One object is entered once at a time. As
-    a decorator it opens a new scope for each call::
+    If another scope is open, the new one is an inner scope with sessions of its own. The outer one
+    is untouched, and current again afterwards. One object can be entered once at a time. As a
+    decorator it opens a new scope for each call::
 
         with open_scope("import"):
             jenny.session.add(row)
@@ -67,25 +67,24 @@ class open_scope:  # noqa: N801 - used like a function
         async def job(): ...
 
     Args:
-        name: what error texts and log lines call the scope; the function's name where it is
-            used as a decorator.
-        commit_on_success: commit when the block ends without an error; ``sys.exit(0)`` is none.
+        name: what error texts and log lines call the scope; by default the name of the decorated
+            function.
+        commit_on_success: commit when the block ends without an error. ``sys.exit(0)`` is no error.
         read_only: sessions of the scope read without a transaction, and refuse to write.
-        close_timeout: seconds that the database may take to answer the COMMIT of an async
-            session, each async session to give its connection back, and each async `on_close`
-            function to end; 10 by default. Past it the connection is invalidated; what became of
-            a COMMIT is then in doubt.
+        close_timeout: seconds for each of these: the database's answer to the COMMIT of an async
+            session, the end of an async session, an async `on_close` function; 10 by default.
+            After that the connection is invalidated, and a COMMIT without an answer is in doubt.
 
     Returns:
         A context manager; ``with`` and ``async with`` give the `Scope`.
 
     Raises:
-        TypeError: an argument is of a wrong type, or it decorates a generator function, whose body
-            runs after the call.
+        TypeError: an argument has a wrong type, or the decorated function is a generator, whose
+            body runs after the call.
         ValueError: `close_timeout` is not more than 0.
         RuntimeError: it is entered a second time before it is left.
-        RopeError: a plain generator enters it that a framework runs in a worker thread, as FastAPI
-            does with dependencies: nobody would find the scope.
+        RopeError: a framework runs the code in a worker thread, in a copy of the context, as
+            FastAPI does with dependencies that are plain generators: nobody would find the scope.
     """
 
     def __init__(

@@ -105,20 +105,20 @@ class Scope:
 
     @property
     def name(self) -> str:
-        """What the scope is for, ``GET /path`` (no query string) or the name it was given."""
+        """The scope's name, ``GET /path`` (no query string) or what was given to `open_scope`."""
         return cast("str", self._name)
 
     @property
     def closed(self) -> bool:
-        """True once the scope has ended and everything of it is given back."""
+        """True when the scope has ended and every session is closed."""
         return self._state == CLOSED
 
     @property
     def info(self) -> dict[Any, Any]:
         """A dictionary for the application's own use.
 
-        That of a request is empty at the start; that of an inner `open_scope` begins as a shallow
-        copy of the outer one's.
+        In a request it is empty at the start. In an inner `open_scope` it begins as a shallow copy
+        of the outer scope's.
         """
         if self._info is None:
             with _first_use:
@@ -129,16 +129,16 @@ class Scope:
     def doom(self) -> None:
         """Make the scope roll back, whatever the response will be.
 
-        It concerns what `commit_on_success` would commit, from now on; what is committed stays.
+        It stops the commits of `commit_on_success` from now on. What is committed already stays.
         """
         self._doomed = True
 
     def on_commit(self, fn: Callable[[], object]) -> None:
         """Call `fn` once after the scope's commit and before the response starts.
 
-        Registered after the response started, it runs after the final commit. It never runs
-        after a rollback; its own error is logged and changes nothing. Functions run in order
-        of registration, sync ones in a thread where the scope is async.
+        A function that is registered after the response started runs after the final commit. It
+        never runs after a rollback. If it raises, the error is logged and changes nothing.
+        Functions run in order of registration; in an async scope, sync ones run in a thread.
 
         Args:
             fn: called without arguments; an async function only in an async scope.
@@ -162,8 +162,8 @@ class Scope:
     def on_close(self, fn: Callable[[], object]) -> None:
         """Call `fn` once when the scope has ended and its sessions are closed, newest first.
 
-        Its own error is logged, and the others still run. An async function is cut off after
-        `close_timeout` seconds.
+        If it raises, the error is logged, and the others still run. An async function is cut off
+        after `close_timeout` seconds.
 
         Args:
             fn: called without arguments; an async function only in an async scope.
