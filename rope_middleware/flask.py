@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakSet, ref
 
 try:
-    from flask import Flask, current_app, g, has_app_context, has_request_context, request
+    import flask
+    from flask import current_app, g, has_app_context, has_request_context, request
     from werkzeug.local import LocalProxy
 except ImportError as _error:
     raise ImportError(
@@ -41,6 +42,8 @@ from rope_middleware.session.unsaved import tell_lost
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
+
+    from flask import Flask
 
 __all__ = ["current_session", "flask_scoped_session"]
 
@@ -151,7 +154,7 @@ class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is d
         Raises:
             TypeError: `app` is something else.
         """
-        if not isinstance(cast("object", app), Flask):
+        if not isinstance(cast("object", app), flask.Flask):
             raise TypeError(
                 f"init_app() takes a Flask application, not {app!r}: it is kept in Flask's "
                 "application context. Elsewhere use SessionJenny and RopeMiddleware(app)."
