@@ -93,6 +93,7 @@ HOUSE = (
     "asgi.line",
     "asgi.replay",
     "asgi.position",
+    "asgi.handshake",
     "asgi.commit",
     "asgi",
     "wsgi.files",

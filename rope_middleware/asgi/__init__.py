@@ -11,6 +11,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.asgi.commit import Gate
+from rope_middleware.asgi.handshake import Handshake
 from rope_middleware.asgi.line import Ahead, Leaving, wait_for_turn
 from rope_middleware.asgi.position import Telling, carried_by
 from rope_middleware.asgi.replay import Replay
@@ -23,7 +24,9 @@ from rope_middleware.scope.ending import aend, aend_failed
 from rope_middleware.scope.reading import carried_of, carry
 from rope_middleware.scope.response import (
     count,
+    doom_rest,
     inner_gate_of,
+    is_accepted,
     is_counted,
     is_doomed,
     log_retry,
@@ -187,15 +190,18 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             unbind(token)
 
     async def _serve_websocket(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        """Serve what commits, if at all, when the call ends without an error."""
+        """Serve what commits, if at all, when the call ends: accepted, and without an error."""
         own = self._open(scope)
         if self._follows:
             carry(own, carried_by(scope))
         token = current.set(own)
         try:
-            await self.app(scope, receive, send)
-            commits = options_now(own).commit_on_success and not is_doomed(own)
-            await aend(own, commits, "doomed")
+            await self.app(scope, receive, Handshake(own, send))
+            commits = options_now(own).commit_on_success
+            why = "doomed" if is_doomed(own) else "" if is_accepted(own) else "not accepted"
+            if commits and why:
+                doom_rest(own)
+            await aend(own, commits and not why, why)
         except BaseException as error:
             await aend_failed(own, error)
             raise

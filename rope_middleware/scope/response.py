@@ -15,10 +15,12 @@ __all__ = [
     "doom_rest",
     "holds_connection",
     "inner_gate_of",
+    "is_accepted",
     "is_counted",
     "is_doomed",
     "is_head",
     "log_retry",
+    "note_accepted",
     "open_as",
     "options_now",
     "set_inner_gate",
@@ -61,6 +63,16 @@ def is_doomed(scope: Scope) -> bool:
 def doom_rest(scope: Scope) -> None:
     """The response is no success: nothing later in the scope commits, either."""
     scope._doomed = True
+
+
+def note_accepted(scope: Scope) -> None:
+    """The WebSocket of `scope` is accepted."""
+    scope._is_accepted = True
+
+
+def is_accepted(scope: Scope) -> bool:
+    """Tell whether the WebSocket of `scope` was accepted."""
+    return scope._is_accepted
 
 
 def inner_gate_of(scope: Scope) -> Any:

@@ -72,6 +72,7 @@ class Scope:
     _doomed = False
     _cuts_results = False  # its commit before the response started has closed open results
     _is_counted = False  # its request has come through the line of `max_active`
+    _is_accepted = False  # its WebSocket was
     _has_failed = False  # an error has left it
     # See `outcome`.
     _committed = False

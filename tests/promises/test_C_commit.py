@@ -339,6 +339,41 @@ def test_C2_a_websocket_commits_when_its_call_ends_without_an_error(
     web.close()
 
 
+DENIALS: dict[str, list[dict[str, Any]]] = {
+    "closed before it was accepted": [{"type": "websocket.close", "code": 1008}],
+    "denied by a response": [
+        {"type": "websocket.http.response.start", "status": 403, "headers": []},
+        {"type": "websocket.http.response.body", "body": b"no"},
+    ],
+    "never answered": [],
+}
+
+
+@pytest.mark.parametrize("denial", DENIALS)
+@pytest.mark.parametrize("inner", [False, True], ids=["one", "an inner one commits"])
+@pytest.mark.parametrize("kind", ["asgi-async", "asgi-sync"])
+def test_C2_a_websocket_that_is_not_accepted_commits_nothing(
+    kind: str, inner: bool, denial: str, tmp_path: Path
+) -> None:
+    """Its client has been told no."""
+    web = Web(kind, tmp_path / "ws.db")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await web.store.add(1)
+        for message in DENIALS[denial]:
+            await send(message)
+
+    async def send(message: Any) -> None: ...
+
+    wrapped = ASGIRopeMiddleware(app, commit_on_success=True)
+    if inner:
+        wrapped = ASGIRopeMiddleware(wrapped)
+    web.loop.run(wrapped(websocket_scope(), send, send))
+    assert web.store.rows() == []
+    assert web.store.held() == 0
+    web.close()
+
+
 def test_C2_a_cancelled_request_commits_nothing(tmp_path: Path) -> None:
     """A client that goes away before the answer leaves no row."""
     web = Web("asgi-async", tmp_path / "cancel.db")
