@@ -20,7 +20,7 @@ from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.outcome import timeout_of
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over, session_of
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
-from rope_middleware.session.factories import check_callables, check_session
+from rope_middleware.session.factories import check_arguments, check_session
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
 from rope_middleware.session.release import has_connection, inner_session, release
 from rope_middleware.session.sharing import noting
@@ -125,7 +125,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         strict: bool = False,
         replicas: Iterable[AsyncEngine] = (),
     ) -> None:
-        check_callables(session_factory, scopefunc, _ASYNC_EXAMPLE, is_async=True)
+        check_arguments(session_factory, scopefunc, strict, _ASYNC_EXAMPLE, is_async=True)
         name_elsewhere(AsyncSessionJenny, session_factory)
         super().__init__(cast("Any", session_factory), scopefunc or current_scope)
 

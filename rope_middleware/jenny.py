@@ -21,7 +21,7 @@ from rope_middleware.errors import no_engine, no_such_name
 from rope_middleware.rope.registry import RopeRegistry, owner_name
 from rope_middleware.rope.rope import ScopeRope, SessionRope
 from rope_middleware.scope.context import current
-from rope_middleware.session.factories import check_callables, check_session, listen_to_factory
+from rope_middleware.session.factories import check_arguments, check_session, listen_to_factory
 from rope_middleware.session.kinds import FOREIGN
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
 from rope_middleware.session.release import inner_session, release
@@ -71,7 +71,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         strict: bool = False,
         replicas: Iterable[Engine] = (),
     ) -> None:
-        check_callables(session_factory, scopefunc, _EXAMPLE, is_async=False)
+        check_arguments(session_factory, scopefunc, strict, _EXAMPLE, is_async=False)
         listen_to_factory(session_factory)  # now: later its sessions may be in use
         name_elsewhere(SessionJenny, session_factory)
         # Any callable is as good as the sessionmaker that SQLAlchemy's annotation asks for.

@@ -11,20 +11,23 @@ from rope_middleware.errors import RopeError, async_engine
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.session.tie import listen
 
-__all__ = ["check_callables", "check_session", "listen_to_factory"]
+__all__ = ["check_arguments", "check_session", "listen_to_factory"]
 
 
-def check_callables(factory: object, scopefunc: object, example: str, *, is_async: bool) -> None:
+def check_arguments(
+    factory: object, scopefunc: object, strict: object, example: str, *, is_async: bool
+) -> None:
     """Check the arguments of a jenny.
 
     Args:
         factory: makes the sessions.
         scopefunc: makes the key of a session outside of scopes, or is None.
+        strict: whether there is none outside of scopes.
         example: what a factory looks like.
         is_async: whether the jenny is that of AsyncSessions.
 
     Raises:
-        TypeError: one of them is not callable, or the factory makes the other kind of sessions.
+        TypeError: one of them is of a wrong type, or the factory makes the other kind of sessions.
         RopeError: the factory makes plain sessions on an async engine.
     """
     if not callable(factory):
@@ -37,6 +40,8 @@ def check_callables(factory: object, scopefunc: object, example: str, *, is_asyn
             "scopefunc must be a callable without arguments that returns the key of the "
             f"current session; {scopefunc!r} is not callable."
         )
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict is True or False, not {strict!r}.")
     made = getattr(factory, "class_", None)  # of a sessionmaker
     if not isinstance(made, type):
         return

@@ -150,6 +150,11 @@ WRONG: dict[str, tuple[Case, type[Exception], str]] = {
         TypeError,
         r"init_app\(\) takes a Flask application.*RopeMiddleware\(app\)",
     ),
+    "strict in words": (
+        lambda: SessionJenny(sessionmaker(), strict="no"),  # type: ignore[arg-type]
+        TypeError,
+        "strict is True or False, not 'no'",
+    ),
     "a Scope by hand": (lambda: Scope(), TypeError, r'"with open_scope\(\) as scope:"'),
     "a rope without a registry": (
         lambda: SessionRope(JENNY),
