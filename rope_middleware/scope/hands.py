@@ -117,6 +117,9 @@ class Async:
 class Closing(Here):
     """Carries out what can be done while a coroutine is closed: async sessions are invalidated."""
 
+    async def until(self, is_free: Callable[[], bool]) -> None:
+        """Wait for nobody: this may be the event loop's thread."""
+
     async def release(self, kind: SessionKind, call: _Call, session: Any) -> None:
         if kind.is_async:
             raise RopeError("the coroutine that served it was closed before its end")

@@ -16,7 +16,7 @@ from rope_middleware.scope.context import class_of, logger, removing, traceback_
 from rope_middleware.scope.hands import Hands, Work
 from rope_middleware.scope.kind import SessionKey, SessionKind
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
-from rope_middleware.scope.settling import settling_of
+from rope_middleware.scope.settling import must_wait_for, settling_of
 
 __all__ = [
     "committing",
@@ -126,6 +126,8 @@ async def ending(scope: Scope, hands: Hands, commits: bool, why: str) -> None:
             else what the commit raised; at the end, when everything is given back.
     """
     failure: BaseException | None = None
+    if must_wait_for(scope) is not None:  # the app's call is over, and its response is starting
+        await hands.until(lambda: settling_of(scope) is None)
     if commits:
         failure = await committing(scope, hands)
     elif scope._options.commit_on_success and open_sessions(scope):

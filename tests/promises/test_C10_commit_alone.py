@@ -243,3 +243,39 @@ def test_C10_the_commit_waits_for_a_statement_under_way(
 
     asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
     assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize("how", ["returns", "is cancelled"])
+def test_C10_the_end_waits_for_a_commit_under_way(
+    jenny: SessionJenny[Session], engine: Engine, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The app's call is over while another task of it sends the start: the commit is whole."""
+    began, may_go = commit_slowly(engine)
+    tasks: list[asyncio.Task[None]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.add(Row(name="x"))
+        start = send({"type": "http.response.start", "status": 200, "headers": []})
+        tasks.append(asyncio.create_task(start))
+        await asyncio.to_thread(began.wait, PATIENCE)
+        threading.Timer(0.2, may_go.set).start()
+        if how == "is cancelled":
+            await never()
+
+    async def send(message: Any) -> None: ...
+
+    async def main() -> None:
+        call = asyncio.create_task(
+            RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send)
+        )
+        await asyncio.to_thread(began.wait, PATIENCE)
+        if how == "is cancelled":
+            await asyncio.sleep(0.05)
+            call.cancel()
+        await asyncio.wait({call})
+        assert rows(engine) == 1
+        assert checked_out(engine) == 0
+        await asyncio.wait_for(tasks[0], PATIENCE)
+
+    asyncio.run(main())
+    assert not [one for one in caplog.records if one.levelname == "ERROR"]
