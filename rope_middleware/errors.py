@@ -85,9 +85,9 @@ class CommitInDoubtError(RopeError):
 def no_scope() -> NoScopeError:
     """Make the error for code that needs a scope where none is open."""
     return NoScopeError(
-        "No request scope is open. In a request: wrap the app in RopeMiddleware, outside of all "
-        'that uses the session. Anywhere else open one, "with open_scope():" ("async with" for an '
-        "AsyncSession): at the application's startup (lifespan), in scripts, threads and "
+        "No request scope is open. In a request: wrap the app in RopeMiddleware, around everything "
+        'that uses the session. Anywhere else, open a scope by "with open_scope():" ("async with" '
+        "for an AsyncSession): at the application's startup (lifespan), in scripts, threads and "
         "background jobs, and in Starlette's handler of Exception or 500, which runs outside of "
         "every middleware."
     )
@@ -97,8 +97,8 @@ def left_at_once() -> RopeError:
     """Make the error for a scope that a framework would leave behind in a thread."""
     return RopeError(
         'This "with open_scope():" stands in a generator that the framework runs in a worker '
-        "thread, in a copy of the request's context: nobody else would find the scope, and what "
-        'they write would be lost. Make the dependency an "async def" with '
+        "thread, in a copy of the request's context. No other code would find the scope, and its "
+        'changes would be lost. Make the dependency an "async def" with '
         '"async with open_scope():"; endpoints and other dependencies may stay "def".'
     )
 

@@ -120,8 +120,8 @@ class open_scope:  # noqa: N801 - used like a function
     def _enter(self, scope: _ScopeT) -> _ScopeT:
         if not self._entering.acquire(blocking=False):
             raise RuntimeError(
-                "This open_scope() is entered already, and one object is entered once at a time: "
-                "its end would be somebody else's. Write open_scope() where you enter it."
+                "This open_scope() is entered already, and one object can be entered only once at "
+                'a time. Make a new one where you enter it: "with open_scope():".'
             )
         outer = current.get(None)
         if outer is None or outer._state:
