@@ -93,7 +93,7 @@ class Gate:
 
     commits: bool  # what is done after the response's start
     state: int
-    why = ""  # it is not committed
+    why: str = ""  # it is not committed
     raised: BaseException | None = None  # by on_commit_error, or by what it returned
 
     def __init__(self, scope: Scope, may_replay: Callable[[], bool] | None) -> None:

@@ -38,6 +38,12 @@ class Gate(answer.Gate):
 
     _settled: Any = None  # an anyio.Event, where another task waits for the commit
 
+    # The base's, again for those who read the types of a subclass by themselves.
+    state: int
+    commits: bool
+    why: str
+    raised: BaseException | None
+
     def __init__(
         self,
         scope: Scope,

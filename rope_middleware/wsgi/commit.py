@@ -47,6 +47,12 @@ class Gate(answer.Gate):
     _instead: WSGIApplication | None = None  # what `on_commit_error` has returned
     _write_on: Callable[[bytes], object] | None = None
 
+    # The base's, again for those who read the types of a subclass by themselves.
+    state: int
+    commits: bool
+    why: str
+    raised: BaseException | None
+
     def __init__(
         self,
         scope: Scope,
