@@ -18,8 +18,6 @@ from sqlalchemy.orm import Session
 from rope_middleware.scope.context import MOST_CAUSES
 from rope_middleware.scope.ending import explainers
 from rope_middleware.session.lines import Line, application_line, text_of
-from rope_middleware.session.loading import note_of_load
-from rope_middleware.session.shared_at import line_of_other, session_in
 from rope_middleware.session.telling import tell_once
 
 __all__ = ["note_reason", "note_rollback", "note_shared", "noting", "tell_cut_off"]
@@ -68,7 +66,13 @@ def _add_note(error: BaseException) -> None:
             pending += cast("BaseExceptionGroup[BaseException]", inner).exceptions
 
 
+# What looks at an error is imported when there is one: it takes its time.
+
+
 def _note_for(error: BaseException, around: list[BaseException]) -> str:
+    from rope_middleware.session.loading import note_of_load
+    from rope_middleware.session.shared_at import session_in
+
     if _tells_of_sharing(error):
         notes: list[str] = getattr(error, "__notes__", [])
         known = next((note for note in notes if note.startswith(_SHARED_SESSION)), None)
@@ -80,6 +84,8 @@ def _both(session: Session | None, here: Line | None) -> str:
     """Say at which lines the two tasks are, and tell it once in the log."""
     if here is None:
         return ""
+    from rope_middleware.session.shared_at import line_of_other
+
     other = None if session is None else line_of_other(session)
     where = f" This one is at {text_of(here)}"
     where += "." if other is None else f", the other at {text_of(other)}."
@@ -136,6 +142,8 @@ def tell_cut_off(session: Session, error: BaseException, name: str) -> bool:
         return False
     if session.__dict__.pop(_TOLD, False):
         return True
+    from rope_middleware.session.shared_at import line_of_other
+
     line = line_of_other(session)
     if line is None:
         return False
