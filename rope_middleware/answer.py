@@ -88,19 +88,15 @@ class Gate:
         may_replay: tells whether the request can be run again as it came; None: no try follows.
     """
 
-    # What the gate of a plain success never changes has its value on the class: see `Scope`.
-    __slots__ = ("__dict__", "_may_replay", "_scope", "commits", "state")
-
-    commits: bool  # what is done after the response's start
-    state: int
-    why: str = ""  # it is not committed
-    raised: BaseException | None = None  # by on_commit_error, or by what it returned
+    __slots__ = ("_may_replay", "_scope", "commits", "raised", "state", "why")
 
     def __init__(self, scope: Scope, may_replay: Callable[[], bool] | None) -> None:
         self._scope = scope
         self._may_replay = may_replay
-        self.state = WAITING
-        self.commits = False
+        self.state: int = WAITING
+        self.commits: bool = False  # what is done after the response's start
+        self.why: str = ""  # it is not committed
+        self.raised: BaseException | None = None  # by on_commit_error, or by what it returned
 
     def passes(self, status: int) -> bool:
         """Let a plain success start: no session was used, so there is nothing to settle.

@@ -53,10 +53,11 @@ def _with_own_class(factory: Any, kw: dict[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(factory, async_sessionmaker):
         return kw
-    async_class: Any = cast("Any", factory).class_
+    given: Any = factory  # pyright: ignore[reportUnknownVariableType]
+    async_class = given.class_
     if async_class.__init__ is not AsyncSession.__init__:
         return kw  # it may take other arguments
-    base: type[Session] = kw.get("sync_session_class") or cast("Any", factory).kw.get(
+    base: type[Session] = kw.get("sync_session_class") or given.kw.get(
         "sync_session_class", async_class.sync_session_class
     )
     own = _own_classes.get(base)

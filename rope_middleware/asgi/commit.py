@@ -34,9 +34,7 @@ class Gate(answer.Gate):
         replay: the request's body for another try; None where there is none to come.
     """
 
-    __slots__ = ("_replay", "_request", "_send")
-
-    _settled: Any = None  # an anyio.Event, where another task waits for the commit
+    __slots__ = ("_replay", "_request", "_send", "_settled")
 
     # The base's, again for those who read the types of a subclass by themselves.
     state: int
@@ -54,8 +52,11 @@ class Gate(answer.Gate):
         # The base's, without the price of a call.
         self._scope = scope
         self._may_replay = None if replay is None else replay.can_repeat
-        self.state = WAITING
-        self.commits = False
+        self.state: int = WAITING
+        self.commits: bool = False
+        self.why: str = ""
+        self.raised: BaseException | None = None
+        self._settled: Any = None  # an anyio.Event, where another task waits for the commit
         self._send = send
         self._request = request
         self._replay = replay

@@ -205,14 +205,14 @@ class _Deadlines:
 
     def add(self, task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         self.tasks[task] = deadline = loop.time() + seconds
-        self._wake_by(deadline, loop)
+        if deadline < self._wakes_at:
+            self._wake_by(deadline, loop)
 
     def _wake_by(self, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
-        if deadline < self._wakes_at:
-            self._wakes_at = deadline
-            # The handle is not kept: it refers to the loop, which would then live as long. An
-            # empty context: one timer follows from the other, and would keep the first request's.
-            loop.call_at(deadline, self._wake, deadline, context=Context())
+        self._wakes_at = deadline
+        # The handle is not kept: it refers to the loop, which would then live as long. An empty
+        # context: one timer follows from the other, and would keep the first request's.
+        loop.call_at(deadline, self._wake, deadline, context=Context())
 
     def _wake(self, now: float) -> None:
         if now != self._wakes_at:

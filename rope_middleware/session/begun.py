@@ -42,14 +42,10 @@ def note_begin(tie: Tie, depth: int = DEPTH) -> None:
     tie.line = application_line(depth)
     tie.thread = threading.get_ident()
     kind = tie.kind
-    tie.task = None if kind is None or not kind.is_async else _task_ref()
+    task = None if kind is None or not kind.is_async else _task()
+    tie.task = None if task is None else ref(task)
     if is_new:  # not before all of it is written down: others read the list meanwhile
         _ties.add(ref(tie, _ties.discard))
-
-
-def _task_ref() -> ref[asyncio.Task[Any]] | None:
-    task = _task()
-    return None if task is None else ref(task)
 
 
 def _task() -> asyncio.Task[Any] | None:

@@ -7,7 +7,7 @@ scope it hands over to another registry (`outside`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
@@ -25,7 +25,7 @@ from rope_middleware.scope.scope import (
     require_open,
     session_of,
 )
-from rope_middleware.scope.settling import has_company, settling_of
+from rope_middleware.scope.settling import has_company, may_begin, settling_of
 from rope_middleware.session.aside import guard
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.refusal import listen_for_errors
@@ -118,19 +118,21 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         """Make the session of `scope`, or leave it to `outside` where there is none."""
         if scope is None:
             return self.outside()
-        require_open(scope)
-        settling = settling_of(scope)
-        if settling is not None and (session := settling.session_for(self)) is not None:
-            return session  # type: ignore[no-any-return]
+        if not may_begin(scope):
+            require_open(scope)
+            settling = settling_of(scope)
+            if settling is not None and (session := settling.session_for(self)) is not None:
+                return session  # type: ignore[no-any-return]
         return self._adopt(scope, self.createfunc())
 
     def _adopt(self, scope: Scope, session: _T) -> _T:
         inner = self.kind.inner(session)
         if inner is not None:
-            check_own(inner, scope)
+            if tie_of(inner) is not None:
+                check_own(inner, scope)
             if reads_only(scope):
                 self._place(inner, scope)  # first: it may change the class
-            session_class = cast("type[Session]", type(inner))
+            session_class: type[Session] = type(inner)  # pyright: ignore[reportUnknownVariableType]
             if session_class is not self._listening and listen_to(inner):
                 self._listening = session_class
             tie = tie_to(inner, scope, self.kind)  # before another thread can see it

@@ -41,11 +41,17 @@ class Gate(answer.Gate):
         owns: False where another middleware ends the scope.
     """
 
-    __slots__ = ("_call", "_environ", "_owns", "_replay", "_start_response")
+    __slots__ = (
+        "_call",
+        "_environ",
+        "_instead",
+        "_owns",
+        "_replay",
+        "_start_response",
+        "_write_on",
+    )
 
     _environ: WSGIEnvironment
-    _instead: WSGIApplication | None = None  # what `on_commit_error` has returned
-    _write_on: Callable[[bytes], object] | None = None
 
     # The base's, again for those who read the types of a subclass by themselves.
     state: int
@@ -63,8 +69,12 @@ class Gate(answer.Gate):
         # The base's, without the price of a call.
         self._scope = scope
         self._may_replay = None if replay is None else replay.can_repeat
-        self.state = WAITING
-        self.commits = False
+        self.state: int = WAITING
+        self.commits: bool = False
+        self.why: str = ""
+        self.raised: BaseException | None = None
+        self._instead: WSGIApplication | None = None  # what `on_commit_error` has returned
+        self._write_on: Callable[[bytes], object] | None = None
         self._start_response = start_response
         self._replay = replay
         self._owns = owns
