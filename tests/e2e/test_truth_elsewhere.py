@@ -12,20 +12,13 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from tests.kit.models import Row
-from tests.kit.shop import Answer, Shop, Work, add
+from tests.kit.shop import Answer, Shop, Work, add, send
 from tests.servers.mariadb import MariaDatabase, NoMariaDBError, mariadb_server
 from tests.servers.pgbouncer import MISSING, pgbouncer
 from tests.servers.postgres import postgres_server
 from tests.servers.wire import COMMIT, DOWN, UP, Cut, Wire
 
 TABLE = "CREATE TABLE row (n int PRIMARY KEY, name varchar(9) NOT NULL DEFAULT '')"
-
-
-async def send(shop: Shop) -> Answer:
-    answer = await shop.ask(1)
-    assert shop.held() == 0
-    await shop.close()
-    return answer
 
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)

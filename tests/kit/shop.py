@@ -173,3 +173,20 @@ class Shop:
 async def _answer(send: Any, status: int) -> None:
     await send({"type": "http.response.start", "status": status, "headers": []})
     await send({"type": "http.response.body", "body": b"of the app"})
+
+
+def ask_once(kind: str, url: URL, work: Work = add, **options: object) -> Answer:
+    """Send one request to a shop of its own; nothing may stay out."""
+
+    async def main() -> Answer:
+        return await send(Shop(kind, url, work, **options))
+
+    return asyncio.run(main())
+
+
+async def send(shop: Shop) -> Answer:
+    """Send one request to the shop, and close it; nothing may stay out."""
+    answer = await shop.ask(1)
+    assert shop.held() == 0
+    await shop.close()
+    return answer

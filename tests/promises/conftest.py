@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from rope_middleware import open_scope
+from tests.kit.sandboxes import PLACES, Place, open_place
 from tests.kit.sessions import Around
+from tests.kit.shop import SHOPS
 from tests.kit.stores import Lock, Store, connections_at_work, open_store
 from tests.kit.waiting import poll
 from tests.kit.ways import WAYS, Way
 from tests.kit.web import KINDS, Web
 from tests.kit.wsgi import WRAPS, Wrap, wrapped
+from tests.servers.mariadb import NoMariaDBError
 
 # Python 3.13, and aiosqlite, warn of every connection that nobody closed. Those that are cut off in
 # tests on purpose (cancelled while they connect, invalidated) are left to their finaliser by the
@@ -75,6 +78,24 @@ def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Web]:
     held = found.store.held()
     found.close()
     assert held == 0, "a connection is still out of its pool"
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def place(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
+    """A database, for all tests of a module: sandboxes leave nothing in it."""
+    try:
+        with open_place(request.param, tmp_path_factory.mktemp("place") / "s.db") as found:
+            yield found
+    except NoMariaDBError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(params=SHOPS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """One of the ways to serve a `Shop` on PostgreSQL."""
+    return str(request.param)
 
 
 @pytest.fixture

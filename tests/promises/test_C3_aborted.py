@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from sqlalchemy.orm import Session
 from rope_middleware import RopeError, SessionJenny, current_scope, open_scope
 from tests.kit.engines import small_engine
 from tests.kit.models import Row
-from tests.kit.shop import SHOPS, Answer, Shop, Work
+from tests.kit.shop import SHOPS, Answer, Work, ask_once
 from tests.servers.postgres import Database, postgres_server
 
 
@@ -26,20 +25,9 @@ def database() -> Iterator[Database]:
         yield found
 
 
-@pytest.fixture(params=SHOPS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def ask(kind: str, database: Database, work: Work, **options: object) -> Answer:
-    async def main() -> Answer:
-        shop = Shop(kind, database.url(SHOPS[kind]), work, commit_on_success=True, **options)
-        answer = await shop.ask(1)
-        assert shop.held() == 0
-        await shop.close()
-        return answer
-
-    return asyncio.run(main())
+    url = database.url(SHOPS[kind])
+    return ask_once(kind, url, work, commit_on_success=True, **options)
 
 
 def rows(database: Database) -> list[int]:

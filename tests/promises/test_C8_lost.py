@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.session.refusal import bridging
 from tests.kit.models import Row
-from tests.kit.shop import SHOPS, Answer, Shop, Work
+from tests.kit.shop import SHOPS, Answer, Shop, Work, ask_once
 from tests.servers.postgres import Database, postgres_server
 from tests.servers.replicas import Server, cluster
 
@@ -28,20 +28,8 @@ def database() -> Iterator[Database]:
         yield found
 
 
-@pytest.fixture(params=SHOPS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def ask(kind: str, database: Database, work: Work, **options: object) -> Answer:
-    async def main() -> Answer:
-        shop = Shop(kind, database.url(SHOPS[kind]), work, **options)
-        answer = await shop.ask(1)
-        assert shop.held() == 0
-        await shop.close()
-        return answer
-
-    return asyncio.run(main())
+    return ask_once(kind, database.url(SHOPS[kind]), work, **options)
 
 
 def rows(database: Database) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterator
 
@@ -12,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from rope_middleware import CommitInDoubtError
 from tests.kit.models import Row
-from tests.kit.shop import SHOPS, Answer, Shop, Work, add, add_and_commit
+from tests.kit.shop import SHOPS, Answer, Work, add, add_and_commit, ask_once
 from tests.servers.postgres import Database, postgres_server
 from tests.servers.wire import COMMIT, DOWN, UP, Cut, Wire, socket_of
 
@@ -34,26 +33,12 @@ def wire(database: Database) -> Iterator[Wire]:
         yield found
 
 
-@pytest.fixture(params=SHOPS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def rows(database: Database, n: int = 1) -> int:
     return int(database.query("SELECT count(*) FROM row WHERE n = %s", n)[0][0])
 
 
 def ask(kind: str, database: Database, wire: Wire, work: Work = add, **options: object) -> Answer:
-    """Send one request over the wire; nothing may stay out."""
-
-    async def main() -> Answer:
-        shop = Shop(kind, wire.url(database, SHOPS[kind]), work, **options)
-        answer = await shop.ask(1)
-        assert shop.held() == 0
-        await shop.close()
-        return answer
-
-    return asyncio.run(main())
+    return ask_once(kind, wire.url(database, SHOPS[kind]), work, **options)
 
 
 @pytest.mark.parametrize("cut", [*ANSWERS, *COMMITS], ids=lambda cut: cut.kind)

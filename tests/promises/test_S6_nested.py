@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, func, select, text
+from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 
 from rope_middleware import (
@@ -27,6 +27,7 @@ from rope_middleware import (
 )
 from tests.kit.asgi import ASGIClient, client, http_scope, into_nothing, serve
 from tests.kit.engines import rows
+from tests.kit.flask_app import flask_app
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Data, Row
 from tests.kit.sessions import Jenny, touch, use
@@ -521,40 +522,6 @@ async def test_S6_a_bridge_that_tells_nothing_gets_a_scope_of_its_own(
     assert probe.closes == 1
     assert probe.scope.closed
     assert checked_out(engine) == 0
-
-
-def flask_app(jenny: SessionJenny[Session]) -> Any:
-    flask = pytest.importorskip("flask")
-    app = flask.Flask("counter")
-
-    @app.get("/count")
-    def count() -> str:
-        jenny.session.add(Row())
-        jenny.session.commit()
-        return str(jenny.session.scalar(select(func.count()).select_from(Row)))
-
-    @app.get("/stream")
-    def stream() -> Any:
-        session = touch(jenny)
-
-        def chunks() -> Iterator[str]:
-            for _ in range(3):
-                assert touch(jenny) is session
-                yield "x"
-
-        return app.response_class(chunks())
-
-    @app.get("/fail")
-    def fail() -> Any:
-        touch(jenny)
-        raise ValueError("the view's own")
-
-    @app.get("/scope")
-    def scope() -> str:
-        touch(jenny)
-        return current_scope().name
-
-    return app
 
 
 @pytest.mark.anyio

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,21 +22,8 @@ from rope_middleware import (
     open_scope,
 )
 from rope_middleware.testing import Sandbox
-from tests.kit.sandboxes import COUNT, PLACES, Base, Place, Row, open_place
+from tests.kit.sandboxes import COUNT, Base, Place, Row
 from tests.kit.sessions import run_threads
-from tests.servers.mariadb import NoMariaDBError
-
-
-@pytest.fixture(scope="module", params=PLACES)
-def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Place]:
-    """A database, for all tests of this module: sandboxes leave nothing in it."""
-    try:
-        with open_place(request.param, tmp_path_factory.mktemp("place") / "s.db") as found:
-            yield found
-    except NoMariaDBError as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,21 +15,8 @@ from sqlalchemy.pool import NullPool
 
 from rope_middleware import AsyncSessionJenny, RopeError, ScopeClosedError, open_scope
 from rope_middleware.testing import Sandbox
-from tests.kit.sandboxes import COUNT, PLACES, Child, Parent, Place, Row, open_place
+from tests.kit.sandboxes import COUNT, Child, Parent, Place, Row
 from tests.kit.waiting import eventually, poll
-from tests.servers.mariadb import NoMariaDBError
-
-
-@pytest.fixture(scope="module", params=PLACES)
-def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Place]:
-    """A database, for all tests of this module."""
-    try:
-        with open_place(request.param, tmp_path_factory.mktemp("place") / "s.db") as found:
-            yield found
-    except NoMariaDBError as missing:
-        pytest.skip(str(missing))
 
 
 def of(*kinds: str) -> pytest.MarkDecorator:

@@ -11,7 +11,7 @@ from wsgiref.util import FileWrapper
 
 import greenlet
 import pytest
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import (
@@ -22,6 +22,7 @@ from rope_middleware import (
     open_scope,
 )
 from tests.kit.engines import rows, small_engine
+from tests.kit.flask_app import flask_app
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Row
 from tests.kit.sessions import touch
@@ -444,40 +445,6 @@ def test_W4_a_killed_greenlet_leaves_nothing(
     worker.throw()
     assert probe.scope.closed
     assert checked_out(engine) == 0
-
-
-def flask_app(jenny: SessionJenny[Session]) -> Any:
-    flask = pytest.importorskip("flask")
-    app = flask.Flask("counter")
-
-    @app.get("/count")
-    def count() -> str:
-        jenny.session.add(Row())
-        jenny.session.commit()
-        return str(jenny.session.scalar(select(func.count()).select_from(Row)))
-
-    @app.get("/stream")
-    def stream() -> Any:
-        session = touch(jenny)
-
-        def chunks() -> Iterator[str]:
-            for _ in range(3):
-                assert touch(jenny) is session
-                yield "x"
-
-        return app.response_class(chunks())
-
-    @app.get("/fail")
-    def fail() -> Any:
-        touch(jenny)
-        raise ValueError("the view's own")
-
-    @app.get("/scope")
-    def scope() -> str:
-        touch(jenny)
-        return current_scope().name
-
-    return app
 
 
 def test_W2_flask_streams_with_the_requests_session(
