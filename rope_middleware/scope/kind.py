@@ -27,6 +27,10 @@ class SessionKind(Protocol):
         """Tell whether `session` has nothing open, so that ending it needs no I/O."""
         ...
 
+    def has_begun(self, session: Any, /) -> bool:
+        """Tell whether `session` has something to commit. One that is not idle may have nothing."""
+        ...
+
     def holds_connection(self, session: Any, /) -> bool:
         """Tell whether `session` has a connection out of its pool."""
         ...

@@ -48,8 +48,8 @@ async def committing(
         for _ in range(MOST_ROUNDS):
             # A listener may write by another jenny while this commit is under way.
             work = hands.takes(open_sessions(scope))
-            if told:
-                work = [(key, session) for key, session in work if key not in told]
+            # A class with a close() of its own is never idle: its end needs a thread.
+            work = [one for one in work if one[0] not in told and one[0].kind.has_begun(one[1])]
             if not work:
                 break
             if not _is_free(work):

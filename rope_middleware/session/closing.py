@@ -32,6 +32,7 @@ __all__ = [
     "detach",
     "discard",
     "ends_at_once",
+    "has_begun",
     "has_nothing_open",
     "has_open_result",
     "holds_connection",
@@ -50,10 +51,15 @@ def overrides_close(session: Any, original: Any = _SESSION_CLOSE) -> bool:
 
 def has_nothing_open(session: Session) -> bool:
     """Tell whether ending `session` needs no I/O."""
-    if session.get_transaction() is not None or overrides_close(session):
-        return False
+    return not (has_begun(session) or overrides_close(session))
+
+
+def has_begun(session: Session) -> bool:
+    """Tell whether `session` is in a transaction, or has a connection out."""
+    if session.get_transaction() is not None:
+        return True
     tie = tie_of(session)
-    return tie is None or not has_connection_out(tie)
+    return tie is not None and has_connection_out(tie)
 
 
 def holds_connection(session: Session) -> bool:

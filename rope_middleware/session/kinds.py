@@ -34,6 +34,10 @@ class SyncKind:
     def is_idle(self, session: Any, /) -> bool:
         return closing.has_nothing_open(session)
 
+    def has_begun(self, session: Any, /) -> bool:
+        inner = self.inner(session)
+        return inner is None or closing.has_begun(inner)
+
     def holds_connection(self, session: Any, /) -> bool:
         inner = self.inner(session)
         return inner is not None and closing.holds_connection(inner)

@@ -79,6 +79,10 @@ class PlainSessions:
         # The end of an async_scoped_session has to be awaited, whatever it has open.
         return not self.is_async and closing.has_nothing_open(session)
 
+    def has_begun(self, _: Any, /) -> bool:
+        session = self.find()
+        return session is not None and closing.has_begun(session)
+
     def holds_connection(self, _: Any, /) -> bool:
         session = self.find()
         return session is not None and closing.holds_connection(session)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -337,6 +338,46 @@ def test_C2_a_websocket_commits_when_its_call_ends_without_an_error(
     assert web.store.rows() == ([] if fails else [1])
     assert web.store.held() == 0
     web.close()
+
+
+@pytest.mark.parametrize("around", ["a request", "open_scope"])
+def test_C2_a_session_class_with_a_close_of_its_own_is_committed_once(
+    web: Web, around: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its close() is called once, off the event loop, and it is not asked for a second commit."""
+    closed: list[bool] = []
+    session_class: Any = type(web.store.jenny.session_factory())
+    original = session_class.close
+
+    if web.store.is_async:
+
+        async def close(session: Any) -> None:
+            closed.append(False)
+            await original(session)
+    else:
+
+        def close(session: Any) -> None:  # type: ignore[misc]
+            closed.append(threading.current_thread() is threading.main_thread())
+            original(session)
+
+    monkeypatch.setattr(session_class, "close", close)
+
+    async def handler(exchange: Exchange) -> None:
+        if around == "a request":
+            await web.store.add(1)
+        else:
+            async with open_scope(commit_on_success=True):
+                await web.store.add(1)
+        await exchange.answer(201)
+
+    if around == "open_scope" and web.wsgi:
+        with open_scope(commit_on_success=True):
+            web.store.jenny.add(Row(n=1))
+    else:
+        assert web.ask(handler, commit_on_success=around == "a request").seen == 201
+    assert web.store.rows() == [1]
+    assert web.store.commits == [web.store.path.stem]
+    assert closed == [web.wsgi]
 
 
 DENIALS: dict[str, list[dict[str, Any]]] = {
