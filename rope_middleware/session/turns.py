@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.util import await_only
 
-from rope_middleware.running.finish import running_loop
+from rope_middleware.running.finish import is_async_running, running_loop
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import must_wait_for
@@ -19,7 +19,8 @@ def wait_for_commit(scope: Scope) -> None:
     if settling is None:
         return
     if running_loop() is None:
-        settling.wait(DEFAULT.close_timeout)
+        if not is_async_running():  # not on trio's event loop, which the commit needs
+            settling.wait(DEFAULT.close_timeout)
         return
     waiter = settling.waiter()
     try:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import trio
 from sqlalchemy import Engine, event, func, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.applications import Starlette
@@ -279,3 +283,34 @@ def test_C10_the_end_waits_for_a_commit_under_way(
 
     asyncio.run(main())
     assert not [one for one in caplog.records if one.levelname == "ERROR"]
+
+
+@pytest.mark.told
+def test_C10_the_event_loop_of_trio_does_not_wait_for_a_commit(
+    jenny: SessionJenny[Session], engine: Engine
+) -> None:
+    """A sync session that is used on the loop cannot wait there: the commit needs the loop."""
+    began, may_go = commit_slowly(engine)
+    seconds: list[float] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = jenny.session
+        session.add(Row(name="x"))
+
+        async def beside() -> None:
+            await trio.to_thread.run_sync(began.wait, PATIENCE)
+            before = time.monotonic()
+            with suppress(SQLAlchemyError):  # two at once
+                session.flush()
+            seconds.append(time.monotonic() - before)
+            may_go.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(beside)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None: ...
+
+    trio.run(RopeMiddleware(app, commit_on_success=True), http_scope(), trio.sleep_forever, send)
+    assert seconds[0] < 2
+    assert rows(engine) == 1
