@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
 __all__ = [
+    "check_begun",
     "connections_out",
     "end_transaction",
     "has_connection_out",
@@ -119,10 +120,11 @@ def refuse_begun(engine: Engine) -> None:
     transaction for ended all the same. Every later request would fail with that connection.
     """
     if engine.dialect.driver == "asyncpg":
-        event.listen(engine, "checkin", _on_checkin)
+        event.listen(engine, "checkin", check_begun)
 
 
-def _on_checkin(connection: Any, record: ConnectionPoolEntry) -> None:
+def check_begun(connection: Any, record: ConnectionPoolEntry) -> None:
+    """Throw a connection away that comes back within a transaction."""
     driver_connection: Any = None if connection is None else connection.driver_connection
     if driver_connection is not None and driver_connection.is_in_transaction():
         logger.error(
