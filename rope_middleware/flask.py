@@ -13,7 +13,7 @@ requests of the thread find it, take it for theirs, and never tear it down
 from __future__ import annotations
 
 import os
-import sys
+import threading
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakSet, ref
 
@@ -28,6 +28,7 @@ except ImportError as _error:
 
 from sqlalchemy.orm import Session
 
+from rope_middleware.flask_popped import being_popped
 from rope_middleware.jenny import SessionJenny
 from rope_middleware.rope.rope import ScopeRope
 from rope_middleware.scope.ending import detach, end, explain
@@ -41,7 +42,6 @@ from rope_middleware.session.unsaved import tell_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType
 
     from flask import Flask
 
@@ -54,7 +54,6 @@ _CONTEXT = "_rope_middleware_context"
 _LAST = "_rope_middleware_last"  # in `g`: the last request that ended in this context
 _OWNER = "_rope_middleware_owner"  # in `g` of a context that is torn down: whose it was
 _EXTENSION = "rope_middleware"  # in `app.extensions`: the sessions that were initialised
-_FAR = 20  # frames between a teardown function and the pop() that it is called for
 
 
 class _Context:
@@ -101,8 +100,26 @@ class _AppContextRegistry(ScopeRegistry[_T]):
         if context is not None:
             return context.scope
         made = _Context(f"application context of {_app().name}")
+        if home is not g:
+            _end_before(home, made)
         # Two threads may share a context: only one of them sets it.
         return cast("_Context", home.setdefault(_CONTEXT, made)).scope
+
+
+# What this thread has made last for a request that keeps its sessions itself, and for which.
+_here = threading.local()
+
+
+def _end_before(home: Any, made: _Context) -> None:
+    """End what an earlier request of this thread keeps itself.
+
+    Its streamed body was closed by another thread, where Flask calls no teardown function.
+    """
+    context, owner = [one() for one in getattr(_here, "last", ())] or (None, None)
+    _here.last = ref(made), ref(cast("Any", request)._get_current_object())
+    theirs = cast("dict[str, Any]", {} if owner is None else vars(owner))
+    if context is not None and theirs is not home and theirs.get(_CONTEXT) is context:
+        _end(theirs, None, None)
 
 
 def _home() -> Any:
@@ -175,7 +192,7 @@ def _teardown_request(error: BaseException | None) -> None:
     Args:
         error: that nobody has handled.
     """
-    popped = _being_popped()
+    popped = being_popped()
     here = has_request_context()
     mine = cast("Any", request)._get_current_object() if here else None
     ended = mine if popped is None else popped.request
@@ -197,7 +214,7 @@ def _teardown(error: BaseException | None) -> None:
     Args:
         error: that nobody has handled.
     """
-    popped = _being_popped()
+    popped = being_popped()
     if popped is None or (has_app_context() and popped.g is cast("Any", g)._get_current_object()):
         home, app = cast("Any", g)._get_current_object(), _app()
     else:
@@ -248,21 +265,6 @@ def _tell_lost(session: Session | None) -> None:
     tie = None if session is None else tie_of(session)
     if session is not None and tie is not None:
         tell_lost(tie, session)
-
-
-def _being_popped() -> Any:
-    """Return the context that a teardown function is called for; None where that cannot be seen.
-
-    Flask does not tell it, and the current one may be another one: see `_teardown`.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(_FAR):
-        if frame is None:
-            break
-        if frame.f_code.co_name == "pop" and frame.f_globals.get("__name__") == "flask.ctx":
-            return frame.f_locals.get("self")
-        frame = frame.f_back
-    return None
 
 
 def _app() -> Flask:

@@ -103,6 +103,7 @@ HOUSE = (
     "wsgi.position",
     "wsgi.commit",
     "wsgi",
+    "flask_popped",
     "flask",
     "testing.words",
     "testing.text",

@@ -106,6 +106,22 @@ def test_S3_a_stream_that_another_thread_ends(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_S3_many_streams_that_another_thread_ends(served: Served, engine: Engine) -> None:
+    """From the second one on Flask tells nobody of their end: the thread's next request does."""
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+
+        def close(held: list[Any]) -> None:
+            with pytest.raises(LookupError):
+                held[0].close()
+
+        for _ in range(5):
+            second.submit(close, first.submit(served.begin).result(30)).result(30)
+            assert checked_out(engine) <= 1
+        assert first.submit(served.plainly).result(30) == b"1"
+        assert checked_out(engine) == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_S3_a_stream_that_is_still_open_shares_its_session_with_no_request(
     served: Served, engine: Engine
 ) -> None:
