@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, func, select
+from sqlalchemy import URL, Engine, create_engine, event, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, QueuePool
@@ -93,6 +93,18 @@ def counter_engine(path: Path, pool_size: int, *, writer: bool, **options: Any) 
     if writer:
         begin_as_writer(engine)
     return engine
+
+
+def fill(url: URL, number: int, *statements: str, names: bool = False) -> None:
+    """Make the tables of the models in a new database, with `number` rows from 0, and more."""
+    engine = create_engine(url)
+    Base.metadata.create_all(engine)
+    made = [{"n": n, "name": str(n) if names else ""} for n in range(number)]
+    with engine.begin() as connection:
+        connection.execute(insert(Row), made)
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    engine.dispose()
 
 
 def rows(engine: Engine) -> int:

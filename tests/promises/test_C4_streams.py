@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, insert, select
+from sqlalchemy import Engine, create_engine, select
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import ASGIRopeMiddleware, AsyncSessionJenny, SessionJenny, open_scope
 from tests.kit.asgi import ask
-from tests.kit.models import Base, Row
+from tests.kit.engines import fill
+from tests.kit.models import Row
 from tests.kit.sessions import Jenny
 from tests.kit.stores import Store
 from tests.kit.wsgi import serve_wsgi
@@ -24,10 +25,8 @@ HELD_OPEN = select(Row).order_by(Row.n).execution_options(yield_per=10)
 @pytest.fixture
 def postgres_engine() -> Iterator[Engine]:
     with postgres_server().new_database() as found:
+        fill(found.url("psycopg"), 100)
         engine = create_engine(found.url("psycopg"))
-        Base.metadata.create_all(engine)
-        with engine.begin() as connection:
-            connection.execute(insert(Row.__table__), [{"n": n} for n in range(100)])
         yield engine
         engine.dispose()
 

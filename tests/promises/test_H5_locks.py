@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, insert, select, text
+from sqlalchemy import create_engine, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import AsyncSessionJenny, SessionJenny, open_scope
-from tests.kit.engines import small_engine
-from tests.kit.models import Base, Row
+from tests.kit.engines import fill, small_engine
+from tests.kit.models import Row
 from tests.kit.sessions import run_threads
 from tests.servers.postgres import Database, postgres_server
 
@@ -77,11 +77,7 @@ def test_H5_who_has_only_read_is_not_named(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def server_database() -> Iterator[Database]:
     with postgres_server().new_database() as found:
-        engine = create_engine(found.url("psycopg"))
-        Base.metadata.create_all(engine)
-        with engine.begin() as connection:
-            connection.execute(insert(Row.__table__), [{"n": n} for n in range(10)])
-        engine.dispose()
+        fill(found.url("psycopg"), 10)
         yield found
 
 

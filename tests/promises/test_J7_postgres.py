@@ -22,8 +22,9 @@ from rope_middleware import (
     open_scope,
 )
 from tests.kit.asgi import ASGIClient, client
+from tests.kit.engines import fill
 from tests.kit.leaks import checked_out
-from tests.kit.models import Base, Row
+from tests.kit.models import Row
 from tests.kit.sessions import Jenny
 from tests.kit.waiting import PATIENCE, poll
 from tests.servers.postgres import Database, postgres_server
@@ -38,13 +39,7 @@ $$"""
 def server_database() -> Iterator[Database]:
     """A database with 100 rows."""
     with postgres_server().new_database() as found:
-        engine = create_engine(found.url("psycopg"))
-        Base.metadata.create_all(engine)
-        with engine.begin() as connection:
-            connection.execute(insert(Row.__table__), [{"n": n} for n in range(100)])
-            connection.exec_driver_sql(FUNCTION)
-            connection.exec_driver_sql("CREATE SEQUENCE numbers")
-        engine.dispose()
+        fill(found.url("psycopg"), 100, FUNCTION, "CREATE SEQUENCE numbers")
         yield found
 
 

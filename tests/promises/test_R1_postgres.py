@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, event, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import StaticPool
 
 from rope_middleware import AsyncSessionJenny, ReadOnlyError, SessionJenny, open_scope
 from tests.kit.asgi import serve
+from tests.kit.engines import fill
 from tests.kit.leaks import checked_out
-from tests.kit.models import Base, Row
+from tests.kit.models import Row
 from tests.kit.waiting import eventually
 from tests.servers.postgres import Database, postgres_server
 
@@ -28,12 +29,7 @@ Body = Callable[[Any], Awaitable[None]]
 def database() -> Iterator[Database]:
     """A database with 100 rows."""
     with postgres_server().new_database() as found:
-        engine = create_engine(found.url("psycopg"))
-        Base.metadata.create_all(engine)
-        with Session(engine) as session:
-            session.add_all(Row(n=n, name=str(n)) for n in range(100))
-            session.commit()
-        engine.dispose()
+        fill(found.url("psycopg"), 100, names=True)
         yield found
 
 

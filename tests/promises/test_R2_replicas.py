@@ -28,9 +28,9 @@ from rope_middleware import (
     open_scope,
 )
 from rope_middleware.testing import Sandbox
-from tests.kit.engines import MakeEngine
+from tests.kit.engines import MakeEngine, fill
 from tests.kit.leaks import checked_out
-from tests.kit.models import Base, Row
+from tests.kit.models import Row
 from tests.kit.waiting import eventually
 from tests.kit.wsgi import HEADERS, Server
 from tests.servers.postgres import Database
@@ -199,12 +199,7 @@ def servers() -> Iterator[Cluster]:
 def database(servers: Cluster) -> Iterator[Database]:
     """A database on all of them."""
     with servers.primary.running.new_database() as found:
-        engine = create_engine(found.url("psycopg"))
-        Base.metadata.create_all(engine)
-        with Session(engine) as session:
-            session.add_all(Row(n=n, name=str(n)) for n in range(10))
-            session.commit()
-        engine.dispose()
+        fill(found.url("psycopg"), 10, names=True)
         servers.catch_up()
         yield found
 

@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import AsyncSessionJenny, SessionJenny, open_scope
 from rope_middleware.session.giving_way import is_plain_read
-from tests.kit.engines import MakeEngine, begin_as_writer
+from tests.kit.engines import MakeEngine, begin_as_writer, fill
 from tests.kit.leaks import checked_out
-from tests.kit.models import Base, Data, Row
+from tests.kit.models import Data, Row
 from tests.kit.sessions import Jenny, run_threads, touch
 from tests.kit.stores import Store
 from tests.kit.waiting import PATIENCE
@@ -34,11 +34,7 @@ def one(make_engine: MakeEngine) -> Engine:
 @pytest.fixture(scope="module")
 def database() -> Iterator[Database]:
     with postgres_server().new_database() as found:
-        engine = create_engine(found.url("psycopg"))
-        Base.metadata.create_all(engine)
-        with engine.begin() as connection:
-            connection.execute(insert(Row.__table__), [{"n": n} for n in range(10)])
-        engine.dispose()
+        fill(found.url("psycopg"), 10)
         yield found
 
 
