@@ -417,6 +417,9 @@ def test_the_reference_tells_the_options_of_the_middlewares() -> None:
     options = ", ".join(f"{option.name}={option.default!r}" for option in fields(Options))
     for _, signature in written:
         assert signature == f"(app, registries=(), *, {options})"
+    typed = re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)
+    names = {option.name for option in fields(Options)}
+    assert set(typed) == {"app", "registries", *names}
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
