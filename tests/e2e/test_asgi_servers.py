@@ -26,7 +26,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from rope_middleware import RopeMiddleware, SessionJenny, current_scope
-from rope_middleware.scope import ending
+from rope_middleware.scope import short
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import no_scope_open, nothing_checked_out
 from tests.kit.models import Data
@@ -159,13 +159,13 @@ def test_A3_a_session_with_nothing_open_costs_no_thread(
     """An async view that has committed is ended without a worker thread."""
     jenny = jenny_of(engine)
     threads: list[object] = []
-    finish_in_thread = ending.finish_in_thread
+    finish_in_thread = short.finish_in_thread
 
     async def counted(func: Any, *args: Any) -> Any:
         threads.append(func)
         return await finish_in_thread(func, *args)
 
-    monkeypatch.setattr(ending, "finish_in_thread", counted)
+    monkeypatch.setattr(short, "finish_in_thread", counted)
 
     async def ended(request: Request) -> Response:
         touch(jenny)
