@@ -6,14 +6,11 @@ import asyncio
 import itertools
 import os
 import random
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from http.cookies import SimpleCookie
 from typing import Any
 
 import anyio.to_thread
-import psycopg
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
@@ -32,7 +29,7 @@ from tests.kit.models import Base, Data
 from tests.kit.waiting import eventually
 from tests.kit.wsgi import make_environ
 from tests.servers.postgres import Database
-from tests.servers.replicas import Cluster, Server, cluster
+from tests.servers.replicas import Cluster, Delays, Server, cluster, paused, watching
 
 REQUESTS = int(os.environ.get("REQUESTS", "2000"))
 KINDS = ["asgi-async", "asgi-sync", "wsgi"]
@@ -269,16 +266,6 @@ def site(request: pytest.FixtureRequest, servers: Cluster, database: Database) -
     found.close()
 
 
-@contextmanager
-def paused(*replicas: Server) -> Iterator[None]:
-    """Hold up the replay of some replicas for the block."""
-    with ExitStack() as stack:
-        for replica in replicas:
-            replica.pause()
-            stack.callback(replica.resume)
-        yield
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_R3_a_client_reads_its_own_write(site: Site, servers: Cluster, way: str) -> None:
     """While no replica has it the primary serves; then one that has it; then any."""
@@ -444,34 +431,6 @@ def test_R3_the_rights_of_a_plain_role_are_enough(
         database.query("DROP ROLE plain")
 
 
-class Delays:
-    """Holds the replay of replicas up, at random."""
-
-    def __init__(self, replicas: list[Server], longest: float) -> None:
-        self._replicas = replicas
-        self._longest = longest
-        self._ended = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._hold_up, args=(replica, number))
-            for number, replica in enumerate(replicas)
-        ]
-
-    def _hold_up(self, replica: Server, seed: int) -> None:
-        chance = random.Random(seed)
-        while not self._ended.wait(chance.random() * self._longest / 2):
-            with paused(replica):
-                self._ended.wait(chance.random() * self._longest)
-
-    def __enter__(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_R3_no_stale_read_and_95_of_100_on_a_replica_that_has_it(
     servers: Cluster, database: Database, kind: str
@@ -479,27 +438,12 @@ def test_R3_no_stale_read_and_95_of_100_on_a_replica_that_has_it(
     """Each write is read back at once, while the replay of both replicas is held up at random."""
     site = Site(kind, database, [servers.primary, *servers.replicas])
     stale = could = did = 0
-    ask = "SELECT pg_last_wal_replay_lsn() - '0/0'"
-    with ExitStack() as stack:
-        eyes = [
-            stack.enter_context(
-                psycopg.connect(
-                    host=str(replica.url.query["host"]), user="postgres", autocommit=True
-                )
-            )
-            for replica in servers.replicas
-        ]
-        stack.enter_context(Delays(servers.replicas, 0.5))
+    with watching(servers.replicas) as has_replayed, Delays(servers.replicas, 0.5):
         browser = Browser(site)
         for _ in range(REQUESTS // len(KINDS)):
             number = next(NUMBERS)
             browser.post(random.choice(WAYS), number)
-            wanted = int(browser.position.split("-")[2], 16)
-            has_it = False
-            for eye in eyes:
-                row = eye.execute(ask).fetchone()
-                assert row is not None
-                has_it = has_it or int(row[0]) >= wanted
+            has_it = has_replayed(int(browser.position.split("-")[2], 16))
             seen, server = browser.get()
             stale += seen != number
             could += has_it

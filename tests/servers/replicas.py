@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psycopg
+
 from tests.servers.postgres import Database, Home, PostgresServer, _connect, new_home
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from sqlalchemy import URL
@@ -148,6 +152,65 @@ def cluster(replicas: int = 2) -> Iterator[Cluster]:
             with contextlib.suppress(Exception):
                 server.stop()
         shutil.rmtree(home.base, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def paused(*replicas: Server) -> Iterator[None]:
+    """Hold up the replay of some replicas for the block."""
+    with contextlib.ExitStack() as stack:
+        for replica in replicas:
+            replica.pause()
+            stack.callback(replica.resume)
+        yield
+
+
+class Delays:
+    """Holds the replay of replicas up, at random."""
+
+    def __init__(self, replicas: list[Server], longest: float) -> None:
+        self._replicas = replicas
+        self._longest = longest
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._hold_up, args=(replica, number))
+            for number, replica in enumerate(replicas)
+        ]
+
+    def _hold_up(self, replica: Server, seed: int) -> None:
+        chance = random.Random(seed)
+        while not self._ended.wait(chance.random() * self._longest / 2):
+            with paused(replica):
+                self._ended.wait(chance.random() * self._longest)
+
+    def __enter__(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@contextlib.contextmanager
+def watching(replicas: list[Server]) -> Iterator[Callable[[int], bool]]:
+    """Connections to the replicas, and a function: has any of them replayed so much of the log?"""
+    ask = "SELECT pg_last_wal_replay_lsn() - '0/0'"
+    with contextlib.ExitStack() as stack:
+        eyes = [
+            stack.enter_context(
+                psycopg.connect(
+                    host=str(replica.url.query["host"]), user="postgres", autocommit=True
+                )
+            )
+            for replica in replicas
+        ]
+
+        def has_replayed(position: int) -> bool:
+            rows = [eye.execute(ask).fetchone() for eye in eyes]
+            return any(row is not None and int(row[0]) >= position for row in rows)
+
+        yield has_replayed
 
 
 def _until(is_so: Any) -> None:
