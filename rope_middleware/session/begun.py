@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -18,7 +19,17 @@ from rope_middleware.session.lines import application_line
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
-__all__ = ["DEPTH", "Strand", "is_open", "note_begin", "open_ties", "strand", "strand_of"]
+__all__ = [
+    "DEPTH",
+    "Strand",
+    "call_at_begins",
+    "is_open",
+    "listed",
+    "note_begin",
+    "open_ties",
+    "strand",
+    "strand_of",
+]
 
 Strand = object
 """What runs, and can wait for a connection: a task of asyncio, or the ident of a thread."""
@@ -28,6 +39,7 @@ Strand = object
 DEPTH = 6
 
 _ties: set[ref[Tie]] = set()
+_list: Callable[[ref[Tie]], object] = _ties.add
 
 
 def note_begin(tie: Tie, depth: int = DEPTH) -> None:
@@ -45,7 +57,25 @@ def note_begin(tie: Tie, depth: int = DEPTH) -> None:
     task = None if kind is None or not kind.is_async else _task()
     tie.task = None if task is None else ref(task)
     if is_new:  # not before all of it is written down: others read the list meanwhile
-        _ties.add(ref(tie, _ties.discard))
+        _list(ref(tie, _ties.discard))
+
+
+def call_at_begins(func: Callable[[], bool]) -> None:
+    """Call `func` when a session is listed, or at once where one is, until it returns True.
+
+    Afterwards it costs a transaction nothing.
+    """
+    global _list
+
+    def list_and_call(one: ref[Tie]) -> None:
+        global _list
+        _ties.add(one)
+        if func() and _list is list_and_call:
+            _list = _ties.add
+
+    _list = list_and_call
+    if _ties and func():
+        _list = _ties.add
 
 
 def _task() -> asyncio.Task[Any] | None:
@@ -67,11 +97,12 @@ def strand_of(tie: Tie) -> Strand | None:
 
 def open_ties() -> list[Tie]:
     """Return the ties of all sessions that have a transaction open, the oldest first."""
-    ties = [tie for one in _listed() if (tie := one()) is not None and is_open(tie)]
+    ties = [tie for one in listed() if (tie := one()) is not None and is_open(tie)]
     return sorted(ties, key=lambda tie: tie.since)
 
 
-def _listed() -> list[ref[Tie]]:
+def listed() -> list[ref[Tie]]:
+    """Return the ties of all sessions that live and have had a transaction."""
     while True:
         try:
             return list(_ties)

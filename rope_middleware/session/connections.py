@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_begun",
     "connections_out",
+    "driver_of",
     "end_transaction",
     "has_connection_out",
     "has_made",
@@ -87,6 +88,13 @@ def has_connection_out(tie: Tie) -> bool:
             return True
         seen = connection
     return bool(tie.connections) and any(not connection.closed for connection in tie.connections)
+
+
+def driver_of(connection: Connection) -> Any:
+    """Return the driver's own connection; None where it is closed or lost."""
+    if connection.closed or connection.invalidated:
+        return None
+    return connection.connection.driver_connection
 
 
 def end_transaction(transaction: SessionTransaction, made: Collection[Connection]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rope_middleware.session.tie import Tie
 
-__all__ = ["Holder", "Holders", "engine_text", "holder_of", "holders"]
+__all__ = ["Holder", "Holders", "engine_text", "holder_of", "holders", "name_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +114,11 @@ def holder_of(tie: Tie) -> Holder | None:
         now=text_of(here or line),
         connection=HELD if out else WAITED_FOR if is_waiting(tie) else NONE_YET,
     )
+
+
+def name_of(tie: Tie) -> str:
+    """Name what the session of `tie` belongs to, as the subject of a sentence."""
+    return "a session outside of scopes" if tie.scope is None else repr(tie.scope.name)
 
 
 def engine_text(bind: Engine | Connection | None) -> str:

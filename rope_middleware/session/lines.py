@@ -22,10 +22,11 @@ __all__ = [
     "application_line",
     "frames_of_task",
     "is_applications",
-    "is_in_sqlalchemy",
+    "is_in_database",
     "is_ours",
     "is_sqlalchemys",
     "line_of",
+    "place_of",
     "text_of",
     "variables_of",
 ]
@@ -48,6 +49,13 @@ _FRAMEWORKS = frozenset(
         *("quart", "responder", "robyn", "rq", "sanic", "sniffio", "starlette", "strawberry"),
         *("tornado", "trio", "tween", "typer", "uvicorn", "uvloop", "uwsgi", "waitress"),
         *("webob", "werkzeug", "wsproto", "zope"),
+    ]
+)
+
+_DRIVERS = frozenset(
+    [
+        *("aiomysql", "aioodbc", "aiosqlite", "asyncmy", "asyncpg", "mysql", "MySQLdb", "mariadb"),
+        *("oracledb", "pg8000", "psycopg", "psycopg2", "psycopg2cffi", "pymssql", "pymysql"),
     ]
 )
 
@@ -85,13 +93,17 @@ def _look_at(file: str) -> int:
     return _BETWEEN if file.startswith(_STANDARD) else _APPLICATION
 
 
+_CYTHON = (".pyx", ".pxi", ".pxd")
+
+
 def _installed_as(file: str) -> str:
     """Return the name of the installed package that `file` belongs to, or an empty string."""
     for folder in ("/site-packages/", "/dist-packages/"):
         _, found, rest = file.rpartition(folder)
         if found:
             return rest.partition("/")[0].removesuffix(".py")
-    return ""
+    # Cython's frames name the file as it lay before it was compiled: asyncpg/protocol/protocol.pyx
+    return file.partition("/")[0] if file.endswith(_CYTHON) and not file.startswith("/") else ""
 
 
 def application_line(depth: int) -> Line:
@@ -209,11 +221,11 @@ def _generator_behind(awaited: object) -> Any:
     )
 
 
-def is_in_sqlalchemy(frames: Iterable[FrameType]) -> bool:
-    """Tell whether a stack is inside of a call of SQLAlchemy's: a statement is running, say."""
+def is_in_database(frames: Iterable[FrameType]) -> bool:
+    """Tell whether a stack is inside of a call of SQLAlchemy's or of a driver's."""
     for frame in frames:
         file = frame.f_code.co_filename
-        if file.startswith(_SQLALCHEMY):
+        if file.startswith(_SQLALCHEMY) or _installed_as(file.replace("\\", "/")) in _DRIVERS:
             return True
         if _kind_of(file) == _APPLICATION:
             return False
@@ -249,15 +261,19 @@ def variables_of(frame: FrameType, *names: str) -> list[Any]:
     return found
 
 
+def place_of(line: Line) -> tuple[str, int]:
+    """Return the file and the number of a line."""
+    code, instruction = line
+    for start, end, number in code.co_lines():
+        if start <= instruction < end and number is not None:
+            return code.co_filename, number
+    return code.co_filename, code.co_firstlineno
+
+
 def text_of(line: Line) -> str:
     """Return a line as ``file.py:12``."""
-    code, instruction = line
-    number = code.co_firstlineno
-    for start, end, at in code.co_lines():
-        if start <= instruction < end and at is not None:
-            number = at
-            break
-    path = Path(code.co_filename)
+    file, number = place_of(line)
+    path = Path(file)
     # Every package has an __init__.py.
     name = f"{path.parent.name}/{path.name}" if path.stem.startswith("__") else path.name
     return f"{name}:{number}"

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from rope_middleware.session.begun import open_ties
-from rope_middleware.session.connections import connections_out
+from rope_middleware.session.connections import connections_out, driver_of
+from rope_middleware.session.holders import name_of
 from rope_middleware.session.lines import text_of
 from rope_middleware.session.where import now
 from rope_middleware.session.written import notes_of
@@ -58,9 +59,9 @@ def note_ended(tie: Tie, connections: Collection[Connection]) -> None:
         return
     with suppress(Exception):  # a driver's own: no commit fails for a note
         for connection in connections:
-            process = _process(_driver(connection))
+            process = _process(driver_of(connection))
             database = _database(connection.engine)
-            _ended.append(_Ended(time, _name(tie), text_of(tie.line), database, process))
+            _ended.append(_Ended(time, name_of(tie), text_of(tie.line), database, process))
 
 
 def name_other_side(context: ExceptionContext) -> None:
@@ -108,8 +109,8 @@ def _others(connection: Connection, processes: set[int]) -> Iterator[str]:
             continue
         if any(_is_other(one, database, processes) for one in out):
             began, here = text_of(tie.line), text_of(now(tie) or tie.line)
-            yield f"{_name(tie)} at {here} (its transaction began at {began})"
-    own = _process(_driver(connection))
+            yield f"{name_of(tie)} at {here} (its transaction began at {began})"
+    own = _process(driver_of(connection))
     for ended in [one for one in _ended if monotonic() - one.at <= _SECOND]:
         if ended.database != database or (own is not None and ended.process == own):
             continue
@@ -121,24 +122,14 @@ def _is_other(connection: Connection, database: tuple[Any, ...], processes: set[
     if _database(connection.engine) != database:
         return False
     if processes:
-        return _process(_driver(connection)) in processes
+        return _process(driver_of(connection)) in processes
     notes = notes_of(connection)
     return bool(notes.dml() or notes.textual_dml())
-
-
-def _name(tie: Tie) -> str:
-    return "a session outside of scopes" if tie.scope is None else repr(tie.scope.name)
 
 
 def _database(engine: Engine) -> tuple[Any, ...]:
     url = engine.url
     return url.get_backend_name(), url.host, url.port, url.database
-
-
-def _driver(connection: Connection) -> Any:
-    if connection.closed or connection.invalidated:
-        return None
-    return connection.connection.driver_connection
 
 
 def _process(driver: Any) -> int | None:

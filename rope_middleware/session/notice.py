@@ -13,6 +13,7 @@ from rope_middleware.errors import memory_of_thread
 from rope_middleware.scope.asking import is_async, is_request, is_thread_of
 from rope_middleware.scope.context import current
 from rope_middleware.session.begun import DEPTH, note_begin
+from rope_middleware.session.held import keep_watch
 from rope_middleware.session.lines import Line, text_of
 from rope_middleware.session.telling import tell_once
 from rope_middleware.session.waits import put_door
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
 __all__ = ["learn_engines", "notice_begin", "notice_module"]
+
+keep_watch()
 
 _late: WeakSet[type[Session]] = WeakSet()
 _of_modules: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()

@@ -1,15 +1,20 @@
-"""What is said once: a WARNING for each line of the application's code."""
+"""What is said once: a WARNING for each line of the application's code, or once an hour."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
+from time import monotonic
 
 from rope_middleware.scope.context import logger
-from rope_middleware.session.lines import Line
+from rope_middleware.session.lines import Line, place_of
 
-__all__ = ["tell_once"]
+__all__ = ["HOUR", "tell_hourly", "tell_once"]
 
-_told: set[Hashable] = set()
+HOUR = 3600.0
+
+_told: dict[Hashable, float] = {}
+"""What was said, and when it may be said again."""
 _MOST = 10_000  # lines; somebody may compile code for each request
 
 
@@ -23,10 +28,21 @@ def tell_once(what: str, line: Line, text: str, *arguments: object) -> None:
         arguments: no values of the application's.
     """
     code, instruction = line
-    key = what, code.co_filename, code.co_firstlineno, instruction
-    if key in _told:
-        return
+    if _is_new((what, code.co_filename, code.co_firstlineno, instruction), math.inf):
+        logger.warning(text, *arguments)
+
+
+def tell_hourly(what: str, lines: tuple[Line, ...], text: str, *arguments: object) -> None:
+    """Log a WARNING, once for each of these lines of code together and hour."""
+    if _is_new((what, *map(place_of, lines)), HOUR):
+        logger.warning(text, *arguments)
+
+
+def _is_new(key: Hashable, seconds: float) -> bool:
+    now = monotonic()
+    if _told.get(key, -math.inf) > now:
+        return False
     if len(_told) >= _MOST:
         _told.clear()
-    _told.add(key)
-    logger.warning(text, *arguments)
+    _told[key] = now + seconds
+    return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import opcode
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from rope_middleware.session.lines import (
     Line,
     frames_of_task,
     is_applications,
-    is_in_sqlalchemy,
+    is_in_database,
     is_ours,
     line_of,
 )
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from rope_middleware.scope.scope import Scope
     from rope_middleware.session.tie import Tie
 
-__all__ = ["is_in_call", "now"]
+__all__ = ["is_computing", "is_in_call", "now"]
 
 
 def now(tie: Tie) -> Line | None:
@@ -44,8 +45,36 @@ def now(tie: Tie) -> Line | None:
 
 
 def is_in_call(tie: Tie) -> bool:
-    """Tell whether the work on the transaction of `tie` is inside of a call of SQLAlchemy's."""
-    return any(is_in_sqlalchemy(frames) for frames in _stacks(tie))
+    """Tell whether the work on the transaction of `tie` is inside of a call to its database."""
+    return any(is_in_database(frames) for frames in _stacks(tie))
+
+
+def is_computing(tie: Tie) -> bool:
+    """Tell whether the thread that works on the transaction of `tie` runs Python code.
+
+    It has no way to tell so. But a thread that waits does so in a function of C, while one that
+    runs Python code hands over to other threads (to us, who ask) where it jumps back in a loop, or
+    begins a function; sometimes also where a function of C has returned. So ask more than once.
+    """
+    frames = _running(tie)
+    if not frames:
+        return False
+    name = opcode.opname[frames[0].f_code.co_code[frames[0].f_lasti]]
+    return name == "RESUME" or "JUMP_BACKWARD" in name
+
+
+_NONE: list[FrameType] = []
+
+
+def _running(tie: Tie) -> list[FrameType]:
+    """Return the stack of the thread that works on the transaction of `tie`, if one does."""
+    scope = tie.scope
+    if scope is not None and is_async(scope) and tie.task is None:
+        return next(_threads_of(scope, tie.thread), _NONE)
+    task = None if tie.task is None else tie.task()
+    if tie.task is not None and (task is None or asyncio.current_task(task.get_loop()) is not task):
+        return []  # it waits, for whatever it is
+    return _thread(tie.thread)
 
 
 def _stacks(tie: Tie) -> Iterator[list[FrameType]]:

@@ -33,6 +33,7 @@ _NOTES = "_rope_middleware_notes"
 _WATCHED = "_rope_middleware_watches"
 _MANY = 200  # statements after which the notes are put together
 _MOST = 20  # names that are kept then
+_STREAMS = ("stream_results", "yield_per")  # options of a result that comes bit by bit
 
 
 class Notes:
@@ -73,6 +74,14 @@ class Notes:
         """Tell whether a statement is under way: it has no description of its rows yet."""
         return any(
             _is_open(context) and _has_no_rows_yet(context)
+            for one in self.executions
+            if (context := one()) is not None
+        )
+
+    def is_read_in_parts(self) -> bool:
+        """Tell whether a result is open that the database hands out bit by bit."""
+        return any(
+            any(map(context.execution_options.get, _STREAMS)) and _is_open(context)
             for one in self.executions
             if (context := one()) is not None
         )

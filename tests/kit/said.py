@@ -21,8 +21,8 @@ class Said(logging.Handler):
 
     @property
     def warnings(self) -> list[str]:
-        """The warnings; not those of `blocking`."""
-        return [text for text in self._texts() if _BLOCKING not in text]
+        """The warnings; not those of `blocking` and `held`."""
+        return [text for text in self._texts() if _BLOCKING not in text and _HELD not in text]
 
     @property
     def blocking(self) -> list[str]:
@@ -33,16 +33,25 @@ class Said(logging.Handler):
         return [text for text in self._texts() if _BLOCKING in text]
 
     @property
+    def held(self) -> list[str]:
+        """What is told of connections that are held during a wait: see H4.
+
+        On a busy machine a test may wait for others with a connection in its hand, and for long.
+        """
+        return [text for text in self._texts() if _HELD in text]
+
+    @property
     def unexpected(self) -> list[str]:
         """What is told of the application's code: see H and L of the contract."""
         told = [r.getMessage() for r in self.records if r.module in ("telling", "waits")]
-        return [text for text in told if _BLOCKING not in text]
+        return [text for text in told if _BLOCKING not in text and _HELD not in text]
 
     def _texts(self) -> list[str]:
         return [r.getMessage() for r in self.records if r.levelno == logging.WARNING]
 
 
 _BLOCKING = "on the event loop of"
+_HELD = "seconds without using it"
 
 
 @contextmanager

@@ -1,0 +1,201 @@
+"""The thread that looks after what waits (H4): while it is needed, in every kind of process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+
+import pytest
+
+from rope_middleware.running import ticker
+from rope_middleware.running.ticker import Ticker
+from tests.kit.waiting import eventually
+
+Start = Callable[[], bool]
+
+
+def threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "rope_middleware.ticker"]
+
+
+def run(code: str, *flags: str) -> list[str]:
+    """Run a program of its own, which must say nothing on its standard error."""
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr + done.stdout
+    return done.stdout.splitlines()
+
+
+def test_H4_the_thread_ends_when_it_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And asks to be started again; what it raises does not end it; the context is an empty one."""
+    monkeypatch.setattr(ticker, "QUIET_SECONDS", 0.05)
+    before = set(threads())
+    known: ContextVar[str] = ContextVar("known", default="nothing")
+    known.set("something")
+    armed: list[Start] = []
+    seen: list[str] = []
+
+    def look() -> bool:
+        seen.append(known.get())
+        if len(seen) == 2:
+            raise ValueError("one look fails")
+        return len(seen) < 5
+
+    one = Ticker(look, lambda: 0.01, armed.append)
+    assert set(threads()) == before
+    for turn in (1, 2):
+        start = armed[-1]
+        assert start() and start()
+        eventually(lambda: len(armed) > turn, "it has asked to be started again")  # noqa: B023
+        eventually(lambda: set(threads()) <= before, "it has ended")
+    assert len(seen) > 5 and set(seen) == {"nothing"}
+    one.stop()
+
+
+def test_H4_where_no_thread_can_be_started_it_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A request does not fail for it."""
+    armed: list[Start] = []
+    one = Ticker(lambda: True, lambda: 0.01, armed.append)
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert armed[0]() is False
+    assert armed[0]() is True
+    one.stop()
+
+
+HOLDS = """
+import logging, os, sys, threading, time
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import sessionmaker
+from rope_middleware import SessionJenny, holders, open_scope
+from rope_middleware.session import held
+held.EVERY, held.LIMIT = 0.02, 0.1
+logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING)
+jenny = SessionJenny(sessionmaker(create_engine("sqlite:///{path}")))
+
+def hold(name, sleep=time.sleep, seconds=0.5):
+    with open_scope(name):
+        jenny.session.execute(text("SELECT 1"))
+        sleep(seconds)
+"""
+
+
+@pytest.fixture
+def holds(tmp_path: Path) -> str:
+    return HOLDS.replace("{path}", f"{tmp_path}/x.db")
+
+
+def told(lines: list[str]) -> list[str]:
+    return sorted(line.split()[0] for line in lines if "without using it" in line)
+
+
+def test_H4_a_forked_process_has_a_watch_of_its_own(holds: str) -> None:
+    """The child starts with nothing, the parent goes on with what it had; neither is warned of."""
+    code = """
+with open_scope("before"):
+    jenny.session.execute(text("SELECT 1"))
+    child = os.fork()
+    if not child:
+        assert not holders() and threading.active_count() == 1
+        hold("child")
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    time.sleep(0.5)
+"""
+    assert told(run(holds + code, "-W", "error")) == ["'before'", "'child'"]
+
+
+def test_H4_a_process_ends_at_once_with_a_transaction_open(holds: str) -> None:
+    """The watch does not keep it, and says nothing at the end."""
+    code = """
+scope = open_scope("left open")
+scope.__enter__()
+jenny.session.execute(text("SELECT 1"))
+held.EVERY = 3600.0
+time.sleep(0.1)
+print("the end")
+"""
+    assert run(holds + code)[-1] == "the end"
+
+
+GEVENT = """
+from gevent import monkey; monkey.patch_all()
+import gevent
+"""
+
+
+def test_H4_greenlets_of_gevent(holds: str) -> None:
+    """They wait in one thread; `gevent.wait()` waits for them, and not for the watch."""
+    code = """
+gevent.spawn(hold, "one", gevent.sleep)
+gevent.spawn(hold, "another", time.sleep)
+gevent.wait()
+held.EVERY = 3600.0
+gevent.wait()
+"""
+    lines = run(GEVENT + holds + code)
+    assert len(told(lines)) == 1  # their lines are the same
+    assert "its code is at <string>:1" in lines[0]
+
+
+# Its resolver needs what it cannot patch.
+EVENTLET = """
+import os, warnings; os.environ["EVENTLET_NO_GREENDNS"] = "yes"; warnings.simplefilter("ignore")
+import eventlet; eventlet.monkey_patch()
+"""
+
+
+def test_H4_greenlets_of_eventlet(holds: str) -> None:
+    """The twin."""
+    code = """
+eventlet.spawn(hold, "one", eventlet.sleep).wait()
+"""
+    lines = run(EVENTLET + holds + code)
+    assert told(lines) == ["'one'"]
+
+
+SUB = """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+code = '''
+import importlib.util
+spec = importlib.util.spec_from_file_location("ticker", FILE)
+ticker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ticker)
+armed = []
+one = ticker.Ticker(lambda: True, lambda: 0.01, armed.append)
+armed[0]()
+assert one._running is None
+'''
+one = interpreters.create()
+found = interpreters.run_string(one, code.replace("FILE", repr(sys.argv[1])))
+assert found is None, found
+interpreters.destroy(one)
+print("ended")
+"""
+
+
+def test_H4_an_isolated_subinterpreter_goes_without() -> None:
+    """It refuses daemons, and its end would wait for any other thread."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SUB, ticker.__file__],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "ended\n", done.stderr
