@@ -38,7 +38,7 @@ from benchmarks.measure import Spread, Times, added, load, microseconds, ratio, 
 from benchmarks.sites import COMMIT, COROUTINES, FLASK, HAND, IS_WSGI, OURS, THREADS, WSGI
 
 BEFORE = ", before"
-OPEN = ("P1  Flask", "commit_on_success", "P2  ", "P5  ", "H1  ")  # with --short: see above
+OPEN = ("P1  Flask", "P2  ", "P5  ", "H1  ")  # with --short: see above
 
 
 class Plan(NamedTuple):

