@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -343,3 +344,50 @@ def test_H2_only_the_holders_of_that_pool(tmp_path: Path, said: Said) -> None:
     engine.dispose()
     other.dispose()
     assert said.warnings
+
+
+GEVENT = """
+from gevent import monkey; monkey.patch_all()
+import gevent, sys
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import TimeoutError
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import QueuePool
+from rope_middleware import SessionJenny, open_scope
+engine = create_engine(
+    f"sqlite:///{sys.argv[1]}", poolclass=QueuePool, pool_size=2, max_overflow=0, pool_timeout=0.2
+)
+jenny, leave = SessionJenny(sessionmaker(engine)), gevent.event.Event()
+def hold(name):
+    with open_scope(name):
+        jenny.session.execute(text("SELECT 1"))
+        leave.wait()
+holding = [gevent.spawn(hold, "one"), gevent.spawn(hold, "another")]
+gevent.sleep(0.01)
+def late():
+    with open_scope("late"):
+        try:
+            jenny.session.execute(text("SELECT 1"))
+        except TimeoutError as error:
+            print(*error.__notes__, sep="\\n")
+gevent.spawn(late).join()
+leave.set()
+gevent.joinall(holding)
+"""
+
+
+def test_H2_greenlets_of_gevent_are_named(tmp_path: Path) -> None:
+    """They are threads of one thread: each with its own line, and where it is now."""
+    program = tmp_path / "app.py"
+    program.write_text(GEVENT)
+    done = subprocess.run(
+        [sys.executable, str(program), f"{tmp_path}/x.sqlite"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    rows = [line.split() for line in done.stdout.splitlines()]
+    held = {row[0]: row[3:] for row in rows if row and row[-1] == "held"}
+    assert set(held) == {"one", "another"}, done.stdout + done.stderr
+    for began, now, _ in held.values():
+        assert (began, now) == ("app.py:15", "app.py:16")
