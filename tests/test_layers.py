@@ -44,6 +44,7 @@ HOUSE = (
     "session.statements",
     "session.writes",
     "session.written",
+    "session.stacks",
     "session.lines",
     "session.telling",
     "session.pools",

@@ -8,10 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.slow  # servers, and a pool that has to time out
+pytestmark = [
+    pytest.mark.slow,  # servers, and a pool that has to time out
+    pytest.mark.skipif(
+        sqlalchemy.__version__.startswith("2.0."), reason="the table is of the newest SQLAlchemy"
+    ),
+]
 
 
 def test_the_table_of_the_readme_is_what_make_peers_prints() -> None:
@@ -22,7 +28,8 @@ def test_the_table_of_the_readme_is_what_make_peers_prints() -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        check=True,
+        check=False,
     )
+    assert done.returncode == 0, done.stderr
     shown = re.findall(r"^\| .*commit fails.*(?:\n\|.*)+", (ROOT / "README.md").read_text(), re.M)
     assert shown == [done.stdout.strip()]

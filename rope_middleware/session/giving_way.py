@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-import threading
 from collections.abc import Collection
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -40,6 +39,7 @@ from rope_middleware.session.connections import (
     end_transaction,
     lent_connections,
 )
+from rope_middleware.session.stacks import stacks_of_others
 from rope_middleware.session.statements import READS, effect_of
 from rope_middleware.session.writes import may_write
 from rope_middleware.session.written import notes_of, take
@@ -153,14 +153,11 @@ def _is_in_call(session: Session) -> bool:
 
     What it would do next, it would do on the connection that is back in its pool by then.
     """
-    here = threading.get_ident()
-    for ident, found in list(sys._current_frames().items()):  # noqa: SLF001 - documented
-        frame: FrameType | None = found
-        while ident != here and frame is not None:
-            if frame.f_code.co_filename == _SESSION_FILE and _is_call_on(frame, session):
-                return True
-            frame = frame.f_back
-    return False
+    return any(
+        frame.f_code.co_filename == _SESSION_FILE and _is_call_on(frame, session)
+        for frames in stacks_of_others().values()
+        for frame in frames
+    )
 
 
 _SESSION_FILE = str(_session_module.__file__)

@@ -27,6 +27,7 @@ from rope_middleware.session.lines import (
     is_ours,
     line_of,
 )
+from rope_middleware.session.stacks import stacks_of_others
 
 if TYPE_CHECKING:
     from rope_middleware.scope.scope import Scope
@@ -93,25 +94,23 @@ def _stacks(tie: Tie) -> Iterator[list[FrameType]]:
 
 
 def _stack(frame: FrameType | None) -> list[FrameType]:
-    """Return `frame` and what called it, but none of our own: that would be a cycle."""
+    """Return `frame`, of this thread or of none, and what called it."""
     frames: list[FrameType] = []
     while frame is not None:
-        if not is_ours(frame):
-            frames.append(frame)
+        frames.append(frame)
         frame = frame.f_back
-    return frames
+    return _not_ours(frames)
+
+
+def _not_ours(frames: list[FrameType]) -> list[FrameType]:
+    """Return `frames` without our own: one that is running here would be a cycle."""
+    return [frame for frame in frames if not is_ours(frame)]
 
 
 def _thread(ident: int) -> list[FrameType]:
     if ident == threading.get_ident():
         return _stack(sys._getframe())  # noqa: SLF001
-    return _stack(_other_threads().get(ident))
-
-
-def _other_threads() -> dict[int, FrameType]:
-    threads = sys._current_frames()  # noqa: SLF001 - the only way, and documented
-    threads.pop(threading.get_ident(), None)  # a cycle
-    return threads
+    return _not_ours(stacks_of_others().get(ident, []))
 
 
 def _greenlet(ident: int) -> list[FrameType]:
@@ -133,9 +132,9 @@ def _threads_of(scope: Scope, first: int) -> Iterator[list[FrameType]]:
     """
     if current.get(None) is scope:
         yield _thread(threading.get_ident())
-    threads = _other_threads()
+    threads = stacks_of_others()
     for ident in sorted(threads, key=lambda ident: ident != first):
-        frames = _stack(threads[ident])
+        frames = _not_ours(threads[ident])
         if any(_runs_in(frame, scope) for frame in frames):
             yield frames
 

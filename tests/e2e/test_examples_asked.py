@@ -17,7 +17,7 @@ EXAMPLES = ROOT / "examples"
 TOKEN = {"Authorization": "Bearer let-me-see"}
 
 # Each with the command that its own text names, and what it answers to three visits.
-STARTED_BY_ITS_NAME = {"responder_app", "flask_app", "fastapi_async_app"}
+STARTED_BY_ITS_NAME = ("responder_app", "flask_app", "fastapi_async_app")
 ASKED = {
     **dict.fromkeys(STARTED_BY_ITS_NAME, ("/", ["1", "2", "3"])),
     "holders_app": ("/", ["1", "1", "1"]),

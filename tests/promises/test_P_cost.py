@@ -236,7 +236,7 @@ async def test_P2_a_request_with_a_select_makes_few_calls(
     request()
     with Calls() as calls:
         request()
-    assert len(calls.frames) <= 56, calls
+    assert len(calls.frames) <= 58, calls  # SQLAlchemy 2.0 makes one more
 
 
 def test_P3_in_a_scope_the_session_is_at_hand() -> None:
