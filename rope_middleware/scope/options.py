@@ -18,7 +18,8 @@ EVERY = ("every method",)
 """As `read_only`: of a scope that is read-only whatever it is for."""
 
 
-@dataclass(frozen=True, slots=True)
+# Never compared nor printed; each generated method takes a part of the import.
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Options:
     """The options of a scope.
 

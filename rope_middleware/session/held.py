@@ -16,9 +16,8 @@ from weakref import ref
 
 from sqlalchemy.engine import Connection
 
-from rope_middleware.running.ticker import Ticker
 from rope_middleware.scope.scope import is_over
-from rope_middleware.session.begun import call_at_begins, is_open, listed
+from rope_middleware.session.begun import is_open, listed
 from rope_middleware.session.connections import connections_out, driver_of
 from rope_middleware.session.door import mark_of
 from rope_middleware.session.holders import name_of
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from rope_middleware.session.lines import Line
     from rope_middleware.session.tie import Tie
 
-__all__ = ["EVERY", "LIMIT", "keep_watch"]
+__all__ = ["EVERY", "LIMIT", "look"]
 
 LIMIT = 5.0  # seconds without use that are told
 EVERY = 0.5  # seconds from one look to the next
@@ -51,12 +50,7 @@ class _Idle(NamedTuple):
 _seen: dict[ref[Tie], _Idle] = {}
 
 
-def keep_watch() -> Ticker:
-    """Look twice a second from now on, while there is any session that has had a transaction."""
-    return Ticker(_look, lambda: EVERY, call_at_begins)
-
-
-def _look() -> bool:
+def look() -> bool:
     """Look at every open transaction; return whether there are any sessions at all."""
     global _seen
     ties = listed()

@@ -10,10 +10,10 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.errors import memory_of_thread
+from rope_middleware.running.ticker import Ticker
 from rope_middleware.scope.asking import is_async, is_request, is_thread_of
 from rope_middleware.scope.context import current
-from rope_middleware.session.begun import DEPTH, note_begin
-from rope_middleware.session.held import keep_watch
+from rope_middleware.session.begun import DEPTH, call_at_begins, note_begin
 from rope_middleware.session.lines import Line, text_of
 from rope_middleware.session.telling import tell_once
 from rope_middleware.session.waits import put_door
@@ -23,7 +23,22 @@ if TYPE_CHECKING:
 
 __all__ = ["learn_engines", "notice_begin", "notice_module"]
 
-keep_watch()
+
+def _look() -> bool:
+    # In the thread that looks: nobody waits for this import, which takes a millisecond.
+    from rope_middleware.session import held
+
+    return held.look()
+
+
+def _every() -> float:
+    from rope_middleware.session import held
+
+    return held.EVERY
+
+
+# H4: twice a second from now on, while there is any session that has had a transaction.
+Ticker(_look, _every, call_at_begins)
 
 _late: WeakSet[type[Session]] = WeakSet()
 _of_modules: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ def served(app: Any) -> Iterator[int]:
     try:
         yield int(server.effective_port)
     finally:
-        server.trigger.pull_trigger(lambda: close_all(sockets))
+        with suppress(OSError):  # it has ended by itself
+            server.trigger.pull_trigger(lambda: close_all(sockets))
         thread.join(PATIENCE)
         server.task_dispatcher.shutdown()
 

@@ -230,7 +230,7 @@ async def test_P2_a_request_with_a_select_makes_few_calls(
     with Calls() as calls:
         await app(scopes[3], None, send)  # type: ignore[arg-type]
     await async_engine.dispose()
-    assert len(calls.frames) <= 72, calls
+    assert len(calls.frames) <= 75, calls
 
     request = serve_wsgi(WSGIRopeMiddleware(wsgi(lambda: sync.execute(text("SELECT 1")))))
     request()
