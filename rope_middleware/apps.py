@@ -73,7 +73,7 @@ def check_app(who: str, app: Any, protocol: str) -> None:
     if not callable(app):
         raise TypeError(_NO_APP.format(who, app))
     is_asgi = protocol == "asgi"
-    if (is_asgi or not is_async_callable(app)) and _may_take(app, 3 if is_asgi else 2):
+    if (is_asgi or not is_async_callable(app)) and _takes(app, 3 if is_asgi else 2, unknown=True):
         return
     raise TypeError(
         f"{who} takes {'an ASGI' if is_asgi else 'a WSGI'} application, and {app!r} cannot be "
@@ -82,21 +82,18 @@ def check_app(who: str, app: Any, protocol: str) -> None:
     )
 
 
-def _takes(app: Any, count: int) -> bool:
-    """Tell whether `app` can be called with so many positional arguments."""
-    try:
-        inspect.signature(app).bind(*range(count))
-    except (TypeError, ValueError):
-        return False
-    return True
+def _takes(app: Any, count: int, unknown: bool = False) -> bool:
+    """Tell whether `app` can be called with so many positional arguments.
 
-
-def _may_take(app: Any, count: int) -> bool:
-    """Tell whether `app` takes so many positional arguments, or does not say what it takes."""
+    Args:
+        app: what is asked.
+        count: how many.
+        unknown: the answer where it does not say what it takes.
+    """
     try:
         signature = inspect.signature(app)
     except (TypeError, ValueError):
-        return True
+        return unknown
     try:
         signature.bind(*range(count))
     except TypeError:

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import Engine
@@ -21,6 +21,9 @@ from tests.kit.ropes import tracing
 from tests.kit.said import Said, listening
 from tests.kit.sessions import Around, Jenny
 from tests.kit.waiting import eventually
+
+if TYPE_CHECKING:
+    from tests.servers.replicas import Cluster
 
 HERE = Path(__file__).parent
 NOT_QUICK = {
@@ -95,6 +98,15 @@ def said(request: pytest.FixtureRequest) -> Iterator[Said]:
         yield said
     if request.node.get_closest_marker("told") is None:
         assert not said.unexpected, "the package tells of a misuse; mark the test as `told`?"
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Cluster]:
+    """A PostgreSQL and two replicas of it."""
+    from tests.servers.replicas import cluster
+
+    with cluster(replicas=2) as found:
+        yield found
 
 
 @pytest.fixture

@@ -8,16 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import sqlalchemy
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = [
-    pytest.mark.slow,  # servers, and a pool that has to time out
-    pytest.mark.skipif(
-        sqlalchemy.__version__.startswith("2.0."), reason="the table is of the newest SQLAlchemy"
-    ),
-]
+pytestmark = pytest.mark.slow  # servers, and a pool that has to time out
 
 
 def test_the_table_of_the_readme_is_what_make_peers_prints() -> None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sys
 from collections.abc import Collection
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -39,6 +38,7 @@ from rope_middleware.session.connections import (
     end_transaction,
     lent_connections,
 )
+from rope_middleware.session.lines import variables_of
 from rope_middleware.session.stacks import stacks_of_others
 from rope_middleware.session.statements import READS, effect_of
 from rope_middleware.session.writes import may_write
@@ -162,13 +162,7 @@ def _is_in_call(session: Session) -> bool:
 
 _SESSION_FILE = str(_session_module.__file__)
 
-# Before Python 3.13 what is read is a copy that stays in the frame, and keeps what it refers to.
-_COPIES = sys.version_info < (3, 13)
-
 
 def _is_call_on(frame: FrameType, session: Session) -> bool:
-    variables = frame.f_locals
-    found = variables.get("self")
-    if _COPIES:
-        variables.clear()
+    found = variables_of(frame).get("self")
     return found is session or getattr(found, "session", None) is session

@@ -251,13 +251,12 @@ def is_ours(frame: FrameType) -> bool:
 _COPIES = sys.version_info < (3, 13)
 
 
-def variables_of(frame: FrameType, *names: str) -> list[Any]:
-    """Return local variables of `frame`; None for what it does not have."""
+def variables_of(frame: FrameType) -> dict[str, Any]:
+    """Return the local variables of `frame`; nothing stays in it."""
     variables = frame.f_locals
-    found = [variables.get(name) for name in names]
+    found = dict(variables)
     if _COPIES:
-        del variables
-        frame.f_locals.clear()
+        variables.clear()
     return found
 
 

@@ -61,9 +61,11 @@ def _attributes_in(traceback: TracebackType | None) -> Iterator[str]:
     while traceback is not None:
         frame, traceback = traceback.tb_frame, traceback.tb_next
         if frame.f_code.co_name == "__get__" and is_sqlalchemys(frame):
-            attribute, instance = variables_of(frame, "self", "instance")
+            variables = variables_of(frame)
+            attribute = variables.get("self")
             if isinstance(attribute, QueryableAttribute):
-                yield f"{type(instance).__name__}.{cast('Any', attribute).key}"
+                owner = type(variables.get("instance")).__name__
+                yield f"{owner}.{cast('Any', attribute).key}"
 
 
 def _of_model(error: Any) -> str:

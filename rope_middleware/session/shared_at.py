@@ -36,7 +36,7 @@ def _session_of(frame: FrameType) -> Session | None:
     """Return the session whose method `frame` runs, a frame of SQLAlchemy's; else None."""
     if not is_sqlalchemys(frame):
         return None
-    (found,) = variables_of(frame, "self")
+    found = variables_of(frame).get("self")
     if isinstance(found, SessionTransaction):
         return found.session
     found = getattr(found, "sync_session", found)

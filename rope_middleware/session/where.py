@@ -26,6 +26,7 @@ from rope_middleware.session.lines import (
     is_in_database,
     is_ours,
     line_of,
+    variables_of,
 )
 from rope_middleware.session.stacks import stacks_of_others
 
@@ -143,17 +144,10 @@ def _runs_in(frame: FrameType, scope: Scope) -> bool:
     """Tell whether `frame`, of a library, runs something in the context of `scope`."""
     if not frame.f_code.co_flags & inspect.CO_OPTIMIZED or is_applications(frame):
         return False
-    variables = frame.f_locals
-    found = any(
-        type(value) is Context and value.get(current) is scope for value in list(variables.values())
+    return any(
+        type(value) is Context and value.get(current) is scope
+        for value in variables_of(frame).values()
     )
-    if _COPIES:
-        variables.clear()
-    return found
-
-
-# Before Python 3.13 what is read is a copy that stays in the frame, and keeps what it refers to.
-_COPIES = sys.version_info < (3, 13)
 
 
 def _tasks_of(scope: Scope) -> Iterator[list[FrameType]]:

@@ -249,18 +249,9 @@ class Gate(answer.Gate):
         return [] if is_head(self._scope) else [SERVER_ERROR]
 
 
-_CODES: dict[str, int] = {
-    str(code): code for code in (*range(200, 210), *range(300, 310), *range(400, 430), 500)
-}
-
-
 def _code(status: object) -> int:
     """Return the number in a status line; 500 for what the server is going to refuse."""
-    text = str(status)[:3]
-    known = _CODES.get(text)  # 0.1 us less than to read a number
-    if known is not None:
-        return known
     try:
-        return int(text)
+        return int(str(status)[:3])
     except ValueError:
         return 500

@@ -21,7 +21,7 @@ from tests.kit.engines import fill
 from tests.kit.waiting import PATIENCE
 from tests.servers.asgi import HOST, free_port, run_command
 from tests.servers.postgres import Database
-from tests.servers.replicas import Cluster, Delays, cluster, watching
+from tests.servers.replicas import Cluster, Delays, watching
 
 ROOT = Path(__file__).parents[2]
 MODULE = "tests.e2e.reading_app"
@@ -39,13 +39,6 @@ COMMANDS = {
 }
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[Cluster]:
-    """A primary and two replicas."""
-    with cluster(replicas=2) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

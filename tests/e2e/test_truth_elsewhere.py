@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from tests.kit.models import Row
-from tests.kit.shop import Answer, Shop, Work, add, send
+from tests.kit.shop import MARIA, Answer, Shop, Work, add, send
 from tests.servers.mariadb import MariaDatabase, NoMariaDBError, mariadb_server
 from tests.servers.pgbouncer import MISSING, pgbouncer
 from tests.servers.postgres import postgres_server
@@ -53,9 +53,6 @@ def maria() -> Iterator[MariaDatabase]:
     with server.new_database() as found:
         found.query(TABLE.replace("row", "`row`"))
         yield found
-
-
-MARIA = {"asgi-asyncpg": "mariadb+asyncmy", "wsgi": "mariadb+pymysql"}
 
 
 def ask_maria(kind: str, database: MariaDatabase, work: Work, **options: object) -> Answer:

@@ -38,7 +38,11 @@ SHOPS = {
 }
 """The ways, each with its driver."""
 
-ELSEWHERE = {"asgi-asyncmy": "mariadb+asyncmy", "asgi-threads": "mariadb+pymysql"}
+MARIA = {
+    "asgi-asyncmy": "mariadb+asyncmy",
+    "asgi-threads": "mariadb+pymysql",
+    "wsgi": "mariadb+pymysql",
+}
 """The ways on MariaDB."""
 
 _ASYNC = {"asgi-asyncpg", "asgi-psycopg", "asgi-asyncmy"}
@@ -74,7 +78,7 @@ class Shop:
     """A service.
 
     Args:
-        kind: one of SHOPS, or of ELSEWHERE.
+        kind: one of SHOPS, or of MARIA.
         url: of its database.
         work: what a request does; it returns the status.
         engine: options of the engine.

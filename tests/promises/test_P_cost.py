@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import scoped_session, sessionmaker
 
@@ -209,34 +210,61 @@ class Calls:
         return ", ".join(frame.f_code.co_qualname for frame in self.frames)
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_P2_a_request_with_a_select_makes_few_calls(
-    anyio_backend: str, engine: Engine
-) -> None:
-    """A transaction left open, for us to end: 62 calls of an AsyncSession, 48 in WSGI, as counted
-    on Python 3.11. A few more where other tests of the process have had sessions in modules."""
-    async_engine = create_async_engine("sqlite+aiosqlite://")
-    jenny = AsyncSessionJenny(async_sessionmaker(async_engine))
-    sync = SessionJenny(sessionmaker(engine))
+async def calls_of_async_select(path: str) -> Calls:
+    """Count the calls of a request with an AsyncSession and one SELECT."""
+    engine = create_async_engine(f"sqlite+aiosqlite:///{path}")
+    jenny = AsyncSessionJenny(async_sessionmaker(engine))
 
     async def handler() -> None:
         await jenny.execute(text("SELECT 1"))
 
-    app = ASGIRopeMiddleware(asgi(handler))
+    app: Any = ASGIRopeMiddleware(asgi(handler))
     scopes = [{"type": "http", "method": "GET", "path": "/"} for _ in range(4)]
     for scope in scopes[:3]:
-        await app(scope, None, send)  # type: ignore[arg-type]
+        await app(scope, None, send)
     with Calls() as calls:
-        await app(scopes[3], None, send)  # type: ignore[arg-type]
-    await async_engine.dispose()
-    assert len(calls.frames) <= 75, calls
+        await app(scopes[3], None, send)
+    await engine.dispose()
+    return calls
 
-    request = serve_wsgi(WSGIRopeMiddleware(wsgi(lambda: sync.execute(text("SELECT 1")))))
+
+def calls_of_select(path: str) -> Calls:
+    """Count the calls of a WSGI request with one SELECT."""
+    engine = create_engine(f"sqlite:///{path}")
+    jenny = SessionJenny(sessionmaker(engine))
+    request = serve_wsgi(WSGIRopeMiddleware(wsgi(lambda: jenny.execute(text("SELECT 1")))))
     request()
     with Calls() as calls:
         request()
-    assert len(calls.frames) <= 58, calls  # SQLAlchemy 2.0 makes one more
+    engine.dispose()
+    return calls
+
+
+# As counted on Python 3.11, on SQLAlchemy 2.0 and 2.1, whichever makes more of them.
+ASYNC_CALLS, WSGI_CALLS = 67, 48
+
+_COUNT = """
+import asyncio, sys
+from tests.promises.test_P_cost import calls_of_async_select, calls_of_select
+found = asyncio.run(calls_of_async_select(sys.argv[1])), calls_of_select(sys.argv[1])
+print(*(len(one.frames) for one in found))
+print(*found, sep="\\n")
+"""
+
+
+def test_P2_a_request_with_a_select_makes_few_calls(tmp_path: Path) -> None:
+    """A transaction left open, for us to end. Alone in a process: others leave sessions behind."""
+    done = subprocess.run(
+        [sys.executable, "-c", _COUNT, str(tmp_path / "x.sqlite")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = [int(count) for count in done.stdout.splitlines()[0].split()]
+    assert counts[0] <= ASYNC_CALLS, done.stdout
+    assert counts[1] <= WSGI_CALLS, done.stdout
 
 
 def test_P3_in_a_scope_the_session_is_at_hand() -> None:
@@ -251,12 +279,11 @@ def test_P3_in_a_scope_the_session_is_at_hand() -> None:
 @pytest.mark.parametrize("commit", [False, True])
 @pytest.mark.parametrize("work", ["read", "write"])
 def test_P4_a_request_leaves_nothing_to_the_garbage_collector(
-    engine: Engine, protocol: str, commit: bool, work: str
+    engine: Engine, protocol: str, commit: bool, work: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1,000 requests with a SELECT or an INSERT: no cycles, and nothing for each of them.
-
-    (Notes on who has just written come and go with the time, a few hundred of them.)
-    """
+    """1,000 requests with a SELECT or an INSERT: no cycles, and nothing for each of them."""
+    # The notes on who has just written (H5) come and go with the time: here each drops the last.
+    monkeypatch.setattr("rope_middleware.session.locks._SECOND", 0.0)
     jenny = SessionJenny(sessionmaker(engine))
 
     def use() -> None:
@@ -273,16 +300,16 @@ def test_P4_a_request_leaves_nothing_to_the_garbage_collector(
         request = serve_wsgi(WSGIRopeMiddleware(wsgi(use), commit_on_success=commit))
     else:
         request = serve_asgi(ASGIRopeMiddleware(asgi(ause), commit_on_success=commit))
+    for _ in range(100):
+        request()
     gc.collect()
     gc.disable()
     try:
-        for _ in range(600):  # the notes on who has just written (H5) are full then
-            request()
         before = len(gc.get_objects())
         for _ in range(1_000):
             request()
         after = len(gc.get_objects())
         assert gc.collect() < 100
-        assert after - before < 900, "one for each request, or nearly so"
+        assert after - before < 100
     finally:
         gc.enable()

@@ -34,7 +34,7 @@ from tests.kit.models import Row
 from tests.kit.waiting import eventually
 from tests.kit.wsgi import HEADERS, Server
 from tests.servers.postgres import Database
-from tests.servers.replicas import Cluster, cluster
+from tests.servers.replicas import Cluster
 
 NAME = select(Row.name)
 
@@ -186,13 +186,6 @@ def test_L4_wrong_replicas_are_refused(make_engine: MakeEngine, wrong: Any) -> N
 # -- on real servers -------------------------------------------------------------------------------
 
 SERVER = text("SELECT current_setting('cluster_name')")
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[Cluster]:
-    """A primary and two replicas."""
-    with cluster(replicas=2) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -40,13 +40,6 @@ Headers = list[tuple[str, str]]
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[Cluster]:
-    """A primary and two replicas."""
-    with cluster(replicas=2) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def database(servers: Cluster) -> Iterator[Database]:
     """A database on all of them, with one counter."""
     with servers.primary.running.new_database() as found:
