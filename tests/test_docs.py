@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -65,11 +66,22 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     # Litestar configures the logging of the whole process.
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
+    _forget_models()
     yield
+    _forget_models()
     root.setLevel(level)
     for handler in root.handlers[:]:
         if handler not in handlers and not type(handler).__module__.startswith("_pytest"):
             root.removeHandler(handler)
+
+
+def _forget_models() -> None:
+    """SQLModel has one registry for the process, and two pages have models of the same name."""
+    if "sqlmodel" in sys.modules:
+        from sqlmodel.main import default_registry
+
+        default_registry.metadata.clear()
+        default_registry.dispose()
 
 
 # Pyramid's own imports.

@@ -122,11 +122,8 @@ def shows_one(page: str) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:'cgi' is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings(
-    "ignore:The declarative_mixin decorator:DeprecationWarning"
-)  # Litestar's
-# SQLModel has one registry for a process, in which another test may have run the page's block.
-@pytest.mark.filterwarnings("ignore:This declarative base already contains a class")
+# Of Litestar's plugin.
+@pytest.mark.filterwarnings("ignore:The declarative_mixin decorator:DeprecationWarning")
 @pytest.mark.parametrize("name", [page for page in PAGES if shows_one(page)])
 def test_the_applications_of_a_page_answer_and_log_nothing(
     name: str,
