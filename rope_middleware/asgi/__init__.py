@@ -25,14 +25,14 @@ from rope_middleware.scope.reading import carried_of, carry
 from rope_middleware.scope.response import (
     count,
     doom_rest,
-    inner_gate_of,
+    gate_of,
     is_accepted,
     is_counted,
     is_doomed,
     log_retry,
     open_as,
     options_now,
-    set_inner_gate,
+    set_gate,
     shared_scope,
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, OPEN, AsyncScope, Scope
@@ -181,7 +181,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
                 send = Telling(carried, send)
         if self._take_in(outer) and scope["type"] == "http":
             gate = Gate(outer, send, (scope, receive))
-            set_inner_gate(outer, gate)
+            set_gate(outer, gate)
             send = gate.send
         token = current.set(outer)
         try:
@@ -247,6 +247,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             count(own)
             send = Leaving(place, own, send)
         gate = Gate(own, send, (scope, receive), replay)
+        set_gate(own, gate)  # a middleware inside needs no other one
         token = current.set(own)
         try:
             await self.app(scope, receive, gate.send)
@@ -262,6 +263,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             raise
         finally:
             unbind(token)
+            set_gate(own, None)  # they refer to each other
         return own if gate.holds_back else None
 
     def _open(self, scope: ASGIScope) -> _RequestScope:
@@ -280,7 +282,7 @@ ASGIRopeMiddleware.__call__.__qualname__ = (
 
 async def _end(own: AsyncScope, gate: Gate | None) -> None:
     """End the scope of a call that has returned."""
-    gate = gate or inner_gate_of(own)
+    gate = gate or gate_of(own)
     if isinstance(gate, Gate):
         await gate.end()
     else:

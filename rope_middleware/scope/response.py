@@ -13,8 +13,8 @@ from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
 __all__ = [
     "count",
     "doom_rest",
+    "gate_of",
     "holds_connection",
-    "inner_gate_of",
     "is_accepted",
     "is_counted",
     "is_doomed",
@@ -23,7 +23,7 @@ __all__ = [
     "note_accepted",
     "open_as",
     "options_now",
-    "set_inner_gate",
+    "set_gate",
     "shared_scope",
     "take_in",
 ]
@@ -75,12 +75,12 @@ def is_accepted(scope: Scope) -> bool:
     return scope._is_accepted
 
 
-def inner_gate_of(scope: Scope) -> Any:
-    """Return what watches the response for a middleware inside, or None."""
+def gate_of(scope: Scope) -> Any:
+    """Return what watches the response, also for a middleware inside; or None."""
     return scope._gate
 
 
-def set_inner_gate(scope: Scope, gate: Any) -> None:
+def set_gate(scope: Scope, gate: Any) -> None:
     """Note what watches the response: there is one for each scope."""
     scope._gate = gate
 

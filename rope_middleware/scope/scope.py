@@ -62,7 +62,7 @@ class Scope:
     _on_close: list[Callable[[], Any]] | None = None
     _info: dict[Any, Any] | None = None
     _outer: ReferenceType[Scope] | None = None  # what `open_scope` found open
-    _gate: Any = None  # of a middleware inside, where the outermost one has none: see `answer`
+    _gate: Any = None  # that watches the response: see `answer`
     _settling: Any = None  # the commit that is under way before the response: see `settling`
     _calls: list[object] | None = None  # on its sessions, that are under way: see `aside`
     _left: tuple[Scope | None] | None = None  # see `opening.restore`

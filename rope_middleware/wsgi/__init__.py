@@ -22,7 +22,7 @@ from rope_middleware.scope.response import (
     is_counted,
     log_retry,
     open_as,
-    set_inner_gate,
+    set_gate,
     shared_scope,
 )
 from rope_middleware.scope.scope import OPEN, Scope, SyncScope
@@ -184,7 +184,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         try:
             if watches:
                 gate = Gate(outer, start_response, owns=False)
-                set_inner_gate(outer, gate)
+                set_gate(outer, gate)
                 return gate.serve(self.app, environ)
             return hand_on(self.app(environ, start_response), environ, outer, owns=False)
         finally:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rope_middleware.scope.context import current, logger, unbind
 from rope_middleware.scope.ending import end, end_failed, explain
-from rope_middleware.scope.response import inner_gate_of, is_doomed
+from rope_middleware.scope.response import gate_of, is_doomed
 from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.short import is_untouched
 from rope_middleware.wsgi.begun import to_the_end
@@ -67,7 +67,7 @@ def hand_on(
 
 def _verdict(scope: Scope, commits: bool, is_read: bool) -> tuple[bool, str]:
     """Tell whether the end of the response commits, and if not, why."""
-    gate = inner_gate_of(scope)
+    gate = gate_of(scope)
     if not (commits if gate is None else gate.commits):
         return False, "the response was no success"
     if is_doomed(scope):

@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from sqlalchemy import Engine, event
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from rope_middleware import (
     ASGIRopeMiddleware,
@@ -101,6 +101,31 @@ def test_C3_what_follows_a_failed_commit_is_the_plain_500(
     assert [m["type"] for m in messages] == ["http.response.start", "http.response.body"]
     assert messages[0]["status"] == 500
     assert rows(engine) == 0
+
+
+@pytest.mark.parametrize("outer", [{"max_active": 2}, {"retries": 1}, {"registries": True}])
+def test_S6_the_response_passes_one_gate(
+    outer: dict[str, Any], maker: sessionmaker[Session], jenny: SessionJenny[Session]
+) -> None:
+    """Whatever the outer middleware is for: the inner one's veto is asked once."""
+    if "registries" in outer:
+        outer = {"registries": [scoped_session(maker, scopefunc=current_scope)]}
+    asked_for: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.add(Row(name="x"))
+        with contextlib.suppress(RuntimeError):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def veto(status: int, headers: Any) -> bool:
+        asked_for.append(status)
+        return False
+
+    inner = ASGIRopeMiddleware(app, commit_on_success=True, commit_veto=veto)
+    both = ASGIRopeMiddleware(inner, **outer)
+    assert [m["status"] for m in asked(both)] == asked_for == [200]
+    refuse_commits(maker)  # the app swallows the error and keeps quiet
+    assert [m.get("status", m.get("body")) for m in asked(both)] == [500, b"Internal Server Error"]
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
