@@ -31,9 +31,10 @@ NOT_QUICK = {
     "test_examples_served.py",
     "test_make.py",
     "test_migration_docs.py",
+    "test_P_cost.py",
     "test_package.py",
 }
-STARTS = {"cluster", "mariadb_server", "postgres_server"}
+STARTS = {"cluster", "mariadb_server", "open_place", "postgres_server"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,15 +50,26 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _has_quick(path: Path) -> bool:
+    return path.parent in (HERE, HERE / "promises") and path.name not in NOT_QUICK
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m quick` imports no file that has nothing quick: that takes as long as a third of it."""
+    is_test = collection_path.name.startswith("test_")
+    return (
+        config.option.markexpr == "quick" and is_test and not _has_quick(collection_path)
+    ) or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Quick is what lies here and in promises/, but what is slow or on a server."""
     for item in items:
-        is_here = item.path.parent in (HERE, HERE / "promises")
         has_server = any(name in item.nodeid for name in ("postgres", "mariadb"))
         if isinstance(item, pytest.Function) and "sqlite" not in item.nodeid:
             has_server = has_server or not STARTS.isdisjoint(vars(item.module))
-        is_slow = has_server or item.path.name in NOT_QUICK or item.get_closest_marker("slow")
-        if is_here and not is_slow:
+            has_server = has_server or "servers" in item.fixturenames
+        if _has_quick(item.path) and not has_server and not item.get_closest_marker("slow"):
             item.add_marker("quick")
 
 

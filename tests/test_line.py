@@ -148,6 +148,7 @@ except KeyboardInterrupt:
     assert first is not None
 
 
+@pytest.mark.slow
 def test_line_greenlets_of_gevent_wait_without_the_others() -> None:
     """Patched threads; a greenlet that is killed in the line is gone from it."""
     code = """

@@ -136,6 +136,7 @@ import gevent
 """
 
 
+@pytest.mark.slow
 def test_H4_greenlets_of_gevent(holds: str) -> None:
     """They wait in one thread; `gevent.wait()` waits for them, and not for the watch."""
     code = """
@@ -157,6 +158,7 @@ import eventlet; eventlet.monkey_patch()
 """
 
 
+@pytest.mark.slow
 def test_H4_greenlets_of_eventlet(holds: str) -> None:
     """The twin."""
     code = """

@@ -376,6 +376,7 @@ gevent.joinall(holding)
 """
 
 
+@pytest.mark.slow
 def test_H2_greenlets_of_gevent_are_named(tmp_path: Path) -> None:
     """They are threads of one thread: each with its own line, and where it is now."""
     program = tmp_path / "app.py"

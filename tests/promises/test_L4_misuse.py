@@ -106,6 +106,7 @@ def test_L4_registries_is_a_list(given: Any) -> None:
         RopeMiddleware(app, registries=given)
 
 
+@pytest.mark.slow
 def test_L4_a_star_import_without_greenlet() -> None:
     """A sync application does not install it."""
     program = (
