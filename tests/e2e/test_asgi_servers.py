@@ -30,13 +30,12 @@ from rope_middleware.scope import short
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import no_scope_open, nothing_checked_out
 from tests.kit.models import Data
+from tests.kit.sessions import Jenny
 from tests.kit.waiting import PATIENCE, eventually
 from tests.servers.asgi import SERVERS, ASGIApp, Server, serve, stream_and_leave
 
 SECONDS = 10 * PATIENCE
 SEED = int(os.environ.get("ROPE_SEED", "0")) or random.randrange(1, 2**31)
-
-Jenny = SessionJenny[Session]
 
 
 @pytest.fixture(params=SERVERS)

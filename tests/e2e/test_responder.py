@@ -24,6 +24,7 @@ from rope_middleware import RopeMiddleware, Scope, ScopeClosedError, SessionJenn
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out, nothing_checked_out
 from tests.kit.models import Data
+from tests.kit.sessions import Jenny
 from tests.kit.waiting import PATIENCE, eventually
 from tests.servers.asgi import ASYNCIO_SERVERS, serve
 
@@ -32,7 +33,7 @@ class App(SimpleNamespace):
     """An API, its jenny, and what its handlers have noted down."""
 
     api: responder.API
-    jenny: SessionJenny[Session]
+    jenny: Jenny
     engine: Engine
     notes: list[tuple[str, Session, Scope]]
 

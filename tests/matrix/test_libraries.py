@@ -35,6 +35,7 @@ from rope_middleware import (
 )
 from tests.kit.engines import MakeEngine, small_async_engine
 from tests.kit.models import Row
+from tests.kit.sessions import Jenny
 from tests.matrix.libraries import LIBRARIES
 from tests.servers.asgi import serve
 
@@ -46,7 +47,7 @@ def names(engine: Engine) -> list[str]:
 
 
 @pytest.fixture
-def strict(engine: Engine) -> SessionJenny[Session]:
+def strict(engine: Engine) -> Jenny:
     """What is used outside of the requests is an error."""
     return SessionJenny(sessionmaker(engine), strict=True)
 
@@ -228,7 +229,7 @@ def test_socketio(engine: Engine, async_jenny: AsyncSessionJenny[Any]) -> None:
 # -- libraries that are given the jenny ----------------------------------------------------------
 
 
-def test_flask_admin(engine: Engine, strict: SessionJenny[Session]) -> None:
+def test_flask_admin(engine: Engine, strict: Jenny) -> None:
     """Its pages write and read by the jenny, and an error of the database leaves nothing."""
     pytest.importorskip("flask_admin")
     from flask_admin import Admin
@@ -254,7 +255,7 @@ def test_flask_admin(engine: Engine, strict: SessionJenny[Session]) -> None:
     assert names(engine) == ["changed"]
 
 
-def test_wtforms(engine: Engine, strict: SessionJenny[Session]) -> None:
+def test_wtforms(engine: Engine, strict: Jenny) -> None:
     """A form of a model, and a choice of what the request's session finds."""
     pytest.importorskip("wtforms_sqlalchemy")
     from wtforms import Form
@@ -289,7 +290,7 @@ def test_wtforms(engine: Engine, strict: SessionJenny[Session]) -> None:
     assert names(engine) == ["kept"]
 
 
-def test_marshmallow(engine: Engine, strict: SessionJenny[Session]) -> None:
+def test_marshmallow(engine: Engine, strict: Jenny) -> None:
     """A schema finds and makes rows in the request's session."""
     pytest.importorskip("marshmallow_sqlalchemy")
     from marshmallow import ValidationError
@@ -319,7 +320,7 @@ def test_marshmallow(engine: Engine, strict: SessionJenny[Session]) -> None:
     assert names(engine) == ["changed"]
 
 
-def test_factory_boy(engine: Engine, strict: SessionJenny[Session]) -> None:
+def test_factory_boy(engine: Engine, strict: Jenny) -> None:
     """A factory makes rows in the request that calls it."""
 
     class RowFactory(SQLAlchemyModelFactory):  # type: ignore[misc]
@@ -466,7 +467,7 @@ def test_continuum(make_engine: MakeEngine) -> None:
         continuum.remove_versioning()
 
 
-def test_sqladmin(engine: Engine, strict: SessionJenny[Session]) -> None:
+def test_sqladmin(engine: Engine, strict: Jenny) -> None:
     """Its pages have sessions of their own, inside of our scope, and both see what is committed."""
     pytest.importorskip("sqladmin")
     from sqladmin import Admin, ModelView
@@ -492,7 +493,7 @@ def test_sqladmin(engine: Engine, strict: SessionJenny[Session]) -> None:
     assert names(engine) == ["ours", "its own"]
 
 
-def test_queryspy(engine: Engine, strict: SessionJenny[Session]) -> None:
+def test_queryspy(engine: Engine, strict: Jenny) -> None:
     """Inside and outside of ours it counts the same statements, under ASGI and under WSGI."""
     pytest.importorskip("queryspy")
     import queryspy.asgi

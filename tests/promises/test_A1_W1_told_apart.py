@@ -22,6 +22,8 @@ from rope_middleware import (
     open_scope,
 )
 
+pytestmark = pytest.mark.anyio
+
 App = Callable[..., Any]
 
 
@@ -352,7 +354,6 @@ def test_W1_a_wsgi_app_gets_the_wsgi_middleware(name: str) -> None:
     assert serve_wsgi(middleware) == (b"wsgi_function" if inner else b"GET /")
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("name", ASGI)
 async def test_A1_an_asgi_app_gets_the_asgi_middleware(name: str) -> None:
     """And is served by it, within a scope."""
@@ -376,7 +377,6 @@ def test_W1_the_class_stays_what_it_was_asked_for() -> None:
     assert serve_wsgi(WSGIRopeMiddleware(lambda *args: wsgi_function(*args))) == b"GET /"
 
 
-@pytest.mark.anyio
 async def test_A1_an_explicit_class_takes_what_cannot_be_told_apart() -> None:
     """That is the cure which the error names."""
 

@@ -25,6 +25,8 @@ from tests.kit.stores import Lock, Store, open_store
 from tests.kit.waiting import PATIENCE, eventually, never, poll
 from tests.kit.wsgi import make_environ
 
+pytestmark = pytest.mark.anyio
+
 BOTH_BACKENDS = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 
 
@@ -50,7 +52,6 @@ async def settle() -> None:
 # -- ASGI ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.anyio
 @BOTH_BACKENDS
 @pytest.mark.parametrize("size", [1, 3])
 async def test_A5_at_most_so_many_at_a_time_in_the_order_they_came(size: int) -> None:
@@ -78,7 +79,6 @@ async def test_A5_at_most_so_many_at_a_time_in_the_order_they_came(size: int) ->
     assert most == size
 
 
-@pytest.mark.anyio
 @BOTH_BACKENDS
 async def test_A5_one_that_is_cancelled_in_line_leaves_nothing_behind() -> None:
     """Nor one that is cancelled just when its turn has come: the next one has it."""
@@ -106,7 +106,6 @@ async def test_A5_one_that_is_cancelled_in_line_leaves_nothing_behind() -> None:
     assert len(app.came) == 3
 
 
-@pytest.mark.anyio
 @BOTH_BACKENDS
 async def test_A5_a_client_that_goes_away_in_line_is_not_served() -> None:
     """Its request never reaches the application, and the one behind it moves up."""
@@ -141,7 +140,6 @@ async def test_A5_a_client_that_goes_away_in_line_is_not_served() -> None:
     assert app.came == ["/first", "/last"]
 
 
-@pytest.mark.anyio
 @BOTH_BACKENDS
 @pytest.mark.parametrize("pieces", [1, 3], ids=["whole", "in pieces"])
 async def test_A5_what_was_read_in_line_comes_to_the_application(pieces: int) -> None:
@@ -183,7 +181,6 @@ async def test_A5_what_was_read_in_line_comes_to_the_application(pieces: int) ->
     assert got == [*messages, {"type": "http.disconnect"}]
 
 
-@pytest.mark.anyio
 async def test_A5_a_stream_gives_its_place_back_when_it_has_started_and_holds_nothing(
     store: Store,
 ) -> None:
@@ -214,7 +211,6 @@ async def test_A5_a_stream_gives_its_place_back_when_it_has_started_and_holds_no
     assert len(started) == 5
 
 
-@pytest.mark.anyio
 async def test_A5_a_stream_that_releases_later_gives_its_place_back_then(store: Store) -> None:
     """With the next message that it sends."""
     released, started = anyio.Event(), []
@@ -240,7 +236,6 @@ async def test_A5_a_stream_that_releases_later_gives_its_place_back_then(store: 
         group.cancel_scope.cancel()
 
 
-@pytest.mark.anyio
 async def test_A5_1000_viewers_of_a_stream_beside_the_line(store: Store) -> None:
     """They wait for their turn, start, and need no place any more; nor a connection."""
     viewers = [ASGIClient(reads=1) for _ in range(1000)]
@@ -267,7 +262,6 @@ async def test_A5_1000_viewers_of_a_stream_beside_the_line(store: Store) -> None
     assert other.status == 200
 
 
-@pytest.mark.anyio
 async def test_A5_with_commit_on_success_a_stream_holds_nothing_once_it_has_started(
     store: Store,
 ) -> None:
@@ -290,7 +284,6 @@ async def test_A5_with_commit_on_success_a_stream_holds_nothing_once_it_has_star
     assert seen == [0, 1, 2]
 
 
-@pytest.mark.anyio
 async def test_A5_what_comes_before_the_start_is_no_start() -> None:
     """An early hint does not give the place back."""
     app = Served()
@@ -309,7 +302,6 @@ async def test_A5_what_comes_before_the_start_is_no_start() -> None:
     assert len(app.came) == 2
 
 
-@pytest.mark.anyio
 async def test_A5_websockets_and_lifespan_are_not_counted() -> None:
     """They come beside a line that is full."""
     app = Served()
@@ -331,7 +323,6 @@ async def test_A5_websockets_and_lifespan_are_not_counted() -> None:
     assert app.came[1:] == ["websocket", "lifespan"] * 2
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("between", [False, True], ids=["nested", "open_scope between"])
 async def test_A5_nested_middlewares_count_a_request_once(between: bool) -> None:
     """Both with one place: a request that were counted twice would wait for itself."""
@@ -354,7 +345,6 @@ async def test_A5_nested_middlewares_count_a_request_once(between: bool) -> None
     assert len(seen) == 3
 
 
-@pytest.mark.anyio
 async def test_A5_an_inner_ones_option_counts_where_the_outer_one_has_none(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -370,7 +360,6 @@ async def test_A5_an_inner_ones_option_counts_where_the_outer_one_has_none(
     assert "max_active=1" in caplog.text
 
 
-@pytest.mark.anyio
 async def test_A5_a_request_that_is_run_again_keeps_its_place(tmp_path: Path) -> None:
     """One place for all tries, and it comes back after the last."""
     tries = 0
@@ -396,7 +385,6 @@ async def test_A5_a_request_that_is_run_again_keeps_its_place(tmp_path: Path) ->
     assert tries == 4
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("error", [RuntimeError("app"), asyncio.CancelledError()])
 async def test_A5_an_application_that_fails_gives_its_place_back(error: BaseException) -> None:
     """Whatever comes out of it."""
@@ -585,7 +573,6 @@ def test_A5_wsgi_nested_middlewares_count_a_request_once() -> None:
 # -- telling, options ------------------------------------------------------------------------------
 
 
-@pytest.mark.anyio
 @BOTH_BACKENDS
 async def test_A5_a_line_that_is_full_for_long_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -29,7 +29,10 @@ from tests.kit.asgi import client, http_scope
 from tests.kit.engines import rows
 from tests.kit.leaks import checked_out
 from tests.kit.models import Base, Row
+from tests.kit.sessions import Jenny
 from tests.kit.waiting import PATIENCE, never
+
+pytestmark = pytest.mark.anyio
 
 COUNT = select(func.count()).select_from(Row)
 
@@ -43,7 +46,7 @@ class Passing(BaseHTTPMiddleware):
 
 
 @pytest.fixture
-def jenny(engine: Engine) -> SessionJenny[Session]:
+def jenny(engine: Engine) -> Jenny:
     return SessionJenny(sessionmaker(engine, expire_on_commit=False))
 
 
@@ -76,10 +79,7 @@ async def twenty(app: Any) -> list[tuple[int, str]]:
     return answers
 
 
-@pytest.mark.anyio
-async def test_C10_a_sync_stream_behind_base_http_middleware(
-    jenny: SessionJenny[Session], engine: Engine
-) -> None:
+async def test_C10_a_sync_stream_behind_base_http_middleware(jenny: Jenny, engine: Engine) -> None:
     """Its chunks read, and write, while the commit is under way: 200, whole, every row."""
 
     def view(request: Request) -> Response:
@@ -101,7 +101,6 @@ async def test_C10_a_sync_stream_behind_base_http_middleware(
     assert checked_out(engine) == 0
 
 
-@pytest.mark.anyio
 async def test_C10_an_async_stream_behind_base_http_middleware(async_engine: AsyncEngine) -> None:
     """The twin, by AsyncSession."""
     jenny = AsyncSessionJenny(async_sessionmaker(async_engine, expire_on_commit=False))
@@ -124,10 +123,7 @@ async def test_C10_an_async_stream_behind_base_http_middleware(async_engine: Asy
         assert await connection.scalar(COUNT) == 80
 
 
-@pytest.mark.anyio
-async def test_C10_a_wsgi_app_that_is_mounted_inside(
-    jenny: SessionJenny[Session], engine: Engine
-) -> None:
+async def test_C10_a_wsgi_app_that_is_mounted_inside(jenny: Jenny, engine: Engine) -> None:
     """A bridge sends the start while the app's thread goes on."""
     from a2wsgi import WSGIMiddleware
 
@@ -159,7 +155,7 @@ def commit_slowly(engine: Engine) -> tuple[threading.Event, threading.Event]:
 
 
 def test_C10_who_asks_meanwhile_gets_a_session_that_begins_after_the_commit(
-    jenny: SessionJenny[Session], engine: Engine
+    jenny: Jenny, engine: Engine
 ) -> None:
     """Another one of the same scope; what it writes is committed at the scope's end."""
     began, may_go = commit_slowly(engine)
@@ -192,7 +188,7 @@ def test_C10_who_asks_meanwhile_gets_a_session_that_begins_after_the_commit(
 
 
 def test_C10_a_listener_of_the_commit_has_the_commits_own_session(
-    jenny: SessionJenny[Session], engine: Engine
+    jenny: Jenny, engine: Engine
 ) -> None:
     """What it writes by jenny.session belongs to the commit."""
     same: list[bool] = []
@@ -217,9 +213,7 @@ def test_C10_a_listener_of_the_commit_has_the_commits_own_session(
     assert same == [True]
 
 
-def test_C10_the_commit_waits_for_a_statement_under_way(
-    jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_C10_the_commit_waits_for_a_statement_under_way(jenny: Jenny, engine: Engine) -> None:
     """Its writes belong to the commit."""
     executing, may_go = threading.Event(), threading.Event()
 
@@ -251,7 +245,7 @@ def test_C10_the_commit_waits_for_a_statement_under_way(
 
 @pytest.mark.parametrize("how", ["returns", "is cancelled"])
 def test_C10_the_end_waits_for_a_commit_under_way(
-    jenny: SessionJenny[Session], engine: Engine, how: str, caplog: pytest.LogCaptureFixture
+    jenny: Jenny, engine: Engine, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The app's call is over while another task of it sends the start: the commit is whole."""
     began, may_go = commit_slowly(engine)
@@ -287,7 +281,7 @@ def test_C10_the_end_waits_for_a_commit_under_way(
 
 @pytest.mark.told
 def test_C10_the_event_loop_of_trio_does_not_wait_for_a_commit(
-    jenny: SessionJenny[Session], engine: Engine
+    jenny: Jenny, engine: Engine
 ) -> None:
     """A sync session that is used on the loop cannot wait there: the commit needs the loop."""
     began, may_go = commit_slowly(engine)

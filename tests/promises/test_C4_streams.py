@@ -19,6 +19,8 @@ from tests.kit.stores import Store
 from tests.kit.wsgi import serve_wsgi
 from tests.servers.postgres import postgres_server
 
+pytestmark = pytest.mark.anyio
+
 HELD_OPEN = select(Row).order_by(Row.n).execution_options(yield_per=10)
 
 
@@ -35,7 +37,6 @@ def notes_of(error: BaseException) -> str:
     return " ".join(getattr(error, "__notes__", ()))
 
 
-@pytest.mark.anyio
 async def test_C4_a_result_that_the_commit_has_closed_says_so(postgres_engine: Engine) -> None:
     """The error of a stream names the cause and two cures; in both protocols."""
     jenny: Jenny = SessionJenny(sessionmaker(postgres_engine))
@@ -63,7 +64,6 @@ async def test_C4_a_result_that_the_commit_has_closed_says_so(postgres_engine: E
     assert "commit_on_success has committed before" in notes_of(caught.value)
 
 
-@pytest.mark.anyio
 async def test_C4_another_error_of_a_stream_has_no_such_note(postgres_engine: Engine) -> None:
     """Where every result was read, the commit has closed none."""
     jenny: Jenny = SessionJenny(sessionmaker(postgres_engine))
@@ -81,7 +81,6 @@ async def test_C4_another_error_of_a_stream_has_no_such_note(postgres_engine: En
 # What SQLAlchemy leaves behind where it finds that nothing can be awaited.
 @pytest.mark.filterwarnings("ignore:coroutine .Connection.cursor. was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:.*coroutine object Connection.cursor:pytest.PytestWarning")
-@pytest.mark.anyio
 async def test_C4_an_object_that_the_commit_has_expired_says_so(store: Store) -> None:
     """An AsyncSession cannot load it again: MissingGreenlet names expire_on_commit."""
     jenny = AsyncSessionJenny(async_sessionmaker(store.async_engine))

@@ -18,13 +18,13 @@ from sqlalchemy.orm import Session
 
 from rope_middleware import (
     ASGIRopeMiddleware,
-    SessionJenny,
     WSGIRopeMiddleware,
     current_scope,
     open_scope,
 )
 from tests.kit.asgi import websocket_scope
 from tests.kit.models import Child, Row
+from tests.kit.sessions import Jenny
 from tests.kit.waiting import PATIENCE
 from tests.kit.web import Exchange, Web
 from tests.kit.wsgi import HEADERS, Server
@@ -32,7 +32,7 @@ from tests.kit.wsgi import HEADERS, Server
 
 @pytest.mark.told
 def test_C1_the_application_commits_and_the_rest_is_rolled_back(
-    jenny: SessionJenny[Session], engine: Engine
+    jenny: Jenny, engine: Engine
 ) -> None:
     """What the app committed is there, what it left is not."""
 

@@ -28,6 +28,7 @@ from tests.kit.asgi import ASGIClient, answer, http_scope
 from tests.kit.engines import rows
 from tests.kit.leaks import checked_out
 from tests.kit.models import Row
+from tests.kit.sessions import Jenny
 from tests.kit.waiting import never
 from tests.kit.wsgi import HEADERS, Server, make_environ
 
@@ -38,7 +39,7 @@ def maker(engine: Engine) -> sessionmaker[Session]:
 
 
 @pytest.fixture
-def jenny(maker: sessionmaker[Session]) -> SessionJenny[Session]:
+def jenny(maker: sessionmaker[Session]) -> Jenny:
     return SessionJenny(maker)
 
 
@@ -66,9 +67,7 @@ def asked(app: Any, method: str = "POST") -> list[Any]:
     return messages
 
 
-def test_A2_start_and_body_sent_from_two_tasks_come_in_order(
-    jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_A2_start_and_body_sent_from_two_tasks_come_in_order(jenny: Jenny, engine: Engine) -> None:
     """What is sent while the commit is under way waits for it."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -86,7 +85,7 @@ def test_A2_start_and_body_sent_from_two_tasks_come_in_order(
 
 @pytest.mark.parametrize("kind", ["body", "pathsend", "zerocopysend", "trailers"])
 def test_C3_what_follows_a_failed_commit_is_the_plain_500(
-    kind: str, maker: sessionmaker[Session], jenny: SessionJenny[Session], engine: Engine
+    kind: str, maker: sessionmaker[Session], jenny: Jenny, engine: Engine
 ) -> None:
     """An app that swallows the error may go on with any message of a response."""
     refuse_commits(maker)
@@ -105,7 +104,7 @@ def test_C3_what_follows_a_failed_commit_is_the_plain_500(
 
 @pytest.mark.parametrize("outer", [{"max_active": 2}, {"retries": 1}, {"registries": True}])
 def test_S6_the_response_passes_one_gate(
-    outer: dict[str, Any], maker: sessionmaker[Session], jenny: SessionJenny[Session]
+    outer: dict[str, Any], maker: sessionmaker[Session], jenny: Jenny
 ) -> None:
     """Whatever the outer middleware is for: the inner one's veto is asked once."""
     if "registries" in outer:
@@ -130,7 +129,7 @@ def test_S6_the_response_passes_one_gate(
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_C3_the_plain_500_of_a_head_has_no_body(
-    method: str, maker: sessionmaker[Session], jenny: SessionJenny[Session]
+    method: str, maker: sessionmaker[Session], jenny: Jenny
 ) -> None:
     """RFC 9110 9.3.2: its bytes would be the beginning of the next response."""
     refuse_commits(maker)
@@ -156,7 +155,7 @@ def test_C3_the_plain_500_of_a_head_has_no_body(
 
 
 def test_C3_a_commit_that_fails_while_a_time_limit_cancels_is_no_success(
-    maker: sessionmaker[Session], jenny: SessionJenny[Session], engine: Engine
+    maker: sessionmaker[Session], jenny: Jenny, engine: Engine
 ) -> None:
     """An earlier commit of the application says nothing of this one."""
 
@@ -190,7 +189,7 @@ def test_C3_a_commit_that_fails_while_a_time_limit_cancels_is_no_success(
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_Y2_a_commit_that_stands_is_answered_by_its_success(
-    backend: str, jenny: SessionJenny[Session], engine: Engine
+    backend: str, jenny: Jenny, engine: Engine
 ) -> None:
     """A time limit that is up during the commit is felt after the response's start."""
 
@@ -226,7 +225,7 @@ def committing(app: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("options", [{}, {"retries": 2}])
 def test_C2_a_stream_whose_first_chunk_fails_is_not_committed(
-    options: Any, jenny: SessionJenny[Session], engine: Engine
+    options: Any, jenny: Jenny, engine: Engine
 ) -> None:
     """The response starts with its first chunk, and so does the commit."""
 
@@ -246,9 +245,7 @@ def test_C2_a_stream_whose_first_chunk_fails_is_not_committed(
     assert rows(engine) == 0
 
 
-def test_C2_a_stream_is_committed_before_its_first_chunk(
-    jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_C2_a_stream_is_committed_before_its_first_chunk(jenny: Jenny, engine: Engine) -> None:
     """What the server gets to see of a success is committed."""
     there: list[int] = []
 
@@ -266,7 +263,7 @@ def test_C2_a_stream_is_committed_before_its_first_chunk(
 
 def test_C3_a_stream_whose_commit_fails_is_the_plain_500(
     maker: sessionmaker[Session],
-    jenny: SessionJenny[Session],
+    jenny: Jenny,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In place of the whole body; the log has the traceback, once."""
@@ -284,7 +281,7 @@ def test_C3_a_stream_whose_commit_fails_is_the_plain_500(
 
 
 def test_C3_a_veto_that_raises_is_a_500_whose_traceback_is_told(
-    jenny: SessionJenny[Session], engine: Engine, caplog: pytest.LogCaptureFixture
+    jenny: Jenny, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody knows whether it may commit, so nothing is."""
 
@@ -303,9 +300,7 @@ def test_C3_a_veto_that_raises_is_a_500_whose_traceback_is_told(
     assert rows(engine) == 0
 
 
-def test_W1_a_second_start_response_commits_nothing(
-    jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_W1_a_second_start_response_commits_nothing(jenny: Jenny, engine: Engine) -> None:
     """PEP 3333 calls it a fatal error: the server says so, as without the middleware."""
 
     def app(environ: Any, start_response: Any) -> Any:

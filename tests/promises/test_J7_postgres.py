@@ -29,6 +29,8 @@ from tests.kit.sessions import Jenny
 from tests.kit.waiting import PATIENCE, poll
 from tests.servers.postgres import Database, postgres_server
 
+pytestmark = pytest.mark.anyio
+
 FUNCTION = """
 CREATE FUNCTION note(n int) RETURNS int LANGUAGE sql AS $$
     INSERT INTO row (n) VALUES ($1) RETURNING n
@@ -165,7 +167,6 @@ def test_J7_two_phases(database: Database) -> None:
     engine.dispose()
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("how", ["insert", "in a query", "by a function", "table"])
 async def test_J7_async_text_that_writes_is_refused(
     async_jenny: AsyncSessionJenny[Any], how: str
@@ -179,7 +180,6 @@ async def test_J7_async_text_that_writes_is_refused(
         await async_jenny.release()
 
 
-@pytest.mark.anyio
 async def test_J7_async_a_server_side_cursor_is_not_cut_off(
     async_jenny: AsyncSessionJenny[Any],
 ) -> None:
@@ -198,7 +198,6 @@ async def test_J7_async_a_server_side_cursor_is_not_cut_off(
 # -- the scenarios of the field --------------------------------------------------------------------
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_J7_20_requests_wait_for_another_service_with_a_pool_of_5(
     database: Database, driver: str
@@ -235,7 +234,6 @@ async def test_J7_20_requests_wait_for_another_service_with_a_pool_of_5(
     await engine.dispose()
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(
     "options", [{}, {"commit_on_success": True}], ids=["app commits", "commit"]
 )

@@ -30,6 +30,8 @@ from tests.kit.sessions import SELECT, Around, Jenny, in_thread, touch
 from tests.kit.stores import Store
 from tests.kit.waiting import PATIENCE, cancel_again_and_again, never, poll
 
+pytestmark = pytest.mark.anyio
+
 
 @pytest.fixture
 def rows(engine: Engine) -> Engine:
@@ -580,7 +582,6 @@ def test_J7_from_another_thread_of_the_request(rows: Engine, jenny: Jenny) -> No
 # -- the twin --------------------------------------------------------------------------------------
 
 
-@pytest.mark.anyio
 async def test_J7_async_the_connection_goes_back_and_objects_stay_as_they_are(store: Store) -> None:
     """`await jenny.release()`, and no attribute has to be loaded again."""
     jenny = store.jenny
@@ -604,7 +605,6 @@ async def test_J7_async_the_connection_goes_back_and_objects_stay_as_they_are(st
         await jenny.release()
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
 async def test_J7_async_what_is_not_committed_is_named(
     store: Store, write: Callable[[Session], None]
@@ -621,7 +621,6 @@ async def test_J7_async_what_is_not_committed_is_named(
         await jenny.session.rollback()
 
 
-@pytest.mark.anyio
 async def test_J7_async_a_stream_that_is_being_read_is_not_cut_off(store: Store) -> None:
     """`stream()` holds a cursor until its last row; `execute()` has read all rows."""
     jenny = store.jenny
@@ -640,7 +639,6 @@ async def test_J7_async_a_stream_that_is_being_read_is_not_cut_off(store: Store)
         assert store.held() == 0
 
 
-@pytest.mark.anyio
 async def test_J7_async_a_cancelled_release_has_released(store: Store) -> None:
     """Cancelled at every turn of the loop, it comes to its end all the same."""
     jenny = store.jenny
@@ -662,7 +660,6 @@ async def test_J7_async_a_cancelled_release_has_released(store: Store) -> None:
         assert held == [0]
 
 
-@pytest.mark.anyio
 async def test_J7_async_in_a_websocket_between_its_messages(store: Store) -> None:
     """Its scope lasts as long as the connection; what it has loaded, too."""
     held: list[int] = []
@@ -685,13 +682,11 @@ async def test_J7_async_in_a_websocket_between_its_messages(store: Store) -> Non
     assert held == [0, 0, 0]
 
 
-@pytest.mark.anyio
 async def test_J7_async_outside_of_scopes_it_is_silent(store: Store) -> None:
     """There is no session to give anything back."""
     await store.jenny.release()
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 async def test_J7_no_request_holds_a_connection_while_it_waits(
     tmp_path: Path, is_async: bool

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.event import registry
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm import scoped_session, sessionmaker
 
 from rope_middleware import (
     ASGIRopeMiddleware,
@@ -26,19 +26,20 @@ from rope_middleware import (
 from tests.kit.engines import rows
 from tests.kit.leaks import checked_out
 from tests.kit.models import Row
+from tests.kit.sessions import Jenny
 from tests.kit.waiting import eventually
 
 COUNT = text("SELECT 1")
 
 
 @pytest.fixture
-def jenny(engine: Engine) -> SessionJenny[Session]:
+def jenny(engine: Engine) -> Jenny:
     return SessionJenny(sessionmaker(engine))
 
 
 @pytest.mark.told
 def test_J5_a_method_that_a_thread_is_given_holds_its_session_for_its_call(
-    jenny: SessionJenny[Session], engine: Engine
+    jenny: Jenny, engine: Engine
 ) -> None:
     """The loop of a worker thread never returns, so no rope hangs on it."""
     seen: list[Any] = []
@@ -65,7 +66,7 @@ def test_J5_a_method_that_a_thread_is_given_holds_its_session_for_its_call(
 
 
 def test_J5_a_list_that_the_function_has_deleted_keeps_no_rope(
-    jenny: SessionJenny[Session], engine: Engine
+    jenny: Jenny, engine: Engine
 ) -> None:
     """Before Python 3.13 the frame keeps a copy of its variables from when they were read."""
 
@@ -186,7 +187,7 @@ def test_A1_W1_a_subclass_of_the_choosing_class_is_of_the_apps_protocol() -> Non
 @pytest.mark.parametrize(("code", "expected"), [(0, 1), (None, 1), (1, 0), ("no", 0)])
 @pytest.mark.parametrize("is_async", [False, True])
 def test_C2_a_program_that_ends_by_exit_0_has_succeeded(
-    code: Any, expected: int, is_async: bool, jenny: SessionJenny[Session], engine: Engine
+    code: Any, expected: int, is_async: bool, jenny: Jenny, engine: Engine
 ) -> None:
     """click, argparse and Django's commands end a success so."""
 

@@ -421,7 +421,7 @@ def test_J2_a_request_that_does_not_touch_the_database_makes_no_session(
 
 
 def test_J3_remove_closes_the_session_and_the_next_use_makes_another(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """All in the same scope; nothing is left of either."""
 

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine, event, func, select
 from sqlalchemy.exc import IntegrityError, PendingRollbackError
 from sqlalchemy.ext.asyncio import async_sessionmaker
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import (
     AsyncSessionJenny,
@@ -30,27 +30,26 @@ from rope_middleware import (
 from tests.kit.engines import create_tables, rows, small_async_engine
 from tests.kit.leaks import checked_out
 from tests.kit.models import Child, Row
+from tests.kit.sessions import Jenny
 
 COUNT = select(func.count()).select_from(Row)
 
 
 @pytest.fixture
-def jenny(engine: Engine) -> SessionJenny[Session]:
+def jenny(engine: Engine) -> Jenny:
     jenny = SessionJenny(sessionmaker(engine), strict=True)
     with open_scope(commit_on_success=True):
         jenny.add(Row(n=1))
     return jenny
 
 
-def fails(jenny: SessionJenny[Session]) -> None:
+def fails(jenny: Jenny) -> None:
     jenny.add(Row(n=1))
     jenny.flush()
 
 
 @pytest.mark.parametrize("rolls_back", [True, False])
-def test_L4_a_handler_rolls_back_and_reads(
-    rolls_back: bool, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_L4_a_handler_rolls_back_and_reads(rolls_back: bool, jenny: Jenny, engine: Engine) -> None:
     """It has the request's session; without the rollback the error says what to call."""
     app = FastAPI()
     app.add_middleware(RopeMiddleware, commit_on_success=True)
@@ -106,7 +105,7 @@ def test_L4_an_async_handler_rolls_back_and_reads(rolls_back: bool, tmp_path: Pa
     assert (answer.status_code, answer.text) == wanted
 
 
-def test_L4_the_page_of_500_opens_a_scope(jenny: SessionJenny[Session], engine: Engine) -> None:
+def test_L4_the_page_of_500_opens_a_scope(jenny: Jenny, engine: Engine) -> None:
     """Starlette's handler of Exception stands around every middleware, and the error says so."""
     app = FastAPI()
     app.add_middleware(RopeMiddleware)
@@ -124,9 +123,7 @@ def test_L4_the_page_of_500_opens_a_scope(jenny: SessionJenny[Session], engine: 
     assert checked_out(engine) == 0
 
 
-def test_L4_flasks_handlers_roll_back_and_read(
-    jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_L4_flasks_handlers_roll_back_and_read(jenny: Jenny, engine: Engine) -> None:
     """All of them, that of 500 too, run within the request."""
     app = flask.Flask("application")
     app.wsgi_app = RopeMiddleware(app.wsgi_app)  # type: ignore[method-assign]
@@ -175,7 +172,7 @@ def nested_scope() -> Iterator[None]:
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_L4_an_async_dependency_gives_its_scope_to_endpoints(
-    is_async: bool, jenny: SessionJenny[Session], engine: Engine
+    is_async: bool, jenny: Jenny, engine: Engine
 ) -> None:
     """Without any middleware; `def` and `async def` endpoints alike."""
     app = FastAPI()
@@ -195,7 +192,7 @@ def test_L4_an_async_dependency_gives_its_scope_to_endpoints(
 
 @pytest.mark.parametrize("dependency", [sync_scope, nested_scope])
 def test_L4_a_scope_that_nobody_would_find_is_refused(
-    dependency: Any, jenny: SessionJenny[Session], engine: Engine
+    dependency: Any, jenny: Jenny, engine: Engine
 ) -> None:
     """FastAPI runs a plain dependency in a copy of the context: a 201 would have no row."""
     app = FastAPI()
@@ -210,7 +207,7 @@ def test_L4_a_scope_that_nobody_would_find_is_refused(
 
 
 def test_L4_generators_that_keep_their_context_are_not_refused(
-    jenny: SessionJenny[Session], engine: Engine
+    jenny: Jenny, engine: Engine
 ) -> None:
     """A context manager in a worker thread, whose block runs there, has its scope."""
 
@@ -228,7 +225,7 @@ def test_L4_generators_that_keep_their_context_are_not_refused(
 
 
 def test_L4_a_dependency_of_scope_function_commits_before_the_answer(
-    jenny: SessionJenny[Session], engine: Engine
+    jenny: Jenny, engine: Engine
 ) -> None:
     """A commit that fails is no success then."""
 

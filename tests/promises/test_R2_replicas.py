@@ -31,6 +31,7 @@ from rope_middleware.testing import Sandbox
 from tests.kit.engines import MakeEngine, fill
 from tests.kit.leaks import checked_out
 from tests.kit.models import Row
+from tests.kit.sessions import Jenny
 from tests.kit.waiting import eventually
 from tests.kit.wsgi import HEADERS, Server
 from tests.servers.postgres import Database
@@ -49,7 +50,7 @@ def named(make_engine: MakeEngine, name: str) -> Engine:
 
 
 @pytest.fixture
-def three(make_engine: MakeEngine) -> SessionJenny[Session]:
+def three(make_engine: MakeEngine) -> Jenny:
     """A jenny with two replicas."""
     primary = named(make_engine, "primary")
     replicas = [named(make_engine, "one"), named(make_engine, "two")]
@@ -57,7 +58,7 @@ def three(make_engine: MakeEngine) -> SessionJenny[Session]:
 
 
 def test_R2_read_only_scopes_use_a_replica_and_all_others_the_primary(
-    three: SessionJenny[Session],
+    three: Jenny,
 ) -> None:
     """One of the replicas at random; a rope and an inner scope that writes use the primary."""
     seen: Counter[str | None] = Counter()
@@ -73,7 +74,7 @@ def test_R2_read_only_scopes_use_a_replica_and_all_others_the_primary(
         assert three.session.scalar(NAME) == "primary"
 
 
-def test_R2_a_scope_reads_from_one(three: SessionJenny[Session]) -> None:
+def test_R2_a_scope_reads_from_one(three: Jenny) -> None:
     """One choice for a scope, whatever its sessions and their transactions."""
     for _ in range(10):
         seen: set[str | None] = set()
@@ -87,7 +88,7 @@ def test_R2_a_scope_reads_from_one(three: SessionJenny[Session]) -> None:
         assert len(seen) == 1
 
 
-def test_R2_a_replica_is_not_written_to(three: SessionJenny[Session]) -> None:
+def test_R2_a_replica_is_not_written_to(three: Jenny) -> None:
     """What would write is refused there, too."""
     with open_scope(read_only=True):
         three.session.add(Row(n=2))
@@ -98,7 +99,7 @@ def test_R2_a_replica_is_not_written_to(three: SessionJenny[Session]) -> None:
         three.session.rollback()
 
 
-def test_R2_requests_of_the_methods_read_from_replicas(three: SessionJenny[Session]) -> None:
+def test_R2_requests_of_the_methods_read_from_replicas(three: Jenny) -> None:
     """The middleware's read_only says which."""
 
     def app(environ: Any, start_response: Any) -> list[bytes]:
@@ -117,7 +118,7 @@ def test_R2_no_replicas_is_the_primary(make_engine: MakeEngine) -> None:
         assert jenny.session.scalar(NAME) == "primary"
 
 
-def test_R2_a_statement_that_names_its_engine_goes_there(three: SessionJenny[Session]) -> None:
+def test_R2_a_statement_that_names_its_engine_goes_there(three: Jenny) -> None:
     """`bind_arguments` is the application's word."""
     primary: Any = three.session_factory.kw["bind"]
     with open_scope(read_only=True):
@@ -126,7 +127,7 @@ def test_R2_a_statement_that_names_its_engine_goes_there(three: SessionJenny[Ses
 
 
 def test_T1_a_sandbox_reads_its_own_transaction_and_no_replica(
-    three: SessionJenny[Session],
+    three: Jenny,
 ) -> None:
     """What a test has written is what its read-only requests see."""
     with Sandbox(three):

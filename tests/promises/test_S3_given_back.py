@@ -665,7 +665,7 @@ def test_S3_a_failing_close_of_a_session_is_logged_only(
 
 @served("commit")  # which fails then, and is an error response
 def test_S3_a_lost_connection_is_no_leak(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine, caplog: pytest.LogCaptureFixture
+    wrap: Wrap, jenny: Jenny, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A driver that fails at rollback: the answer stands, the connection is gone from the pool."""
     broken: list[Any] = []
@@ -710,7 +710,7 @@ def test_S3_after_any_path_the_next_request_is_served(wrap: Wrap, tmp_path: Any)
 
 
 def test_S3_an_error_without_a_text_does_not_keep_the_scope_open(
-    jenny: SessionJenny[Session], engine: Engine
+    jenny: Jenny, engine: Engine
 ) -> None:
     """Looking for what to note on an error must not raise another one."""
 
@@ -727,7 +727,7 @@ def test_S3_an_error_without_a_text_does_not_keep_the_scope_open(
 
 
 def test_S3_what_clear_forgets_in_a_transaction_is_closed_all_the_same(
-    jenny: SessionJenny[Session], engine: Engine
+    jenny: Jenny, engine: Engine
 ) -> None:
     """`registry.clear()` forgets the session; the scope does not."""
     with open_scope():

@@ -488,7 +488,7 @@ async def test_S4_async_a_call_under_way_when_the_scope_ends_leaves_nothing_behi
 
 
 def test_S4_a_session_kept_beyond_its_request_raises(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """Each use says which scope it was and what to do, and checks nothing out."""
     kept: list[Session] = []
@@ -545,9 +545,7 @@ def test_S4_holds_for_every_session_factory_of_a_long_process(wrap: Wrap, engine
         gc.collect()
 
 
-def test_S4_a_thread_that_outlives_its_request(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_S4_a_thread_that_outlives_its_request(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
     """jenny.session and current_scope() raise there; a scope of the thread's own works."""
     ended = threading.Event()
     found: list[Any] = []
@@ -585,9 +583,7 @@ def test_S4_a_thread_that_outlives_its_request(
     assert checked_out(engine) == 0
 
 
-def test_S4_a_body_used_after_its_close(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_S4_a_body_used_after_its_close(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
     """A server that goes on after close() gets an error or nothing, and opens no scope again."""
     probe = Probe(jenny, "iterable")
     result = wrap(probe)(make_environ(), lambda *args: print)
@@ -601,9 +597,7 @@ def test_S4_a_body_used_after_its_close(
 
 
 @pytest.mark.told
-def test_S4_the_end_waits_for_a_flush_of_another_thread(
-    jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_S4_the_end_waits_for_a_flush_of_another_thread(jenny: Jenny, engine: Engine) -> None:
     """Its next INSERT would land on a connection that somebody else has by then."""
     flushing, go_on = threading.Event(), threading.Event()
 

@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
-from sqlalchemy.orm import Session
 
 from rope_middleware import (
     RopeError,
     Scope,
     ScopeClosedError,
-    SessionJenny,
     WSGIRopeMiddleware,
     current_scope,
     open_scope,
@@ -257,7 +255,7 @@ async def test_S5_on_close_finishes_though_the_request_is_cancelled(store: Store
 
 
 def test_S5_on_close_runs_once_newest_first_after_the_sessions(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine, caplog: pytest.LogCaptureFixture
+    wrap: Wrap, jenny: Jenny, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A failing one is logged, and the others still run."""
     ran: list[Any] = []

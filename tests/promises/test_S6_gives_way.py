@@ -24,6 +24,8 @@ from tests.kit.stores import Store
 from tests.kit.waiting import PATIENCE
 from tests.servers.postgres import Database, postgres_server
 
+pytestmark = pytest.mark.anyio
+
 
 @pytest.fixture
 def one(make_engine: MakeEngine) -> Engine:
@@ -41,7 +43,6 @@ def database() -> Iterator[Database]:
 # -- nobody stands still ---------------------------------------------------------------------------
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_S6_20_requests_that_gather_five_scopes_each(database: Database, driver: str) -> None:
     """All hold a connection before the first one asks for more: 20 of 20, SQLAlchemy's pool."""
@@ -92,7 +93,6 @@ def test_S6_requests_with_an_inner_scope_in_as_many_threads_as_there_are_connect
     run_threads([request] * 3)
 
 
-@pytest.mark.anyio
 async def test_S6_async_the_outer_session_goes_on_as_before(store: Store) -> None:
     """Its objects are loaded and its own, and it writes and commits in a new transaction."""
     jenny = store.jenny
@@ -221,7 +221,6 @@ def test_S6_locks_and_settings_are_kept(database: Database, how: str) -> None:
     engine.dispose()
 
 
-@pytest.mark.anyio
 async def test_S6_async_a_session_that_is_being_used_keeps_its_connection(
     database: Database,
 ) -> None:

@@ -20,7 +20,6 @@ from rope_middleware import (
     NoScopeError,
     RopeMiddleware,
     Scope,
-    SessionJenny,
     WSGIRopeMiddleware,
     current_scope,
     open_scope,
@@ -46,6 +45,8 @@ from tests.kit.wsgi import (
     serve_wsgi,
     served,
 )
+
+pytestmark = pytest.mark.anyio
 
 
 def test_S6_an_inner_scope_has_sessions_of_its_own(jenny: Jenny, engine: Engine, way: Way) -> None:
@@ -287,9 +288,7 @@ async def test_S6_another_request_of_a_client_in_the_same_process_has_its_own_sc
 
 
 @served("commit")  # whose transaction ends at the first chunk
-def test_S6_an_inner_scope_in_a_view(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_S6_an_inner_scope_in_a_view(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
     """It has sessions of its own; the outer one is untouched and current again afterwards."""
 
     def app(environ: Any, start_response: Any) -> Iterator[bytes]:
@@ -314,7 +313,7 @@ def test_S6_an_inner_scope_in_a_view(
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("server", [Server(), Server(take=1), Server(close=2), Server(close=0)])
 def test_S6_wsgi_two_middlewares_around_one_request_share_one_scope(
-    wrap: Wrap, kind: str, server: Server, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, server: Server, jenny: Jenny, engine: Engine
 ) -> None:
     """The outer one opens and ends it; the inner one only hands on."""
     probe = Probe(jenny, kind)
@@ -339,7 +338,7 @@ def test_S6_wsgi_two_middlewares_around_one_request_share_one_scope(
 
 
 def test_S6_an_inner_body_closed_early_leaves_the_scope_to_the_outer_middleware(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """A middleware between the two may read and close the inner body before it answers."""
 
@@ -363,7 +362,7 @@ def test_S6_an_inner_body_closed_early_leaves_the_scope_to_the_outer_middleware(
 
 @pytest.mark.parametrize("outer_commits", [True, False])
 def test_S6_the_options_of_two_middlewares_add_up(
-    outer_commits: bool, jenny: SessionJenny[Session], engine: Engine
+    outer_commits: bool, jenny: Jenny, engine: Engine
 ) -> None:
     """The scope commits where either of them asks for it."""
 
@@ -378,7 +377,7 @@ def test_S6_the_options_of_two_middlewares_add_up(
 
 
 def test_S6_a_copy_of_the_environ_shares_the_scope_too(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """Dispatchers hand on a copy with another SCRIPT_NAME."""
     probe = Probe(jenny)
@@ -396,7 +395,7 @@ def test_S6_a_copy_of_the_environ_shares_the_scope_too(
 
 
 def test_S6_an_environ_used_again_gets_a_new_scope(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """What an earlier request left in a reused environ is closed and no scope to share."""
     probes = [Probe(jenny), Probe(jenny)]
@@ -409,7 +408,7 @@ def test_S6_an_environ_used_again_gets_a_new_scope(
 
 
 def test_S6_a_client_in_the_same_process_makes_another_request(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """A view that calls the app through a test client: two requests, two scopes."""
     sessions: list[Session] = []
@@ -458,10 +457,9 @@ def bridged(name: str, app: Any) -> Any:
     return routing.Router([routing.Mount("/wsgi", app=bridge_module.WSGIMiddleware(app))])
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("bridge", BRIDGES)
 async def test_S6_a_mounted_wsgi_app_sees_the_outer_scope(
-    bridge: str, jenny: SessionJenny[Session], engine: Engine
+    bridge: str, jenny: Jenny, engine: Engine
 ) -> None:
     """The scope that the ASGI middleware opened reaches the app in its worker thread."""
     found: list[Scope] = []
@@ -491,10 +489,9 @@ def wsgi_checked(probe: Probe, outer: list[Scope]) -> Any:
     return app
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("bridge", ["a2wsgi", "responder"])
 async def test_S6_both_middlewares_around_a_mounted_wsgi_app_share_one_scope(
-    wrap: Wrap, bridge: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, bridge: str, jenny: Jenny, engine: Engine
 ) -> None:
     """The inner one finds it in environ['asgi.scope'], and leaves its end to the outer one."""
     probe = Probe(jenny)
@@ -509,9 +506,8 @@ async def test_S6_both_middlewares_around_a_mounted_wsgi_app_share_one_scope(
     assert checked_out(engine) == 0
 
 
-@pytest.mark.anyio
 async def test_S6_a_bridge_that_tells_nothing_gets_a_scope_of_its_own(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """Starlette's own bridge hands on no ASGI scope: two scopes, and both of them end."""
     probe = Probe(jenny, "generator")
@@ -524,10 +520,9 @@ async def test_S6_a_bridge_that_tells_nothing_gets_a_scope_of_its_own(
     assert checked_out(engine) == 0
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("bridge", ["a2wsgi", "responder"])
 async def test_S6_mounted_flask_counts_in_the_outer_scope(
-    bridge: str, jenny: SessionJenny[Session], engine: Engine
+    bridge: str, jenny: Jenny, engine: Engine
 ) -> None:
     """A whole framework behind the bridge, with and without a middleware of its own."""
     app = flask_app(jenny)
@@ -540,11 +535,10 @@ async def test_S6_mounted_flask_counts_in_the_outer_scope(
         assert checked_out(engine) == 0
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("own_middleware", [False, True], ids=["outer", "both"])
 @pytest.mark.parametrize("options", [{}, {"commit_on_success": True}], ids=["plain", "commit"])
 async def test_S6_a_bridge_that_never_closes_the_body(
-    own_middleware: bool, options: dict[str, Any], jenny: SessionJenny[Session], engine: Engine
+    own_middleware: bool, options: dict[str, Any], jenny: Jenny, engine: Engine
 ) -> None:
     """Where the client is gone a2wsgi stands still in mid-body: the ASGI scope frees everything."""
     a2wsgi = pytest.importorskip("a2wsgi")
@@ -595,9 +589,7 @@ def test_S6_scopes_of_generators_may_be_left_in_any_order() -> None:
         current_scope()
 
 
-def test_S6_a_scope_around_several_chunks_is_current_for_each(
-    jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_S6_a_scope_around_several_chunks_is_current_for_each(jenny: Jenny, engine: Engine) -> None:
     """`with open_scope():` in a generator body is not lost between its chunks."""
 
     def app(environ: Any, start_response: Any) -> Iterator[bytes]:

@@ -191,7 +191,7 @@ async def test_S7_three_hundred_requests_share_a_pool_of_two(
 
 
 def test_S1_every_request_has_a_scope_and_sessions_of_its_own(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """Ids are reused from request to request; nothing of one request shows in the next."""
     keep: list[str] = []
@@ -228,7 +228,7 @@ def test_S1_the_scope_has_the_name_of_its_request(wrap: Wrap) -> None:
 
 
 def test_S2_a_session_made_in_a_worker_thread_is_closed_with_the_request(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """The session is kept in the scope, not in the thread."""
     sessions: list[Session] = []
@@ -272,7 +272,7 @@ def test_S7_several_databases_and_apps_side_by_side(
 
 @served("commit")  # after which a second transaction begins
 def test_S2_events_of_the_session_still_reach_their_listeners(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """after_begin and friends fire for the request's session as they always do."""
     begun: list[Session] = []

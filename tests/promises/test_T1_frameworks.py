@@ -39,6 +39,8 @@ from tests.kit.sandboxes import COUNT, Place, Row, open_place
 from tests.kit.sessions import in_thread
 from tests.servers.postgres import postgres_server
 
+pytestmark = pytest.mark.anyio
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
@@ -106,7 +108,6 @@ def test_T1_starlettes_test_client_with_a_lifespan(place: Place) -> None:
                 assert client.get("/sync").json() == 1
 
 
-@pytest.mark.anyio
 async def test_T1_httpx_asgi_transport(place: Place) -> None:
     """The app runs in the test's own task, and many of them at once."""
     async with (
@@ -205,7 +206,6 @@ def test_T1_factory_boy(place: Place) -> None:
             assert jenny.session.scalar(COUNT) == 3
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 async def test_T1_sync_sessions_under_anyio(place: Place, anyio_backend: str) -> None:
     """asyncio and trio, in the loop's thread and in others."""
@@ -306,7 +306,6 @@ def test_T1_the_block_is_the_current_scope(place: Place) -> None:
         assert place.jenny.session is not session
 
 
-@pytest.mark.anyio
 async def test_T1_streams_are_read_whole(place: Place) -> None:
     """A result that is streamed holds nobody up, and is read all the same."""
     async with Sandbox(place.jenny, place.ajenny):
@@ -350,7 +349,6 @@ def test_T1_a_bulk_of_rows_and_returning(place: Place) -> None:
         assert place.jenny.session.scalar(COUNT) == 2010
 
 
-@pytest.mark.anyio
 async def test_T1_a_cancelled_statement_leaves_the_sandbox_usable(place: Place) -> None:
     """The connection is everybody's, so it must outlive a request that is cancelled."""
     async with Sandbox(place.ajenny):
@@ -373,7 +371,6 @@ def test_T1_pools_are_left_alone(place: Place) -> None:
         assert pool.checkedout() == 0
 
 
-@pytest.mark.anyio
 async def test_T1_release_gives_back_what_this_session_has_only_read(place: Place) -> None:
     """J7 in a sandbox: what other sessions have committed in it is none of this one's writes."""
     async with Sandbox(place.jenny, place.ajenny):
@@ -394,7 +391,6 @@ async def test_T1_release_gives_back_what_this_session_has_only_read(place: Plac
 
 
 @pytest.mark.told
-@pytest.mark.anyio
 async def test_T1_read_only_scopes_read_the_same_transaction(place: Place) -> None:
     """They see what is committed in the sandbox, hold nobody up, and refuse to write."""
     async with Sandbox(place.jenny, place.ajenny, wait=0.2):

@@ -25,6 +25,8 @@ from rope_middleware.testing import Sandbox
 from tests.kit.sandboxes import COUNT, Base, Place, Row
 from tests.kit.sessions import run_threads
 
+pytestmark = pytest.mark.anyio
+
 
 @pytest.fixture
 def jenny(place: Place) -> Any:
@@ -73,7 +75,6 @@ def test_T1_savepoints_of_the_application_work(jenny: Any) -> None:
         assert jenny.session.scalar(COUNT) == 2
 
 
-@pytest.mark.anyio
 async def test_T1_async_sessions_do_the_same(ajenny: Any) -> None:
     """The twin, entered with `async with`."""
     async with Sandbox(ajenny):
@@ -86,7 +87,6 @@ async def test_T1_async_sessions_do_the_same(ajenny: Any) -> None:
             assert await ajenny.session.scalar(COUNT) == 1
 
 
-@pytest.mark.anyio
 async def test_T1_both_kinds_stand_side_by_side(jenny: Any, ajenny: Any, place: Place) -> None:
     """One sandbox, a transaction for each engine; `with` and `async with` are the same."""
     if place.engine.dialect.name == "sqlite" and place.is_shared:
@@ -116,7 +116,6 @@ def test_T1_every_thread_works_in_the_only_open_sandbox(jenny: Any) -> None:
         assert jenny.session.scalar(COUNT) == 8
 
 
-@pytest.mark.anyio
 async def test_T1_async_sessions_work_from_any_loop(ajenny: Any) -> None:
     """A loop in another thread shares the transaction, in no scope and in one."""
 
@@ -170,7 +169,6 @@ def test_T1_an_uncommitted_write_is_neither_seen_nor_waited_for(jenny: Any) -> N
             assert jenny.session.scalar(COUNT) == 1
 
 
-@pytest.mark.anyio
 async def test_T1_an_uncommitted_write_of_an_async_session(ajenny: Any) -> None:
     """The twin: the line is the application's, not the loop's."""
     async with Sandbox(ajenny, wait=0.1):
@@ -275,7 +273,6 @@ def test_T1_a_commit_in_two_phases_is_one_like_any_other(place: Place) -> None:
     assert place.rows() == 0
 
 
-@pytest.mark.anyio
 async def test_T1_async_sessions_commit_in_two_phases(place: Place, anyio_backend: str) -> None:
     """The twin, where the dialect sends them as text."""
     if place.engine.dialect.name == "sqlite":
@@ -289,7 +286,6 @@ async def test_T1_async_sessions_commit_in_two_phases(place: Place, anyio_backen
     assert place.rows() == 0
 
 
-@pytest.mark.anyio
 async def test_T1_callbacks_of_the_tests_own_scope_run(
     ajenny: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -330,7 +326,6 @@ def test_T1_an_in_memory_database_of_one_thread() -> None:
     engine.dispose()
 
 
-@pytest.mark.anyio
 async def test_T1_a_test_may_use_both_kinds_where_its_loop_runs(jenny: Any, ajenny: Any) -> None:
     """In a test that is no mistake, and nothing is told of it."""
     async with Sandbox(jenny):

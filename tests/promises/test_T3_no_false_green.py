@@ -18,6 +18,8 @@ from rope_middleware.testing import Sandbox
 from tests.kit.sandboxes import COUNT, Child, Parent, Place, Row
 from tests.kit.waiting import eventually, poll
 
+pytestmark = pytest.mark.anyio
+
 
 def of(*kinds: str) -> pytest.MarkDecorator:
     """Mark a test that is about some databases alone."""
@@ -58,7 +60,6 @@ async def both(place: Place, request: pytest.FixtureRequest, anyio_backend: str)
     return Both(place, request.param == "async")
 
 
-@pytest.mark.anyio
 @defers
 async def test_T3_a_deferred_constraint_is_checked_by_the_commit(both: Both) -> None:
     """The orphan fails at the commit as it would in production, and only it is gone."""
@@ -73,7 +74,6 @@ async def test_T3_a_deferred_constraint_is_checked_by_the_commit(both: Both) -> 
         assert await both("scalar", text("SELECT count(*) FROM parent")) == 1
 
 
-@pytest.mark.anyio
 @defers
 async def test_T3_it_stays_deferred_until_each_commit(both: Both) -> None:
     """Child first, parent later: in the first transaction and in those after a commit."""
@@ -285,7 +285,6 @@ def test_T3_a_select_that_writes_takes_the_turn(place: Place) -> None:
         assert jenny.session.scalar(COUNT) == 0
 
 
-@pytest.mark.anyio
 async def test_T3_a_commit_that_is_sent_as_text_lasts_no_longer(both: Both) -> None:
     """COMMIT and ROLLBACK as statements are the session's own."""
     async with Sandbox(both.jenny):
@@ -475,7 +474,6 @@ def test_T3_an_error_that_ends_the_wait_names_both(place: Place) -> None:
 
 
 @of("postgresql")
-@pytest.mark.anyio
 async def test_T3_two_engines_of_one_sandbox_do_not_wait_for_ever(place: Place) -> None:
     """Both are transactions of their own until the end: an error in words, after `wait`."""
     async with Sandbox(place.jenny, place.ajenny, name="both", wait=0.5):
@@ -489,7 +487,6 @@ async def test_T3_two_engines_of_one_sandbox_do_not_wait_for_ever(place: Place) 
 
 
 @of("postgresql")
-@pytest.mark.anyio
 async def test_T3_the_end_waits_for_a_statement_under_way(place: Place) -> None:
     """Not for what comes after it."""
     seen: list[object] = []
@@ -531,7 +528,6 @@ def test_T0_an_sqlite_file_that_another_sandbox_holds_is_an_error_in_words(place
 
 
 @of("postgresql")
-@pytest.mark.anyio
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg", "psycopg async"])
 async def test_T3_an_aborted_transaction_is_no_success(place: Place, driver: str) -> None:
     """C3 in a sandbox: the application has swallowed an error, and others have worked meanwhile."""

@@ -14,18 +14,18 @@ from wsgiref.validate import validator
 
 import pytest
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm import scoped_session, sessionmaker
 
-from rope_middleware import Scope, SessionJenny, WSGIRopeMiddleware, current_scope
+from rope_middleware import Scope, WSGIRopeMiddleware, current_scope
 from tests.kit.leaks import checked_out, no_scope_here
-from tests.kit.sessions import touch
+from tests.kit.sessions import Jenny, touch
 from tests.kit.wsgi import BODIES, HEADERS, KEY, Probe, Server, Wrap, make_environ, scope_of, served
 from tests.kit.wsgi_apps import APPS, GOOD
 
 
 @pytest.mark.parametrize("kind", BODIES)
 def test_W1_exhausted_body_is_closed_once(
-    wrap: Wrap, kind: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, jenny: Jenny, engine: Engine
 ) -> None:
     """After the last chunk the scope is still open; the server's close() ends it."""
     probe = Probe(jenny, kind)
@@ -43,7 +43,7 @@ def test_W1_exhausted_body_is_closed_once(
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("take", [1, 2, 3])
 def test_W1_abandoned_body_is_closed_once(
-    wrap: Wrap, kind: str, take: int, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, take: int, jenny: Jenny, engine: Engine
 ) -> None:
     """A client that goes away after some chunks: one close(), and the scope has ended."""
     probe = Probe(jenny, kind)
@@ -89,7 +89,7 @@ def test_W1_with_retries_the_iterator_of_a_body_is_not_closed() -> None:
 
 @pytest.mark.parametrize("kind", ["iterable", "iterator"])
 def test_W1_body_closed_before_its_first_chunk(
-    wrap: Wrap, kind: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, jenny: Jenny, engine: Engine
 ) -> None:
     """A HEAD request: the server takes no chunk at all and closes."""
     probe = Probe(jenny, kind)
@@ -102,7 +102,7 @@ def test_W1_body_closed_before_its_first_chunk(
 
 @served("retries")  # which takes the first chunk before it returns
 def test_W1_generator_closed_before_its_first_chunk(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """A generator that never started has nothing to run; the scope ends all the same."""
     probe = Probe(jenny, "generator")
@@ -114,9 +114,7 @@ def test_W1_generator_closed_before_its_first_chunk(
 
 
 @pytest.mark.parametrize("where", ["before start", "after start"])
-def test_W1_error_in_the_app(
-    wrap: Wrap, where: str, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_W1_error_in_the_app(wrap: Wrap, where: str, jenny: Jenny, engine: Engine) -> None:
     """The app's own error comes out as it is, and the scope has ended by then."""
     probe = Probe(jenny, fail=where)
     with pytest.raises(ValueError, match=f"^failed: {where}$"):
@@ -129,7 +127,7 @@ def test_W1_error_in_the_app(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError])
 def test_W1_what_is_no_ordinary_error_ends_the_scope_too(
-    wrap: Wrap, error: type[BaseException], jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, error: type[BaseException], jenny: Jenny, engine: Engine
 ) -> None:
     """Whatever leaves the app (a worker's time-out raises SystemExit) ends the scope."""
     scopes: list[Scope] = []
@@ -159,7 +157,7 @@ def test_W1_what_is_no_ordinary_error_ends_the_scope_too(
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("where", ["chunk 1", "chunk 2", "chunk 3"])
 def test_W1_error_in_the_middle_of_the_body(
-    wrap: Wrap, kind: str, where: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, where: str, jenny: Jenny, engine: Engine
 ) -> None:
     """The error reaches the server; close() is called once and the scope has ended."""
     probe = Probe(jenny, kind, fail=where)
@@ -174,7 +172,7 @@ def test_W1_error_in_the_middle_of_the_body(
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("take", [1, None])
 def test_W1_error_in_close(
-    wrap: Wrap, kind: str, take: int | None, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, take: int | None, jenny: Jenny, engine: Engine
 ) -> None:
     """An error in the app's close() reaches the server, and the scope has ended."""
     probe = Probe(jenny, kind, fail="close")
@@ -190,7 +188,7 @@ def test_W1_error_in_close(
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("fail", ["", "close"])
 def test_W1_close_called_twice(
-    wrap: Wrap, kind: str, fail: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, fail: str, jenny: Jenny, engine: Engine
 ) -> None:
     """A server that closes again, also after a failed close(), closes the app's body once."""
     probe = Probe(jenny, kind, fail=fail)
@@ -200,9 +198,7 @@ def test_W1_close_called_twice(
     assert checked_out(engine) == 0
 
 
-def test_W1_a_failing_iter_ends_the_scope(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_W1_a_failing_iter_ends_the_scope(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
     """A body whose __iter__ raises: the server sees its error, and close() is called once."""
     closes: list[Scope] = []
 
@@ -240,7 +236,7 @@ SERVED = list(itertools.product(OPTIONS.values(), [None, 1]))
 
 @pytest.mark.parametrize("name", APPS)
 def test_W1_the_server_sees_what_it_would_see_without_the_middleware(
-    name: str, jenny: SessionJenny[Session], engine: Engine
+    name: str, jenny: Jenny, engine: Engine
 ) -> None:
     """Starts, writes, chunks, their order, the length and every error are the app's own."""
     for options, take in SERVED:
@@ -252,9 +248,7 @@ def test_W1_the_server_sees_what_it_would_see_without_the_middleware(
             raise
 
 
-def compare(
-    name: str, options: dict[str, Any], take: int | None, jenny: SessionJenny[Session]
-) -> None:
+def compare(name: str, options: dict[str, Any], take: int | None, jenny: Jenny) -> None:
     """Serve the app with and without the middleware."""
     scopes: list[Scope] = []
 
@@ -289,7 +283,7 @@ def compare(
 
 @pytest.mark.parametrize("name", sorted(GOOD))
 def test_W1_wsgiref_validate_is_silent_on_both_sides(
-    name: str, jenny: SessionJenny[Session], engine: Engine, capsys: pytest.CaptureFixture[str]
+    name: str, jenny: Jenny, engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Seen from the server and from the app the middleware keeps the specification."""
     for options, take in SERVED:
@@ -304,9 +298,7 @@ def test_W1_wsgiref_validate_is_silent_on_both_sides(
         assert checked_out(engine) == 0
 
 
-def test_W1_an_environ_with_empty_variables_left_out(
-    wrap: Wrap, jenny: SessionJenny[Session]
-) -> None:
+def test_W1_an_environ_with_empty_variables_left_out(wrap: Wrap, jenny: Jenny) -> None:
     """PEP 3333 lets a server omit SCRIPT_NAME, PATH_INFO and QUERY_STRING where they are empty."""
     for missing in (["SCRIPT_NAME"], ["PATH_INFO"], ["SCRIPT_NAME", "QUERY_STRING"]):
         environ = make_environ("/mounted" if "SCRIPT_NAME" in missing else "")
@@ -331,7 +323,7 @@ def test_W1_an_environ_with_empty_variables_left_out(
     ],
 )
 def test_W1_wsgiref_validate_finds_the_apps_faults_through_the_middleware(
-    wrap: Wrap, name: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, name: str, jenny: Jenny, engine: Engine
 ) -> None:
     """A checker in front of the middleware finds what it finds in the bare app."""
     bare = Server()(validator(APPS[name](lambda: None)))
@@ -355,7 +347,7 @@ def serve_with_wsgiref(app: Any, **environ: Any) -> bytes:
 
 
 def test_W1_length_of_a_list_of_one_gives_the_content_length(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """Servers take the Content-Length from a body of one element; they still can."""
 
@@ -403,7 +395,7 @@ def test_W1_arguments_are_handed_on_as_they_are(wrap: Wrap) -> None:
     assert {key: value for key, value in environ.items() if key != KEY} == before
 
 
-def test_W1_the_body_of_the_request_is_left_alone(wrap: Wrap, jenny: SessionJenny[Session]) -> None:
+def test_W1_the_body_of_the_request_is_left_alone(wrap: Wrap, jenny: Jenny) -> None:
     """Nothing is read from wsgi.input before the app reads it."""
 
     class Input(io.BytesIO):
@@ -425,7 +417,7 @@ def test_W1_the_body_of_the_request_is_left_alone(wrap: Wrap, jenny: SessionJenn
     assert data.reads == 1
 
 
-def test_W1_write_reaches_the_client_at_once(wrap: Wrap, jenny: SessionJenny[Session]) -> None:
+def test_W1_write_reaches_the_client_at_once(wrap: Wrap, jenny: Jenny) -> None:
     """PEP 3333: write() must send what it is given before it returns."""
     sent: list[bytes] = []
 
@@ -447,7 +439,7 @@ def test_W1_write_reaches_the_client_at_once(wrap: Wrap, jenny: SessionJenny[Ses
 
 
 def test_W1_chunks_come_one_by_one(
-    wrap: Wrap, jenny: SessionJenny[Session], request: pytest.FixtureRequest
+    wrap: Wrap, jenny: Jenny, request: pytest.FixtureRequest
 ) -> None:
     """PEP 3333: middleware must not wait for a further chunk before it gives one."""
     made: list[int] = []
@@ -483,7 +475,7 @@ class File(io.BytesIO):
         super().close()
 
 
-def file_app(jenny: SessionJenny[Session], file: Any, made: list[Any]) -> Any:
+def file_app(jenny: Jenny, file: Any, made: list[Any]) -> Any:
     def app(environ: Any, start_response: Any) -> Any:
         touch(jenny)
         start_response("200 OK", HEADERS)
@@ -501,7 +493,7 @@ def function_wrapper(file: Any, size: int = 8192) -> Any:
 @pytest.mark.parametrize("wrapper", [ClassWrapper, function_wrapper], ids=["class", "function"])
 @pytest.mark.parametrize("take", [None, 1, 0], ids=["all", "abandoned", "sendfile"])
 def test_W1_what_the_file_wrapper_made_is_handed_on(
-    wrap: Wrap, wrapper: Any, take: int | None, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, wrapper: Any, take: int | None, jenny: Jenny, engine: Engine
 ) -> None:
     """The server gets its own object, can send the file itself, and close() ends the scope."""
     file, made = File(b"abcdefgh"), []
@@ -528,7 +520,7 @@ def test_W1_what_the_file_wrapper_made_is_handed_on(
 
 
 def test_W1_a_file_wrapper_may_return_the_file_itself(
-    wrap: Wrap, tmp_path: Any, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, tmp_path: Any, jenny: Jenny, engine: Engine
 ) -> None:
     """uwsgi's wrapper returns the very file and knows it again by its identity."""
     (tmp_path / "file").write_bytes(b"abcdefgh")
@@ -566,7 +558,7 @@ class SlotsWrapper:
 
 
 def test_W1_a_file_wrapper_that_takes_no_attribute(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """It is handed on all the same; the scope ends when the app returns."""
     file, made = File(b"abcdefgh"), []
@@ -581,9 +573,7 @@ def test_W1_a_file_wrapper_that_takes_no_attribute(
 
 
 @served("commit")  # which gives the connection back before the body
-def test_W1_a_file_wrapper_dropped_without_close(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_W1_a_file_wrapper_dropped_without_close(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
     """A server that forgets to close what its wrapper made leaks nothing either."""
     file, made = File(b"abcdefgh"), []
     environ = make_environ(**{"wsgi.file_wrapper": ClassWrapper})
@@ -598,9 +588,7 @@ def test_W1_a_file_wrapper_dropped_without_close(
     assert checked_out(engine) == 0
 
 
-def test_W1_a_file_wrapper_whose_close_fails(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_W1_a_file_wrapper_whose_close_fails(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
     """Its error reaches the server, and the scope has ended."""
 
     class Failing:
@@ -622,9 +610,7 @@ def test_W1_a_file_wrapper_whose_close_fails(
     assert checked_out(engine) == 0
 
 
-def test_W1_a_file_response_leaves_no_cycle(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_W1_a_file_response_leaves_no_cycle(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
     """A wrapper whose class has a close(), as waitress's and Werkzeug's have, goes at once."""
 
     class WithMethod:
@@ -655,7 +641,7 @@ def test_W1_a_file_response_leaves_no_cycle(
 
 
 def test_W1_a_file_wrapper_of_the_apps_own_is_an_ordinary_body(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """Where the server offers no wrapper, or the app uses another, nothing is special."""
     file = File(b"abcdefgh")
@@ -675,7 +661,7 @@ def test_W1_a_file_wrapper_of_the_apps_own_is_an_ordinary_body(
 
 
 def test_W1_wsgirefs_server_sends_the_file_itself(
-    wrap: Wrap, tmp_path: Any, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, tmp_path: Any, jenny: Jenny, engine: Engine
 ) -> None:
     """A server that looks for its wrapper's type finds it and takes its short way."""
     (tmp_path / "file").write_bytes(b"abcdefgh")

@@ -25,7 +25,7 @@ from tests.kit.engines import rows, small_engine
 from tests.kit.flask_app import flask_app
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Row
-from tests.kit.sessions import touch
+from tests.kit.sessions import Jenny, touch
 from tests.kit.wsgi import (
     BODIES,
     HEADERS,
@@ -50,7 +50,7 @@ def function_wrapper(file: Any, size: int = 8192) -> Any:
 
 @pytest.mark.parametrize("wrapper", [ClassWrapper, function_wrapper], ids=["class", "function"])
 def test_W2_a_body_that_can_be_read_is_no_file_of_the_servers(
-    wrap: Wrap, wrapper: Any, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, wrapper: Any, jenny: Jenny, engine: Engine
 ) -> None:
     """An app's own body with a read() makes its chunks within the scope, as any other does."""
     sessions: list[Session] = []
@@ -80,7 +80,7 @@ def test_W2_a_body_that_can_be_read_is_no_file_of_the_servers(
 
 @pytest.mark.parametrize("kind", BODIES)
 def test_W2_the_scope_shows_in_the_app_its_chunks_and_its_close_only(
-    wrap: Wrap, kind: str, jenny: SessionJenny[Session]
+    wrap: Wrap, kind: str, jenny: Jenny
 ) -> None:
     """The server's thread sees nothing before, between and after."""
     probe = Probe(jenny, kind)
@@ -98,9 +98,7 @@ def test_W2_the_scope_shows_in_the_app_its_chunks_and_its_close_only(
 
 
 @pytest.mark.parametrize("where", ["before start", "chunk 1", "close"])
-def test_W2_nothing_shows_after_an_error(
-    wrap: Wrap, where: str, jenny: SessionJenny[Session]
-) -> None:
+def test_W2_nothing_shows_after_an_error(wrap: Wrap, where: str, jenny: Jenny) -> None:
     """An error anywhere undoes the ContextVar on its way out."""
     probe = Probe(jenny, fail=where)
     Server(take=1)(wrap(probe))
@@ -109,7 +107,7 @@ def test_W2_nothing_shows_after_an_error(
 
 @pytest.mark.parametrize("kind", BODIES)
 def test_W2_two_bodies_advanced_in_turn_on_one_thread(
-    wrap: Wrap, kind: str, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, kind: str, jenny: Jenny, engine: Engine
 ) -> None:
     """Each sees its own session, whichever was advanced or closed last."""
     one, two = Probe(jenny, kind), Probe(jenny, kind)
@@ -131,7 +129,7 @@ def test_W2_two_bodies_advanced_in_turn_on_one_thread(
 
 
 def test_W2_each_chunk_may_come_from_another_thread(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """A server may call the app, take each chunk and close the body in different threads."""
     probe = Probe(jenny)
@@ -162,7 +160,7 @@ def test_W2_each_chunk_may_come_from_another_thread(
 
 
 def test_W2_each_chunk_may_come_from_another_context(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """As a bridge does that copies the context for each step."""
     probe = Probe(jenny)
@@ -177,7 +175,7 @@ def test_W2_each_chunk_may_come_from_another_context(
     assert checked_out(engine) == 0
 
 
-def test_W2_the_server_has_a_scope_of_its_own(wrap: Wrap, jenny: SessionJenny[Session]) -> None:
+def test_W2_the_server_has_a_scope_of_its_own(wrap: Wrap, jenny: Jenny) -> None:
     """What was current before is current again after each step, and is not taken for ours."""
     probe = Probe(jenny)
     with open_scope("the server's") as outer:
@@ -195,9 +193,7 @@ def test_W2_the_server_has_a_scope_of_its_own(wrap: Wrap, jenny: SessionJenny[Se
         assert touch(jenny) is mine
 
 
-def test_W2_the_apps_own_context_variables_are_left_alone(
-    wrap: Wrap, jenny: SessionJenny[Session]
-) -> None:
+def test_W2_the_apps_own_context_variables_are_left_alone(wrap: Wrap, jenny: Jenny) -> None:
     """What the app sets in its call is there in its chunks, as without the middleware."""
     mark: contextvars.ContextVar[str] = contextvars.ContextVar("mark", default="nothing")
 
@@ -226,7 +222,7 @@ def test_W3_a_dropped_body_is_closed_once(
     kind: str,
     take: int | None,
     options: dict[str, Any],
-    jenny: SessionJenny[Session],
+    jenny: Jenny,
     engine: Engine,
 ) -> None:
     """A server that forgets close(): on collection it is called once, inside the scope."""
@@ -244,7 +240,7 @@ def test_W3_a_dropped_body_is_closed_once(
 
 @served("commit")  # which gives the connection back before the body
 def test_W3_a_dropped_list_gives_back_the_connection(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """A body without a close() of its own."""
 
@@ -263,7 +259,7 @@ def test_W3_a_dropped_list_gives_back_the_connection(
 
 
 def test_W3_a_body_in_a_cycle_is_closed_when_collected(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """The collector finds it, in whatever state it is."""
     probe = Probe(jenny)
@@ -280,7 +276,7 @@ def test_W3_a_body_in_a_cycle_is_closed_when_collected(
 
 
 def test_W3_an_exhausted_body_kept_without_close_ends_when_dropped(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """The last chunk is no close(): the scope waits for the one or for the collector."""
     probe = Probe(jenny)
@@ -295,9 +291,7 @@ def test_W3_an_exhausted_body_kept_without_close_ends_when_dropped(
 
 
 @pytest.mark.told
-def test_W3_nothing_is_committed_on_collection(
-    jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_W3_nothing_is_committed_on_collection(jenny: Jenny, engine: Engine) -> None:
     """With commit_on_success late work is committed by close(), and never by the collector."""
 
     def app(environ: Any, start_response: Any) -> Iterator[bytes]:
@@ -318,9 +312,7 @@ def test_W3_nothing_is_committed_on_collection(
     assert rows(engine) == 1
 
 
-def test_W3_collection_in_another_thread(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_W3_collection_in_another_thread(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
     """The last reference may go anywhere; that thread's own scope is untouched."""
     probe = Probe(jenny)
     held = [wrap(probe)(make_environ(), lambda *args: print)]
@@ -345,9 +337,7 @@ def test_W3_collection_in_another_thread(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_W3_a_close_that_fails_on_collection(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_W3_a_close_that_fails_on_collection(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
     """Nobody is there to hear of it; the scope has ended all the same."""
     probe = Probe(jenny, fail="close")
     seen = Server(take=1, close=0)(wrap(probe))
@@ -391,7 +381,7 @@ def test_W4_each_thread_has_a_scope_of_its_own(wrap: Wrap, tmp_path: Any) -> Non
 
 
 def test_W4_greenlets_switched_in_the_middle_of_everything(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
+    wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
     """Two greenlets of one thread that switch inside the app, inside a chunk, inside close()."""
 
@@ -426,9 +416,7 @@ def test_W4_greenlets_switched_in_the_middle_of_everything(
     assert checked_out(engine) == 0
 
 
-def test_W4_a_killed_greenlet_leaves_nothing(
-    wrap: Wrap, jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_W4_a_killed_greenlet_leaves_nothing(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
     """GreenletExit in mid-request ends the scope as any other error does."""
     probe = Probe(jenny)
 
@@ -447,9 +435,7 @@ def test_W4_a_killed_greenlet_leaves_nothing(
     assert checked_out(engine) == 0
 
 
-def test_W2_flask_streams_with_the_requests_session(
-    jenny: SessionJenny[Session], engine: Engine
-) -> None:
+def test_W2_flask_streams_with_the_requests_session(jenny: Jenny, engine: Engine) -> None:
     """Flask's own teardown comes too early for a stream; the scope lasts as long as the body."""
     app = flask_app(jenny)
     app.wsgi_app = RopeMiddleware(app.wsgi_app)
