@@ -17,7 +17,7 @@ import anyio.to_thread
 import httpx
 import pytest
 from sqlalchemy import Engine, event
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import sessionmaker
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -209,23 +209,6 @@ class Endless:
         await anyio.to_thread.run_sync(touch, self.jenny)
         self.scopes.append(current_scope().name)
         return b"chunk " * 50
-
-
-@pytest.mark.parametrize("reset", [True, False], ids=["reset", "closed"])
-def test_S3_a_client_that_closes_its_socket_in_mid_stream(
-    engine: Engine, server: str, reset: bool
-) -> None:
-    """The stream ends where it is; its session is closed and its connection is back."""
-    jenny = jenny_of(engine)
-
-    async def view(request: Request) -> Response:
-        return StreamingResponse(Endless(jenny))
-
-    with serve(app_of(Route("/", view)), server) as running:
-        for _ in range(8):  # more than the pool has
-            stream_and_leave(running.port, "/", after=b"chunk", reset=reset)
-        nothing_checked_out(engine)
-        no_scope_open()
 
 
 def test_S3_a_hundred_requests_cancelled_by_their_clients(
@@ -455,85 +438,3 @@ def test_A1_an_app_without_lifespan_is_served(engine: Engine, server: str) -> No
 
 
 # -- scopes side by side -----------------------------------------------------------------------
-
-
-def test_S1_concurrent_requests_never_share_a_session(make_engine: MakeEngine, server: str) -> None:
-    """A hundred requests that overlap: a hundred sessions, each seen by its own request only."""
-    engine = make_engine(5)
-    jenny = jenny_of(engine)
-    sessions: list[Session] = []
-    mixed_up: list[str] = []
-
-    async def view(request: Request) -> Response:
-        mine = jenny.session
-        sessions.append(mine)
-        for _ in range(5):
-            await anyio.sleep(0.001)
-            if jenny.session is not mine:
-                mixed_up.append("in the task")
-            if await anyio.to_thread.run_sync(lambda: jenny.session) is not mine:
-                mixed_up.append("in a thread")
-        return PlainTextResponse("done")
-
-    with serve(app_of(Route("/", view)), server) as running:
-        assert all_at_once(running, "/", 100) == [200] * 100
-    assert not mixed_up
-    assert len({id(session) for session in sessions}) == 100
-
-
-def test_S7_two_jennies_and_two_databases_side_by_side(
-    make_engine: MakeEngine, server: str
-) -> None:
-    """Each jenny has its own session in the one scope; both are closed with it."""
-    engines = make_engine(1), make_engine(1)
-    jennies = [jenny_of(engine) for engine in engines]
-
-    def view(request: Request) -> Response:
-        for number, jenny in enumerate(jennies, 1):
-            data = jenny.session.query(Data).first()
-            assert data is not None
-            data.count += number
-            jenny.session.commit()
-            touch(jenny)
-        return PlainTextResponse(str(jennies[0].session is jennies[1].session))
-
-    with serve(app_of(Route("/", view)), server) as running:
-        for _ in range(3):
-            assert running.get().text == "False"
-        for engine in engines:
-            nothing_checked_out(engine)
-    counts = []
-    for engine in engines:
-        with Session(engine) as session:
-            counts.append(session.query(Data).one().count)
-    assert counts == [3, 6]
-
-
-def test_C1_concurrent_requests_count_exactly(make_engine: MakeEngine, server: str) -> None:
-    """The documented view gives each number once where SQLite begins transactions as a writer."""
-    engine = make_engine(5, writer=True)
-    jenny = jenny_of(engine)
-
-    def view(request: Request) -> Response:
-        data = jenny.session.query(Data).first()
-        assert data is not None
-        data.count += 1
-        jenny.session.commit()
-        return PlainTextResponse(str(data.count))
-
-    numbers: list[int] = []
-
-    async def load() -> None:
-        async with httpx.AsyncClient(timeout=SECONDS) as client:
-
-            async def one() -> None:
-                for _ in range(10):
-                    numbers.append(int((await client.get(running.url)).text))
-
-            async with anyio.create_task_group() as group:
-                for _ in range(20):
-                    group.start_soon(one)
-
-    with serve(app_of(Route("/", view)), server) as running:
-        anyio.run(load)
-    assert sorted(numbers) == list(range(1, 201))

@@ -160,33 +160,6 @@ def test_S3_a_view_that_raises_gives_everything_back(app: App, server: str) -> N
     app.all_noted_one_session("view")
 
 
-def test_J2_a_view_that_needs_no_session_makes_none(engine: Engine, server: str) -> None:
-    """The session factory is not called in a request that does not touch the database."""
-    made: list[Session] = []
-
-    def factory() -> Session:
-        made.append(Session(engine))
-        return made[-1]
-
-    api = responder.API()
-    api.add_middleware(RopeMiddleware)
-    jenny = SessionJenny(factory)
-
-    @api.route("/idle")
-    def idle(req, resp):
-        resp.text = current_scope().name
-
-    @api.route("/busy")
-    def busy(req, resp):
-        resp.text = str(jenny.session.query(Data).count())
-
-    with serve(api, server) as running:
-        assert running.get("/idle?q=1").text == "GET /idle"
-        assert not made
-        assert running.get("/busy").text == "1"
-        assert len(made) == 1
-
-
 # -- hooks and dependencies --------------------------------------------------------------------
 
 
@@ -545,19 +518,6 @@ def test_S6_a_mounted_asgi_app_shares_the_scope(app: App, server: str, wrapped: 
 
     assert app.serve_and_get(server, "/sub/inner").text == "GET /sub/inner"
     app.all_noted_one_session("mounted")
-
-
-def test_S6_a_middleware_above_and_below_share_one_scope(app: App, server: str) -> None:
-    """RopeMiddleware around the API as well as inside of it gives one scope."""
-
-    @app.api.route("/")
-    def view(req, resp):
-        app.note("view")
-        resp.text = "done"
-
-    with serve(RopeMiddleware(app.api), server) as running:
-        assert running.get().text == "done"
-    app.all_noted_one_session("view")
 
 
 # -- time-outs ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Each way to open a scope around sync code: a function that calls `body` in a new scope.
 
-The sessions of sync code in an async scope are ended in a thread.
+``way(body, **options of open_scope)`` returns what `body` returns, and raises what it raises. The
+sessions of sync code in an async scope are ended in a thread.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from rope_middleware import open_scope
+from rope_middleware import ASGIRopeMiddleware, WSGIRopeMiddleware, open_scope
+from tests.kit.asgi import answer, http_scope, into_nothing
+from tests.kit.waiting import never
+from tests.kit.wsgi import make_environ
 
 Way = Callable[..., Any]
 
@@ -49,4 +53,30 @@ def by_async_decorator(body: Callable[[], Any], **options: Any) -> Any:
     return anyio.run(main)
 
 
-WAYS = [by_with, by_decorator, by_async_with, by_async_with_on_trio, by_async_decorator]
+def by_wsgi_request(body: Callable[[], Any], name: str = "", **options: Any) -> Any:
+    found = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        found.append(body())
+        start_response("200 OK", [])
+        return [b""]
+
+    whole = WSGIRopeMiddleware(app, **options)(make_environ(f"/{name}"), lambda *_: print)
+    assert list(whole) == [b""]
+    whole.close()  # type: ignore[attr-defined]
+    return found[0]
+
+
+def by_asgi_request(body: Callable[[], Any], name: str = "", **options: Any) -> Any:
+    found = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        found.append(body())
+        await answer(send)
+
+    anyio.run(ASGIRopeMiddleware(app, **options), http_scope(f"/{name}"), never, into_nothing)
+    return found[0]
+
+
+BLOCKS = [by_with, by_decorator, by_async_with, by_async_with_on_trio, by_async_decorator]
+WAYS = [*BLOCKS, by_wsgi_request, by_asgi_request]

@@ -178,25 +178,6 @@ def test_C5_async_functions_are_awaited_under_asgi(kind: str, tmp_path: Path) ->
     web.close()
 
 
-def test_C5_async_functions_are_refused_where_nobody_can_await_them(tmp_path: Path) -> None:
-    """In WSGI and in a sync scope the registration itself raises, in words."""
-    web = Web("wsgi", tmp_path / "refused.db")
-
-    async def later() -> None: ...
-
-    async def handler(exchange: Exchange) -> None:
-        with pytest.raises((RopeError, TypeError), match="async"):
-            current_scope().on_commit(later)
-        await exchange.answer(200)
-
-    answer = web.ask(handler, commit_on_success=True)
-    assert (answer.status, answer.error) == (200, None)
-    with open_scope(commit_on_success=True) as scope:
-        with pytest.raises((RopeError, TypeError), match="async"):
-            scope.on_commit(later)
-    web.close()
-
-
 def test_C5_in_a_scope_that_does_not_commit_it_raises(web: Web) -> None:
     """The error names the option that is missing."""
 

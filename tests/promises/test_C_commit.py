@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, insert, select
+from sqlalchemy import Engine, insert
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
 from rope_middleware import (
     ASGIRopeMiddleware,
@@ -23,31 +22,12 @@ from rope_middleware import (
     open_scope,
 )
 from tests.kit.asgi import websocket_scope
+from tests.kit.engines import rows
 from tests.kit.models import Child, Row
 from tests.kit.sessions import Jenny
 from tests.kit.waiting import PATIENCE
+from tests.kit.ways import BLOCKS, Way
 from tests.kit.web import Exchange, Web
-from tests.kit.wsgi import HEADERS, Server
-
-
-@pytest.mark.told
-def test_C1_the_application_commits_and_the_rest_is_rolled_back(
-    jenny: Jenny, engine: Engine
-) -> None:
-    """What the app committed is there, what it left is not."""
-
-    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
-        start_response("200 OK", HEADERS)
-        jenny.session.add(Row(name="kept"))
-        jenny.session.commit()
-        yield b"a"
-        jenny.session.add(Row(name="left"))
-        jenny.session.flush()
-        yield b"b"
-
-    assert Server()(WSGIRopeMiddleware(app)).body == b"ab"
-    with Session(engine) as session:
-        assert session.scalars(select(Row.name)).all() == ["kept"]
 
 
 def test_C10_the_commit_does_not_wait_for_a_statement_that_failed(web: Web) -> None:
@@ -164,8 +144,8 @@ def test_C2_the_veto_gets_an_int_and_pairs_of_str_and_decides(web: Web, vetoed: 
     assert web.store.rows() == ([] if vetoed else [1])
 
 
-def test_C2_a_veto_that_raises_commits_nothing(web: Web) -> None:
-    """A broken veto is no permission: one error response, and no row."""
+def test_C2_a_veto_that_raises_commits_nothing(web: Web, caplog: pytest.LogCaptureFixture) -> None:
+    """A broken veto is no permission: one error response, no row, and its error is told."""
 
     def veto(status: int, headers: list[tuple[str, str]]) -> bool:
         raise LookupError("broken veto")
@@ -177,6 +157,7 @@ def test_C2_a_veto_that_raises_commits_nothing(web: Web) -> None:
     answer = web.ask(handler, commit_on_success=True, commit_veto=veto)
     assert answer.seen == 500
     assert answer.whole
+    assert "broken veto" in f"{answer.error} {caplog.text}"
     assert web.store.rows() == []
 
 
@@ -440,33 +421,6 @@ def test_C2_a_cancelled_request_commits_nothing(tmp_path: Path) -> None:
     web.close()
 
 
-@pytest.mark.told
-def test_C2_a_wsgi_body_that_is_dropped_without_close_commits_no_more(tmp_path: Path) -> None:
-    """What was written after the start goes when the server forgets the body."""
-    web = Web("wsgi", tmp_path / "drop.db")
-
-    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
-        start_response("200 OK", [])
-        yield b"x"
-        web.store.jenny.session.add(Row(n=1))
-        web.store.jenny.session.flush()
-        yield b"y"
-
-    wrapped = WSGIRopeMiddleware(app, commit_on_success=True)
-    environ = {
-        "REQUEST_METHOD": "GET", "PATH_INFO": "/", "SCRIPT_NAME": "", "wsgi.input": io.BytesIO(),
-    }  # fmt: skip
-    pieces = iter(wrapped(environ, lambda status, headers, exc_info=None: lambda data: None))
-    assert [next(pieces), next(pieces)] == [b"x", b"y"]
-    del pieces
-    import gc
-
-    gc.collect()
-    assert web.store.held() == 0
-    assert web.store.rows() == []
-    web.close()
-
-
 def test_C2_a_wsgi_body_that_is_closed_early_keeps_its_first_transaction(tmp_path: Path) -> None:
     """A client that leaves in the middle of a stream does not undo what its status told."""
     web = Web("wsgi", tmp_path / "early.db")
@@ -516,31 +470,34 @@ def test_C2_the_write_callable_commits_before_it_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.told
-def test_C2_open_scope_commits_when_the_block_ends_without_an_error(tmp_path: Path) -> None:
-    """`with open_scope(commit_on_success=True)` is one transaction."""
-    web = Web("wsgi", tmp_path / "with.db")
-    with open_scope(commit_on_success=True):
-        web.store.jenny.session.add(Row(n=1))
-        assert web.store.rows() == []
-    assert web.store.rows() == [1]
-    with pytest.raises(LookupError), open_scope(commit_on_success=True):
-        web.store.jenny.session.add(Row(n=2))
-        web.store.jenny.session.flush()
+@pytest.mark.parametrize("way", BLOCKS)
+def test_C2_open_scope_commits_when_the_block_ends_without_an_error(
+    jenny: Jenny, engine: Engine, way: Way
+) -> None:
+    """With `commit_on_success` a block, or each call of a function, is one transaction."""
+
+    def work(ends: Any = lambda: None) -> None:
+        before = rows(engine)
+        jenny.session.add(Row(name="x"))
+        jenny.session.flush()
+        assert rows(engine) == before
+        ends()
+
+    def fail() -> None:
         raise LookupError
-    with open_scope(commit_on_success=True) as scope:
-        web.store.jenny.session.add(Row(n=3))
-        scope.doom()
-    with open_scope():
-        web.store.jenny.session.add(Row(n=4))
-        web.store.jenny.session.flush()
-    assert web.store.rows() == [1]
-    assert web.store.held() == 0
-    web.close()
+
+    way(work, commit_on_success=True)
+    way(work, commit_on_success=True)
+    with pytest.raises(LookupError):
+        way(lambda: work(fail), commit_on_success=True)
+    way(lambda: work(current_scope().doom), commit_on_success=True)
+    way(work)
+    assert rows(engine) == 2
 
 
 @pytest.mark.told
 def test_C2_async_open_scope_commits_when_the_block_ends_without_an_error(tmp_path: Path) -> None:
-    """`async with open_scope(commit_on_success=True)` is one transaction."""
+    """`async with open_scope(commit_on_success=True)` is one transaction, as a call of `@` is."""
     web = Web("asgi-async", tmp_path / "with.db")
 
     async def run() -> None:
@@ -552,39 +509,22 @@ def test_C2_async_open_scope_commits_when_the_block_ends_without_an_error(tmp_pa
             async with open_scope(commit_on_success=True):
                 await web.store.add(2)
                 raise LookupError
+        assert [await added(5), await added(6)] == [5, 6]
         async with open_scope(commit_on_success=True) as scope:
             await web.store.add(3)
             scope.doom()
         async with open_scope():
             await web.store.add(4)
-        assert web.store.rows() == [1]
+        assert web.store.rows() == [1, 5, 6]
         assert web.store.held() == 0
+
+    @open_scope(commit_on_success=True)
+    async def added(n: int) -> int:
+        await web.store.add(n)
+        return n
 
     web.loop.run(run())
     web.close()
-
-
-def test_C2_the_decorators_commit(tmp_path: Path) -> None:
-    """`@open_scope(commit_on_success=True)` works on functions of both colours, call by call."""
-    sync, other = Web("wsgi", tmp_path / "one.db"), Web("asgi-async", tmp_path / "two.db")
-
-    @open_scope(commit_on_success=True)
-    def work(n: int) -> int:
-        sync.store.jenny.session.add(Row(n=n))
-        return n
-
-    @open_scope(commit_on_success=True)
-    async def async_work(n: int) -> int:
-        await other.store.add(n)
-        return n
-
-    assert [work(1), work(2)] == [1, 2]
-    assert other.loop.run(async_work(1)) == 1
-    assert other.loop.run(async_work(2)) == 2
-    assert sync.store.rows() == other.store.rows() == [1, 2]
-    assert sync.store.held() == other.store.held() == 0
-    other.close()  # first: the other one waits for its threads
-    sync.close()
 
 
 @pytest.mark.parametrize("is_async", [False, True])

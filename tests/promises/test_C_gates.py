@@ -22,7 +22,6 @@ from rope_middleware import (
     SessionJenny,
     WSGIRopeMiddleware,
     current_scope,
-    open_scope,
 )
 from tests.kit.asgi import ASGIClient, answer, http_scope
 from tests.kit.engines import rows
@@ -280,26 +279,6 @@ def test_C3_a_stream_whose_commit_fails_is_the_plain_500(
     assert sum("a constraint says no" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_C3_a_veto_that_raises_is_a_500_whose_traceback_is_told(
-    jenny: Jenny, engine: Engine, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Nobody knows whether it may commit, so nothing is."""
-
-    def veto(status: int, headers: list[tuple[str, str]]) -> bool:
-        return bool(dict(headers)["x-no-such-header"])
-
-    def app(environ: Any, start_response: Any) -> Any:
-        jenny.session.add(Row(name="x"))
-        start_response("200 OK", HEADERS)
-        return [b"a"]
-
-    with caplog.at_level(logging.ERROR, "rope_middleware"):
-        seen = Server()(committing(app, commit_veto=veto))
-    assert seen.starts[-1][0].startswith("500")
-    assert "x-no-such-header" in caplog.text
-    assert rows(engine) == 0
-
-
 def test_W1_a_second_start_response_commits_nothing(jenny: Jenny, engine: Engine) -> None:
     """PEP 3333 calls it a fatal error: the server says so, as without the middleware."""
 
@@ -333,19 +312,6 @@ def test_W1_an_empty_chunk_passes_on_at_once(engine: Engine) -> None:
         assert made == list(range(number + 1))
     assert list(chunks) == [b"done"]
     body.close()
-
-
-@pytest.mark.parametrize("options", [{}, {"commit_on_success": True}, {"retries": 1}])
-def test_S6_a_scope_around_several_chunks_is_current_whatever_the_options(options: Any) -> None:
-    """Each chunk of the generator sees the scope that it is in."""
-
-    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
-        start_response("200 OK", HEADERS)
-        with open_scope("inner"):
-            for _ in range(3):
-                yield current_scope().name.encode()
-
-    assert Server()(WSGIRopeMiddleware(app, **options)).body == b"inner" * 3
 
 
 class _Silent(io.RawIOBase):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextvars
 import inspect
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,10 +27,11 @@ from tests.kit.leaks import checked_out
 from tests.kit.models import Data
 from tests.kit.ropes import Seen, is_over, ropes_in, variables
 from tests.kit.sessions import Around, Jenny, touch, use
-from tests.kit.wsgi import HEADERS, Probe, Server, Wrap, make_environ
+from tests.kit.ways import Way
+from tests.kit.wsgi import Probe, Wrap, make_environ
 
 
-def test_J2_a_session_is_made_on_first_use(engine: Engine) -> None:
+def test_J2_a_session_is_made_on_first_use(engine: Engine, way: Way) -> None:
     """A scope that does not touch the jenny makes none."""
     made: list[Session] = []
 
@@ -40,13 +40,11 @@ def test_J2_a_session_is_made_on_first_use(engine: Engine) -> None:
         return made[-1]
 
     jenny = SessionJenny(factory)
-    with open_scope():
-        jenny.remove()
-        assert jenny.registry.has() is False
+    way(jenny.remove)
+    assert way(jenny.registry.has) is False
     assert made == []
-    with open_scope():
-        assert jenny.session is jenny.session
-        assert len(made) == 1
+    assert way(lambda: touch(jenny) is touch(jenny))
+    assert len(made) == 1
 
 
 def test_J6_threads_that_race_for_the_first_use_get_one_session(engine: Engine) -> None:
@@ -97,18 +95,30 @@ def test_J6_the_race_without_a_barrier(jenny: Jenny) -> None:
                 assert len({future.result(30) for future in futures}) == 1
 
 
-def test_J3_remove_closes_and_the_next_use_makes_a_new_one(jenny: Jenny, engine: Engine) -> None:
-    """Inside the same scope; the removed one may be used on and still ends with the scope."""
-    with open_scope() as scope:
-        first = use(jenny.session)
+def test_J3_remove_closes_and_the_next_use_makes_a_new_one(
+    jenny: Jenny, engine: Engine, way: Way
+) -> None:
+    """Without what was not committed; the removed one may be used on, and ends with the scope."""
+
+    def body() -> Session:
+        first = jenny.session
+        first.add(Data(count=3))
+        first.flush()
+        assert checked_out(engine) == 1
         jenny.remove()
         assert checked_out(engine) == 0
         jenny.remove()
-        second = use(jenny.session)
+        second = jenny.session
         assert second is not first
+        assert second.scalars(select(Data.count)).all() == [0]
         use(first)
         assert checked_out(engine) == 2
-        assert not scope.closed
+        second.close()  # the user's own close() breaks nothing later
+        assert use(jenny.session) is second
+        assert not current_scope().closed
+        return first
+
+    first = way(body)
     assert checked_out(engine) == 0
     with pytest.raises(ScopeClosedError):
         use(first)
@@ -157,20 +167,6 @@ def test_J2_what_only_looks_at_the_jenny_makes_no_session(jenny: Jenny) -> None:
         jenny.remove()
         assert jenny.rope is not None
         assert jenny.registry.has() is False
-
-
-def test_J3_remove_inside_a_scope(jenny: Jenny, engine: Engine) -> None:
-    """The session is closed, what it had not committed is gone, and the next one is new."""
-    with open_scope():
-        first = jenny.session
-        first.add(Data(count=3))
-        first.flush()
-        assert checked_out(engine) == 1
-        jenny.remove()
-        assert checked_out(engine) == 0
-        second = jenny.session
-        assert second is not first
-        assert second.scalars(select(Data.count)).all() == [0]
 
 
 def test_J4_with_a_scopefunc_it_is_keyed_as_sqlalchemy_does(engine: Engine) -> None:
@@ -395,53 +391,6 @@ def test_J4_with_a_scopefunc_or_strict_there_are_no_ropes(engine: Engine) -> Non
         strict.set_rope()
 
 
-def test_J2_a_request_that_does_not_touch_the_database_makes_no_session(
-    wrap: Wrap, engine: Engine
-) -> None:
-    """A session is made on first use, once per request."""
-    made: list[Session] = []
-
-    def factory() -> Session:
-        made.append(Session(engine))
-        return made[-1]
-
-    jenny = SessionJenny(factory)
-
-    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
-        start_response("200 OK", HEADERS)
-        if environ["PATH_INFO"] == "/use":
-            touch(jenny)
-            touch(jenny)
-        yield b""
-
-    Server()(wrap(app))
-    assert made == []
-    Server()(wrap(app), make_environ("/use"))
-    assert len(made) == 1
-
-
-def test_J3_remove_closes_the_session_and_the_next_use_makes_another(
-    wrap: Wrap, jenny: Jenny, engine: Engine
-) -> None:
-    """All in the same scope; nothing is left of either."""
-
-    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
-        start_response("200 OK", HEADERS)
-        first = touch(jenny)
-        jenny.remove()
-        assert checked_out(engine) == 0
-        yield b"a"
-        second = touch(jenny)
-        assert second is not first
-        jenny.session.close()  # the user's own close() breaks nothing later
-        assert touch(jenny) is second
-        yield b"b"
-
-    seen = Server()(wrap(app))
-    assert (seen.error, seen.body) == (None, b"ab")
-    assert checked_out(engine) == 0
-
-
 def test_J4_a_strict_jenny_works_in_a_request_and_not_between_chunks(
     wrap: Wrap, engine: Engine
 ) -> None:
@@ -456,65 +405,3 @@ def test_J4_a_strict_jenny_works_in_a_request_and_not_between_chunks(
         _ = jenny.session
     result.close()
     assert probe.scope.closed
-
-
-def test_J6_threads_of_one_request_race_for_the_first_use(wrap: Wrap, engine: Engine) -> None:
-    """They get the same session, whoever comes first."""
-    made: list[Session] = []
-
-    def factory() -> Session:
-        time.sleep(0.002)  # widens the race, decides nothing
-        made.append(Session(engine))
-        return made[-1]
-
-    jenny = SessionJenny(factory)
-
-    def app(environ: Any, start_response: Any) -> Any:
-        got: list[Session] = []
-        barrier = threading.Barrier(6)
-
-        def first_use() -> None:
-            barrier.wait(15)
-            got.append(jenny.session)
-
-        threads = [
-            threading.Thread(target=contextvars.copy_context().run, args=(first_use,))
-            for _ in range(6)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(15)
-        assert len(got) == 6
-        assert len({id(session) for session in got}) == 1
-        touch(jenny)
-        start_response("200 OK", HEADERS)
-        return [b"same"]
-
-    for _ in range(10):
-        seen = Server()(wrap(app))
-        assert (seen.error, seen.body) == (None, b"same")
-    assert checked_out(engine) == 0
-
-
-def test_J6_a_factory_that_raises_leaves_the_scope_as_it_was(wrap: Wrap, engine: Engine) -> None:
-    """The next use in the same request tries again."""
-    attempts: list[None] = []
-
-    def factory() -> Session:
-        attempts.append(None)
-        if len(attempts) == 1:
-            raise ConnectionError("not now")
-        return Session(engine)
-
-    jenny = SessionJenny(factory)
-
-    def app(environ: Any, start_response: Any) -> Any:
-        with pytest.raises(ConnectionError, match="not now"):
-            touch(jenny)
-        touch(jenny)
-        start_response("200 OK", HEADERS)
-        return [b"fine"]
-
-    assert Server()(wrap(app)).body == b"fine"
-    assert checked_out(engine) == 0

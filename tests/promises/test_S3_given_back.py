@@ -270,11 +270,6 @@ def test_S3_a_session_that_the_factory_has_begun_is_given_back(engine: Engine) -
 
 def test_S3_a_begun_session_whose_close_fails_is_given_back(engine: Engine) -> None:
     """Also its connection is known to the scope."""
-
-    class CannotClose(Session):
-        def close(self) -> None:
-            raise RuntimeError("cannot close")
-
     jenny = SessionJenny(lambda: use(CannotClose(engine)))
     with open_scope():
         session = jenny.session
@@ -618,14 +613,6 @@ async def test_S3_in_the_end_the_context_is_as_before(store: Store) -> None:
         assert current_scope() is outer
 
 
-def _failing_sessions(engine: Engine, error: type[BaseException]) -> Any:
-    class Failing(Session):
-        def close(self) -> None:
-            raise error("the session's close failed")
-
-    return sessionmaker(engine, class_=Failing)
-
-
 @served("commit")  # after which there is no connection to invalidate
 @pytest.mark.parametrize("fail", ["", "before start", "chunk 2", "close"])
 def test_S3_a_failing_close_of_a_session_is_logged_only(
@@ -634,7 +621,7 @@ def test_S3_a_failing_close_of_a_session_is_logged_only(
     """It replaces neither answer nor error, strands no other session, and frees the connection."""
     first = small_engine(tmp_path / "first.db")
     last = small_engine(tmp_path / "last.db")
-    bad = SessionJenny(_failing_sessions(engine, RuntimeError))
+    bad = SessionJenny(sessionmaker(engine, class_=CannotClose))
     invalidated: list[Any] = []
     event.listen(engine, "invalidate", lambda *args: invalidated.append(args))
     before, after = SessionJenny(sessionmaker(first)), SessionJenny(sessionmaker(last))

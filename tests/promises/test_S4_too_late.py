@@ -30,11 +30,11 @@ from tests.kit.asgi import serve
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Data, Row
-from tests.kit.sessions import SELECT, Jenny, touch, use
+from tests.kit.sessions import SELECT, Jenny, use
 from tests.kit.stores import Store
 from tests.kit.waiting import poll
 from tests.kit.ways import Way
-from tests.kit.wsgi import HEADERS, Probe, Server, Wrap, make_environ
+from tests.kit.wsgi import Probe, Wrap, make_environ
 
 pytestmark = pytest.mark.anyio
 
@@ -60,7 +60,7 @@ def test_S4_a_captured_session_raises_at_every_use(
     """Each use says which scope it was and what to do; none checks out a connection."""
     session = way(lambda: use(jenny.session), name="the job")
     for _ in range(3):
-        with pytest.raises(ScopeClosedError, match=r"'the job'.*with open_scope") as caught:
+        with pytest.raises(ScopeClosedError, match=r"the job'.*with open_scope") as caught:
             USES[do](session)
         assert isinstance(caught.value, RopeError)
         assert checked_out(engine) == 0
@@ -114,7 +114,9 @@ def test_S4_a_session_used_in_a_later_scope_is_still_the_old_one(jenny: Jenny) -
         use(jenny.session)
 
 
-def test_S4_a_thread_that_outlived_its_scope_is_told_so(jenny: Jenny, engine: Engine) -> None:
+def test_S4_a_thread_that_outlived_its_scope_is_told_so(
+    jenny: Jenny, engine: Engine, way: Way
+) -> None:
     """`jenny.session`, every way to it, and `current_scope()` raise there."""
     ended = threading.Event()
     before = threading.Event()
@@ -133,16 +135,19 @@ def test_S4_a_thread_that_outlived_its_scope_is_told_so(jenny: Jenny, engine: En
                 current_scope,
                 plain,
             ):
-                with pytest.raises(ScopeClosedError, match=r"'the job'.*with open_scope\(\):"):
+                with pytest.raises(ScopeClosedError, match=r"the job'.*with open_scope\(\):"):
                     enter()
         with open_scope("cure"):
             use(jenny.session)
         assert checked_out(engine) == 0
 
+    def body() -> Any:
+        future = pool.submit(contextvars.copy_context().run, late)
+        assert before.wait(30)
+        return future
+
     with ThreadPoolExecutor(1) as pool:
-        with open_scope("the job"):
-            future = pool.submit(contextvars.copy_context().run, late)
-            assert before.wait(30)
+        future = way(body, name="the job")
         ended.set()
         future.result(60)
 
@@ -485,102 +490,6 @@ async def test_S4_async_a_call_under_way_when_the_scope_ends_leaves_nothing_behi
         results = await asyncio.gather(tasks[-1], return_exceptions=True)
         assert results[0] is None or isinstance(results[0], Exception)
         await poll(lambda: store.held() == 0)
-
-
-def test_S4_a_session_kept_beyond_its_request_raises(
-    wrap: Wrap, jenny: Jenny, engine: Engine
-) -> None:
-    """Each use says which scope it was and what to do, and checks nothing out."""
-    kept: list[Session] = []
-
-    def app(environ: Any, start_response: Any) -> Any:
-        kept.append(touch(jenny))
-        start_response("200 OK", HEADERS)
-        return [b""]
-
-    Server()(wrap(app), make_environ("/shop", QUERY_STRING="q=1"))
-    session = kept[0]
-    uses: list[Callable[[], Any]] = [
-        lambda: session.execute(text("select 1")),
-        lambda: session.scalars(select(Row)).all(),
-        lambda: session.get(Row, 1),
-        session.begin,
-        session.connection,
-    ]
-    for one in uses * 2:
-        with pytest.raises(ScopeClosedError) as caught:
-            one()
-        assert "GET /shop" in str(caught.value)
-        assert "q=1" not in str(caught.value)
-        assert "with open_scope():" in str(caught.value)
-        assert checked_out(engine) == 0
-    session.rollback()
-    session.close()
-    assert not session.in_transaction()
-    with pytest.raises(ScopeClosedError):
-        session.execute(text("select 1"))
-    assert checked_out(engine) == 0
-
-
-@pytest.mark.slow
-def test_S4_holds_for_every_session_factory_of_a_long_process(wrap: Wrap, engine: Engine) -> None:
-    """sessionmaker makes a class each time; the ids of those that are gone are used again."""
-
-    def keep_one() -> Session:
-        jenny = SessionJenny(sessionmaker(engine))
-        kept: list[Session] = []
-
-        def app(environ: Any, start_response: Any) -> Any:
-            kept.append(touch(jenny))
-            start_response("200 OK", HEADERS)
-            return [b""]
-
-        Server()(wrap(app))
-        return kept[0]
-
-    for _ in range(30):
-        with pytest.raises(ScopeClosedError):
-            keep_one().execute(text("select 1"))
-        assert checked_out(engine) == 0
-        gc.collect()
-
-
-def test_S4_a_thread_that_outlives_its_request(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
-    """jenny.session and current_scope() raise there; a scope of the thread's own works."""
-    ended = threading.Event()
-    found: list[Any] = []
-
-    def work() -> None:
-        assert ended.wait(15)
-        for attempt in (
-            lambda: jenny.session,
-            lambda: jenny.execute(text("select 1")),
-            current_scope,
-        ):
-            try:
-                attempt()
-            except ScopeClosedError as error:
-                found.append(str(error))
-        with open_scope("cure"):
-            found.append(jenny.session.scalar(text("select 7")))
-
-    threads: list[threading.Thread] = []
-
-    def app(environ: Any, start_response: Any) -> Any:
-        touch(jenny)
-        context = contextvars.copy_context()
-        threads.append(threading.Thread(target=context.run, args=(work,)))
-        threads[0].start()
-        start_response("200 OK", HEADERS)
-        return [b""]
-
-    Server()(wrap(app), make_environ("/outlived"))
-    ended.set()
-    threads[0].join(15)
-    assert len(found) == 4
-    assert all("GET /outlived" in each and "open_scope" in each for each in found[:3])
-    assert found[3] == 7
-    assert checked_out(engine) == 0
 
 
 def test_S4_a_body_used_after_its_close(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:

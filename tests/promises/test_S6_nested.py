@@ -32,7 +32,7 @@ from tests.kit.models import Data, Row
 from tests.kit.sessions import Jenny, touch, use
 from tests.kit.stores import Store
 from tests.kit.waiting import never
-from tests.kit.ways import Way
+from tests.kit.ways import BLOCKS, Way
 from tests.kit.wsgi import (
     BODIES,
     HEADERS,
@@ -42,8 +42,6 @@ from tests.kit.wsgi import (
     Wrap,
     make_environ,
     scope_of,
-    serve_wsgi,
-    served,
 )
 
 pytestmark = pytest.mark.anyio
@@ -214,6 +212,7 @@ def test_S6_one_open_scope_object_in_several_threads(jenny: Jenny, engine: Engin
     assert checked_out(engine) == 0
 
 
+@pytest.mark.parametrize("way", BLOCKS)
 def test_S6_names(way: Way) -> None:
     """The name given, or one that says where it comes from; it is in the repr and the errors."""
     assert way(lambda: current_scope().name, name="import") == "import"
@@ -285,29 +284,6 @@ async def test_S6_another_request_of_a_client_in_the_same_process_has_its_own_sc
 
     await serve(handler)
     assert store.held() == 0
-
-
-@served("commit")  # whose transaction ends at the first chunk
-def test_S6_an_inner_scope_in_a_view(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
-    """It has sessions of its own; the outer one is untouched and current again afterwards."""
-
-    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
-        outer = touch(jenny)
-        start_response("200 OK", HEADERS)
-        with open_scope("inner") as scope:
-            inner = touch(jenny)
-            assert inner is not outer
-            assert scope_of(environ) is not scope
-            assert checked_out(engine) == 2
-        assert current_scope() is scope_of(environ)
-        assert jenny.session is outer
-        assert outer.in_transaction()
-        assert checked_out(engine) == 1
-        yield b"ok"
-
-    seen = Server()(wrap(app))
-    assert (seen.error, seen.body) == (None, b"ok")
-    assert checked_out(engine) == 0
 
 
 @pytest.mark.parametrize("kind", BODIES)
@@ -589,18 +565,22 @@ def test_S6_scopes_of_generators_may_be_left_in_any_order() -> None:
         current_scope()
 
 
-def test_S6_a_scope_around_several_chunks_is_current_for_each(jenny: Jenny, engine: Engine) -> None:
+def test_S6_a_scope_around_several_chunks_is_current_for_each(
+    wrap: Wrap, jenny: Jenny, engine: Engine
+) -> None:
     """`with open_scope():` in a generator body is not lost between its chunks."""
 
     def app(environ: Any, start_response: Any) -> Iterator[bytes]:
         start_response("200 OK", [])
         outer = jenny.session
         with open_scope():
-            inner = jenny.session
-            yield b"1"
-            assert jenny.session is inner
-        assert jenny.session is outer
-        yield b"2"
+            inner = touch(jenny)
+            for number in (b"1", b"2"):
+                yield number
+                assert touch(jenny) is inner is not outer
+        assert touch(jenny) is outer
+        yield b"3"
 
-    assert serve_wsgi(app) == [b"1", b"2"]
+    seen = Server()(wrap(app))
+    assert (seen.error, seen.body) == (None, b"123")
     assert checked_out(engine) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
-import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,14 +18,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from rope_middleware import (
     NoScopeError,
     RopeError,
-    RopeMiddleware,
     Scope,
     SessionJenny,
     current_scope,
     open_scope,
 )
 from tests.kit.asgi import serve
-from tests.kit.engines import MakeEngine, small_engine
+from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Data
 from tests.kit.sessions import Jenny, in_thread, touch, use
@@ -225,49 +223,6 @@ def test_S1_the_scope_has_the_name_of_its_request(wrap: Wrap) -> None:
     Server()(middleware, make_environ("/a/b", QUERY_STRING="secret=1"))
     Server()(middleware, make_environ("/b", SCRIPT_NAME="/a", REQUEST_METHOD="POST"))
     assert names == ["GET /a/b", "POST /a/b"]
-
-
-def test_S2_a_session_made_in_a_worker_thread_is_closed_with_the_request(
-    wrap: Wrap, jenny: Jenny, engine: Engine
-) -> None:
-    """The session is kept in the scope, not in the thread."""
-    sessions: list[Session] = []
-
-    def app(environ: Any, start_response: Any) -> Any:
-        context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(lambda: sessions.append(touch(jenny)),))
-        thread.start()
-        thread.join(15)
-        assert jenny.session is sessions[0]
-        assert checked_out(engine) == 1
-        start_response("200 OK", HEADERS)
-        return [b""]
-
-    assert Server()(wrap(app)).error is None
-    assert checked_out(engine) == 0
-
-
-def test_S7_several_databases_and_apps_side_by_side(
-    wrap: Wrap, tmp_path: Any, engine: Engine
-) -> None:
-    """Each jenny has its own session in one scope, and all of them are closed with it."""
-    other = small_engine(tmp_path / "other.db")
-    one, two, three = (SessionJenny(sessionmaker(each)) for each in (engine, other, engine))
-    calls: list[int] = []
-
-    def app(environ: Any, start_response: Any) -> Any:
-        sessions = [touch(each) for each in (one, two, three)]
-        assert len({id(session) for session in sessions}) == 3
-        assert [session.get_bind() for session in sessions] == [engine, other, engine]
-        calls.append(len(sessions))
-        start_response("200 OK", HEADERS)
-        return [b""]
-
-    for middleware in (wrap(app), RopeMiddleware(app)):
-        assert Server()(middleware).error is None
-    assert calls == [3, 3]
-    assert checked_out(engine) == checked_out(other) == 0
-    other.dispose()
 
 
 @served("commit")  # after which a second transaction begins

@@ -291,7 +291,10 @@ def test_W3_an_exhausted_body_kept_without_close_ends_when_dropped(
 
 
 @pytest.mark.told
-def test_W3_nothing_is_committed_on_collection(jenny: Jenny, engine: Engine) -> None:
+@pytest.mark.parametrize("take", [2, None])
+def test_W3_nothing_is_committed_on_collection(
+    take: int | None, jenny: Jenny, engine: Engine
+) -> None:
     """With commit_on_success late work is committed by close(), and never by the collector."""
 
     def app(environ: Any, start_response: Any) -> Iterator[bytes]:
@@ -302,7 +305,7 @@ def test_W3_nothing_is_committed_on_collection(jenny: Jenny, engine: Engine) -> 
         yield b"b"
 
     middleware = WSGIRopeMiddleware(app, commit_on_success=True)
-    seen = Server(close=0)(middleware)
+    seen = Server(take, close=0)(middleware)
     assert seen.body == b"ab"
     del seen
     gc.collect()
