@@ -25,7 +25,13 @@ from rope_middleware.scope.order import (
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 from rope_middleware.scope.settling import Settling
-from rope_middleware.scope.short import aend_plainly, end_plainly, is_plain, is_untouched
+from rope_middleware.scope.short import (
+    aend_plainly,
+    commit_plainly,
+    end_plainly,
+    is_plain,
+    is_untouched,
+)
 
 __all__ = [
     "acommit",
@@ -74,7 +80,11 @@ def commit(scope: Scope, note: Callable[[], None]) -> None:
     if scope._sessions is None:
         note()
         return
-    with Settling(scope):
+    with Settling(scope) as settling:
+        if commit_plainly(scope):
+            settling.end()
+            note()
+            return
         failure = run_now(committing(scope, HERE, note))
     if failure is not None:
         raise failure

@@ -71,6 +71,10 @@ class SessionKind(Protocol):
         """Commit."""
         ...
 
+    def commit_alone(self, session: Any, /) -> bool:
+        """Commit in this thread, where that is simple; tell whether nothing more is to be done."""
+        ...
+
     def rollback(self, session: Any, /) -> Any:
         """Roll back and give back the connection."""
         ...

@@ -19,6 +19,7 @@ from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 from rope_middleware.scope.settling import must_wait_for, settling_of
 
 __all__ = [
+    "after_failure",
     "committing",
     "each",
     "ending",
@@ -43,35 +44,10 @@ async def committing(
     Returns:
         What the first failing step raised; everything is rolled back then.
     """
-    told: set[SessionKey] = set()  # opaque ones that are committed; they always look open
     try:
-        for _ in range(MOST_ROUNDS):
-            # A listener may write by another jenny while this commit is under way.
-            work = hands.takes(open_sessions(scope))
-            # A class with a close() of its own is never idle: its end needs a thread.
-            work = [one for one in work if one[0] not in told and one[0].kind.has_begun(one[1])]
-            if not work:
-                break
-            if not _is_free(work):
-                await hands.until(partial(_is_free, work))
-            for key, session in work:
-                if key.kind.is_opaque(session):
-                    told.add(key)
-                if note is not None and key.kind.has_open_result(session):
-                    scope._cuts_results = True  # the scope goes on, and this closes its results
-            await _commit_each(work, hands)
-        else:
-            raise RopeError(
-                f"The commit of {scope.name!r} does not come to an end: after {MOST_ROUNDS} "
-                "rounds a session still has something to commit. Does a listener of a commit "
-                "write by a session that is committed before?"
-            )
+        await _commit_all(scope, hands, goes_on=note is not None)
     except BaseException as error:
-        if isinstance(error, CommitInDoubtError):
-            logger.error("commit of %r in doubt: %s", scope.name, class_of(error.__cause__))
-        else:
-            logger.error("commit of %r failed: %s", scope.name, class_of(error))
-        await rolling_back(scope, hands, "its commit failed")
+        await after_failure(scope, hands, error)
         return error
     settling = settling_of(scope)
     if settling is not None:
@@ -84,6 +60,39 @@ async def committing(
 
 
 MOST_ROUNDS = 10
+
+
+async def _commit_all(scope: Scope, hands: Hands, goes_on: bool) -> None:
+    """Commit until no session has anything to commit: a listener may write by another jenny."""
+    told: set[SessionKey] = set()  # opaque ones that are committed; they always look open
+    for _ in range(MOST_ROUNDS):
+        work = hands.takes(open_sessions(scope))
+        # A class with a close() of its own is never idle: its end needs a thread.
+        work = [one for one in work if one[0] not in told and one[0].kind.has_begun(one[1])]
+        if not work:
+            return
+        if not _is_free(work):
+            await hands.until(partial(_is_free, work))
+        for key, session in work:
+            if key.kind.is_opaque(session):
+                told.add(key)
+            if goes_on and key.kind.has_open_result(session):
+                scope._cuts_results = True  # the scope goes on, and this closes its results
+        await _commit_each(work, hands)
+    raise RopeError(
+        f"The commit of {scope.name!r} does not come to an end: after {MOST_ROUNDS} rounds a "
+        "session still has something to commit. Does a listener of a commit write by a session "
+        "that is committed before?"
+    )
+
+
+async def after_failure(scope: Scope, hands: Hands, error: BaseException) -> None:
+    """Log the error of a commit, and roll everything back."""
+    if isinstance(error, CommitInDoubtError):
+        logger.error("commit of %r in doubt: %s", scope.name, class_of(error.__cause__))
+    else:
+        logger.error("commit of %r failed: %s", scope.name, class_of(error))
+    await rolling_back(scope, hands, "its commit failed")
 
 
 def _is_free(work: Work) -> bool:

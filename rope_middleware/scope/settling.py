@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -36,13 +37,11 @@ class Settling:
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
-        self._aside: dict[SessionKey, tuple[_Aside, Any]] = {}
-        self._late: set[SessionKey] = set()  # whose session was made meanwhile by somebody else
+        self._aside: list[tuple[SessionKey, _Aside, Any]] = []
+        self._late: list[SessionKey] = []  # whose session was made meanwhile by somebody else
         self._has_ended = False
-        # An Event for each: nearly always nobody waits, and to make one takes 3 us.
-        self._threads: list[threading.Event] = []
-        self._waiters: list[asyncio.Future[None]] = []
-        self._lock = threading.Lock()
+        # Nearly always nobody waits. To make an Event, or a lock, takes its time.
+        self._wakers: list[Callable[[], object]] = []
         self._token: Token[Scope | None] | None = None
 
     def __enter__(self) -> Settling:
@@ -51,10 +50,13 @@ class Settling:
         scope._settling = self
         self._token = _committing.set(scope)
         if sessions is not None:
-            for key in [key for key in sessions if key not in scope._registries]:
+            registries = scope._registries
+            for key in list(sessions):
+                if registries and key in registries:
+                    continue
                 aside = _Aside(key.kind)
                 session = sessions[aside] = sessions.pop(key)
-                self._aside[key] = aside, session
+                self._aside.append((key, aside, session))
             if scope._is_async:
                 for key, session in list(sessions.items()):
                     key.kind.guard(session, scope)
@@ -72,21 +74,20 @@ class Settling:
             return
         scope._settling = None
         sessions = scope._sessions or {}
-        for key, (aside, session) in self._aside.items():
+        for key, aside, session in self._aside:
             if sessions.setdefault(key, session) is session:
                 sessions.pop(aside, None)
-        with self._lock:
-            self._has_ended = True
-        for thread in self._threads:
-            thread.set()
-        for waiter in self._waiters:
-            waiter.get_loop().call_soon_threadsafe(_wake, waiter)
+        # Order matters. We note the end, then look for who waits; who is about to wait makes itself
+        # known, then looks for the end. So one of the two sees the other.
+        self._has_ended = True
+        for wake in self._wakers:
+            wake()
 
     def session_for(self, key: SessionKey) -> Any:
         """Return the commit's session, to the commit's own listeners; None for a new one."""
         if _committing.get() is self._scope:
-            return self._aside.get(key, (None, None))[1]
-        self._late.add(key)
+            return next((session for one, _, session in self._aside if one is key), None)
+        self._late.append(key)
         return None
 
     def takes(self, key: SessionKey) -> bool:
@@ -96,20 +97,17 @@ class Settling:
     def wait(self, seconds: float) -> None:
         """Wait in this thread until the commit has ended."""
         ended = threading.Event()
-        with self._lock:
-            if self._has_ended:
-                return
-            self._threads.append(ended)
-        ended.wait(seconds)
+        self._wakers.append(ended.set)
+        if not self._has_ended:
+            ended.wait(seconds)
 
     def waiter(self) -> asyncio.Future[None]:
         """Return a future that is done when the commit has ended."""
-        waiter = asyncio.get_running_loop().create_future()
-        with self._lock:
-            if not self._has_ended:
-                self._waiters.append(waiter)
-                return waiter
-        waiter.set_result(None)
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+        self._wakers.append(lambda: loop.call_soon_threadsafe(_wake, waiter))
+        if self._has_ended:
+            _wake(waiter)
         return waiter
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from rope_middleware.running.finish import finish, within
 from rope_middleware.running.threads import finish_in_thread, in_thread
-from rope_middleware.scope.hands import run_now
+from rope_middleware.scope.hands import HERE, run_now
 from rope_middleware.scope.kind import SessionKind
-from rope_middleware.scope.order import each, held, invalidate_failed, worse
+from rope_middleware.scope.order import after_failure, each, held, invalidate_failed, worse
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 
-__all__ = ["aend_plainly", "end_plainly", "is_plain", "is_untouched"]
+__all__ = ["aend_plainly", "commit_plainly", "end_plainly", "is_plain", "is_untouched"]
 
 
 def is_untouched(scope: Scope) -> bool:
@@ -33,6 +33,28 @@ def is_untouched(scope: Scope) -> bool:
 def is_plain(scope: Scope) -> bool:
     """Tell whether there are only sessions to close: no commit, no callback, nothing to remove."""
     return not (scope._options.commit_on_success or scope._registries or scope._on_close)
+
+
+def commit_plainly(scope: Scope) -> bool:
+    """Commit a sync scope that has one session and no callback; tell whether that was all.
+
+    Most requests are such. It is `order.committing` without its questions about several sessions:
+    of a WSGI request with one SELECT and a commit that is 900 of 10,700 instructions of Python's.
+
+    Raises:
+        BaseException: the commit's error; everything is rolled back.
+    """
+    sessions = scope._sessions
+    if sessions is None or len(sessions) != 1 or scope._on_commit or scope._registries:
+        return False
+    for key, session in list(sessions.items()):
+        try:
+            if not key.kind.commit_alone(session):
+                return False
+        except BaseException as error:
+            run_now(after_failure(scope, HERE, error))
+            raise
+    return len(sessions) == 1 and not scope._on_commit  # a listener may have asked for more
 
 
 def end_plainly(scope: Scope) -> None:

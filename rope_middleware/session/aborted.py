@@ -28,6 +28,7 @@ __all__ = ["aborted_by", "refuse_aborted", "suspect", "tells_of_aborted"]
 # https://www.psycopg.org/psycopg3/docs/api/pq.html#psycopg.pq.TransactionStatus, and psycopg2's
 # psycopg2.extensions.TRANSACTION_STATUS_INERROR.
 _IN_ERROR = 3
+_TELLING = frozenset({"psycopg", "psycopg2", "psycopg2cffi"})  # drivers that know it
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: in_failed_sql_transaction
 _ABORTED = "25P02"
@@ -117,6 +118,8 @@ def refuse_aborted(scope: Scope, connections: Iterable[Connection]) -> None:
         RopeError: it is.
     """
     for connection in connections:
+        if connection.dialect.driver not in _TELLING:
+            continue
         is_usable = not connection.closed and not connection.invalidated
         if is_usable and _status(connection) == _IN_ERROR:
             raise aborted_by(scope, connection)

@@ -58,6 +58,9 @@ class AsyncKind(SyncKind):
     async def commit(self, session: Any, /) -> None:
         await committing.acommit(session)
 
+    def commit_alone(self, _: Any, /) -> bool:
+        return False
+
     async def close(self, session: Any, /) -> None:
         if not closing.overrides_close(session, _CLOSE):
             await session.run_sync(closing.close)

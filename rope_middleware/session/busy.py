@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from rope_middleware.scope.settling import calls_of
@@ -10,7 +11,15 @@ from rope_middleware.session.connections import made_connections
 from rope_middleware.session.tie import tie_of
 from rope_middleware.session.written import notes_of
 
-__all__ = ["is_busy"]
+__all__ = ["has_living", "is_busy"]
+
+
+def has_living(connection: Connection) -> bool:
+    """Tell whether anything that `connection` has executed is in use, or may be."""
+    for one in notes_of(connection).executions:  # noqa: SIM110 - a generator costs double
+        if one() is not None:
+            return True
+    return False
 
 
 def is_busy(session: Session) -> bool:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_begun",
+    "connections_of",
     "connections_out",
     "driver_of",
     "end_transaction",
@@ -46,25 +47,26 @@ def made_connections(transaction: SessionTransaction | None) -> Collection[Conne
     whether the session commits it and whether the session closes it
     (`tests/promises/test_S_lent.py` pins it).
     """
-    return {connection for connection, _, _, is_made in _connections(transaction) if is_made}
+    return {connection for connection, _, _, is_made in connections_of(transaction) if is_made}
 
 
 def lent_connections(transaction: SessionTransaction | None) -> Collection[Connection]:
     """Return the connections of `transaction` that the application has given to its session."""
-    return {connection for connection, _, _, is_made in _connections(transaction) if not is_made}
+    return {connection for connection, _, _, is_made in connections_of(transaction) if not is_made}
 
 
 def has_made(transaction: SessionTransaction | None) -> bool:
     """Tell whether `transaction` has `made_connections`."""
-    for _, _, _, is_made in _connections(transaction):  # noqa: SIM110 - a generator costs double
+    for _, _, _, is_made in connections_of(transaction):  # noqa: SIM110 - a generator costs double
         if is_made:
             return True
     return False
 
 
-def _connections(
+def connections_of(
     transaction: SessionTransaction | None,
 ) -> tuple[tuple[Connection, Any, bool, bool], ...]:
+    """Return each connection with what its session does to it: by its engine, and by itself."""
     if transaction is None:
         return ()
     known: dict[Any, tuple[Connection, Any, bool, bool]] = transaction.__dict__["_connections"]
@@ -82,7 +84,7 @@ def connections_out(tie: Tie) -> list[Connection]:
 def has_connection_out(tie: Tie) -> bool:
     """Tell whether there are `connections_out`: asked several times for each request."""
     seen = None
-    for connection, _, _, is_made in _connections(tie.transaction):
+    for connection, _, _, is_made in connections_of(tie.transaction):
         # It stands there by its engine, and by itself.
         if is_made and connection is not seen and not connection.closed:
             return True

@@ -73,6 +73,9 @@ class SyncKind:
     def commit(self, session: Any, /) -> Any:
         return committing.commit(session)
 
+    def commit_alone(self, session: Any, /) -> bool:
+        return committing.commit_alone(session)
+
     def rollback(self, session: Any, /) -> Any:
         return session.rollback()
 
@@ -126,6 +129,9 @@ class ForeignKind(SyncKind):
         if isinstance(session, Session):
             return super().commit(session)
         return _call(session, "commit")
+
+    def commit_alone(self, session: Any, /) -> bool:
+        return isinstance(session, Session) and super().commit_alone(session)
 
     def rollback(self, session: Any, /) -> Any:
         return _call(session, "rollback")

@@ -121,6 +121,9 @@ class PlainSessions:
         commit: Any = committing.acommit if self.is_async else committing.commit
         return commit(self.registry())
 
+    def commit_alone(self, _: Any, /) -> bool:
+        return False
+
     def rollback(self, _: Any, /) -> Any:
         return self.registry().rollback()
 
