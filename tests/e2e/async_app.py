@@ -115,17 +115,23 @@ class App:
         self.pause = text("SELECT 1" if self.is_sqlite else "SELECT pg_sleep(0.002)")
         self.connect()
 
+    def pool(self) -> dict[str, Any]:
+        """The options of the engine."""
+        waits: dict[str, Any] = {"connect_args": {"timeout": 60}} if self.is_sqlite else {}
+        return {"pool_size": POOL_SIZE, "max_overflow": 0, "pool_timeout": 60} | waits
+
     def connect(self) -> None:
-        pool: dict[str, Any] = {"pool_size": POOL_SIZE, "max_overflow": 0, "pool_timeout": 60}
-        if self.is_sqlite:
-            pool["connect_args"] = {"timeout": 60}
-        self.engine = create_async_engine(self.url, **pool)
+        self.engine: Any = create_async_engine(self.url, **self.pool())
         if self.is_sqlite:
             begin_as_writer(self.engine.sync_engine)
-        self.jenny = AsyncSessionJenny(async_sessionmaker(self.engine, expire_on_commit=False))
+        self.jenny: Any = AsyncSessionJenny(async_sessionmaker(self.engine, expire_on_commit=False))
+
+    async def do(self, name: str, *arguments: object) -> Any:
+        """Call a method of the session, and wait for it."""
+        return await getattr(self.jenny, name)(*arguments)
 
     def held(self) -> int:
-        return int(self.engine.pool.checkedout())  # type: ignore[attr-defined]
+        return int(self.engine.pool.checkedout())
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -195,12 +201,12 @@ class App:
         """Several transactions, one of them rolled back at the end."""
 
         async def transactions() -> None:
-            await self.jenny.execute(self.pause)
+            await self.do("execute", self.pause)
             self.jenny.add(Row(n=self.number()))
-            await self.jenny.commit()
-            await self.jenny.execute(select(Row).limit(3))
+            await self.do("commit")
+            await self.do("execute", select(Row).limit(3))
             self.jenny.add(Row(n=self.number()))
-            await self.jenny.flush()
+            await self.do("flush")
             await answer(send, 200, b"done")
 
         await until_gone(receive, transactions)
@@ -210,12 +216,14 @@ class App:
 
         @open_scope()
         async def one() -> None:
-            await self.jenny.execute(self.pause)
+            await self.do("execute", self.pause)
             self.jenny.add(Row(n=self.number()))
-            await self.jenny.commit()
+            await self.do("commit")
 
         async def both() -> None:
-            await asyncio.gather(one(), one())
+            async with anyio.create_task_group() as group:
+                group.start_soon(one)
+                group.start_soon(one)
             await answer(send, 200, b"done")
 
         await until_gone(receive, both)
@@ -226,7 +234,7 @@ class App:
         async def chunks() -> None:
             await answer(send, 200, b"0\n", more=True)
             for n in range(1, 10):
-                await self.jenny.execute(self.pause)
+                await self.do("execute", self.pause)
                 await send({"type": "http.response.body", "body": b"%d\n" % n, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
@@ -235,15 +243,15 @@ class App:
     async def fail(self, receive: Any, send: Any, asked: Any) -> None:
         """Raise in the middle of a transaction, before the response or after its start."""
         self.jenny.add(Row(n=self.number()))
-        await self.jenny.flush()
+        await self.do("flush")
         if "late" in asked:
             await answer(send, 200, b"0\n", more=True)
-            await self.jenny.execute(self.pause)
+            await self.do("execute", self.pause)
         raise LookupError("told to raise")
 
     async def hang(self, receive: Any, send: Any, asked: Any) -> None:
         """Hold a connection until the client goes away, or for ever."""
-        await self.jenny.execute(self.pause)
+        await self.do("execute", self.pause)
         self.hanging += 1
         if "deaf" in asked:
             await anyio.sleep(3600)
@@ -254,77 +262,21 @@ class SyncApp(App):
     """The same with a `Session` in worker threads: for trio, which SQLAlchemy cannot await."""
 
     def connect(self) -> None:
-        pool: dict[str, Any] = {"pool_size": POOL_SIZE, "max_overflow": 0, "pool_timeout": 60}
+        self.engine = create_engine(self.url, **self.pool())
         if self.is_sqlite:
-            pool["connect_args"] = {"timeout": 60}
-        self.sync_engine = create_engine(self.url, **pool)
-        if self.is_sqlite:
-            begin_as_writer(self.sync_engine)
-        self.sync_jenny = SessionJenny(sessionmaker(self.sync_engine, expire_on_commit=False))
+            begin_as_writer(self.engine)
+        self.jenny = SessionJenny(sessionmaker(self.engine, expire_on_commit=False))
         self.sweeps = False
         # A handler that keeps its transaction between two calls in threads needs a thread for
         # the second one, and the shared limiter's may all be waiting for the pool.
         self.threads = anyio.CapacityLimiter(200)
 
-    async def in_thread(self, function: Any, *arguments: object) -> None:
-        await anyio.to_thread.run_sync(function, *arguments, limiter=self.threads)
+    async def do(self, name: str, *arguments: object) -> Any:
+        method = getattr(self.jenny, name)
+        return await anyio.to_thread.run_sync(method, *arguments, limiter=self.threads)
 
     async def dispose(self) -> None:
-        self.sync_engine.dispose()
-
-    def held(self) -> int:
-        return int(self.sync_engine.pool.checkedout())  # type: ignore[attr-defined]
-
-    async def work(self, receive: Any, send: Any, asked: Any) -> None:
-        def transactions() -> None:
-            self.sync_jenny.execute(self.pause)
-            self.sync_jenny.add(Row(n=self.number()))
-            self.sync_jenny.commit()
-            self.sync_jenny.add(Row(n=self.number()))
-            self.sync_jenny.flush()
-
-        async def both() -> None:
-            await self.in_thread(transactions)
-            await answer(send, 200, b"done")
-
-        await until_gone(receive, both)
-
-    async def tasks(self, receive: Any, send: Any, asked: Any) -> None:
-        @open_scope()
-        def one() -> None:
-            self.sync_jenny.execute(self.pause)
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(self.in_thread, one)
-            group.start_soon(self.in_thread, one)
-        await answer(send, 200, b"done")
-
-    async def stream(self, receive: Any, send: Any, asked: Any) -> None:
-        async def chunks() -> None:
-            await answer(send, 200, b"0\n", more=True)
-            for n in range(1, 10):
-                await self.in_thread(self.sync_jenny.execute, self.pause)
-                await send({"type": "http.response.body", "body": b"%d\n" % n, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-
-        await until_gone(receive, chunks)
-
-    async def fail(self, receive: Any, send: Any, asked: Any) -> None:
-        def insert() -> None:
-            self.sync_jenny.add(Row(n=self.number()))
-            self.sync_jenny.flush()
-
-        await self.in_thread(insert)
-        if "late" in asked:
-            await answer(send, 200, b"0\n", more=True)
-        raise LookupError("told to raise")
-
-    async def hang(self, receive: Any, send: Any, asked: Any) -> None:
-        await self.in_thread(self.sync_jenny.execute, self.pause)
-        self.hanging += 1
-        if "deaf" in asked:
-            await anyio.sleep(3600)
-        await until_gone(receive, lambda: anyio.sleep(3600))
+        self.engine.dispose()
 
 
 def begin_as_writer(engine: Any) -> None:

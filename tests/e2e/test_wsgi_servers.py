@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from tests.kit.waiting import eventually
+from tests.matrix.app import CHUNKS
 from tests.servers.asgi import stream_and_leave
 from tests.servers.wsgi import SERVERS, WSGIServer, serve_wsgi
 
 FRAMEWORKS = ("bare", "flask", "pyramid", "bottle", "falcon", "django")
-CHUNKS = 5
-REQUESTS = {"count": 70, "stream": 50, "fail": 30, "break": 20, "file": 15, "slow": 15}
+REQUESTS = {"concurrent": 70, "stream": 50, "raise": 30, "break": 20, "file": 15, "slow": 15}
 CLIENTS = 8
 
 SEED = int(os.environ.get("ROPE_TEST_SEED") or random.randrange(1 << 32))
@@ -62,10 +62,10 @@ def one_request(server: WSGIServer, framework: str, kind: str, token: str) -> in
         status, body = server.get(path)
     except http.client.RemoteDisconnected:
         # Pyramid and the bare application raise through, and uwsgi has no error page.
-        assert (kind, server.name) == ("fail", "uwsgi")
+        assert (kind, server.name) == ("raise", "uwsgi")
         assert framework in ("bare", "pyramid")
         return None
-    if kind == "fail":
+    if kind == "raise":
         assert status == 500, (token, status)
         return None
     assert status == 200, (token, status, body[:500])
@@ -109,7 +109,7 @@ def test_W4_mixed_requests_leave_nothing_and_mix_nothing_up(
     cut = Counter(state["cut"]) - Counter(before["cut"])
     assert cut == Counter(left)
     # Each number once, and nothing of the requests that raised.
-    assert sorted(numbers) == list(range(1, REQUESTS["count"] + 1))
-    assert state["counts"][framework] == REQUESTS["count"]
+    assert sorted(numbers) == list(range(1, REQUESTS["concurrent"] + 1))
+    assert state["counts"][framework] == REQUESTS["concurrent"]
     assert "garbage collector is trying to clean up" not in server.output
     assert "Exception ignored in" not in server.output

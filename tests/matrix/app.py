@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import anyio
 from sqlalchemy import URL, column, create_engine, literal, make_url, select, table, update
@@ -41,17 +41,10 @@ from tests.matrix.frameworks import FRAMEWORKS
 
 POOL_SIZE = 5
 CHUNKS = 5
-LOOKS = 4
-PAUSE = 0.01
-"""Seconds in which others run."""
 SLOW_SECONDS = 10 * float(os.environ.get("ROPE_PATIENCE", "30"))
 """An end for streams that nobody ends, far beyond the patience of any test."""
 
 DATA = table("data", column("name"), column("count"))
-READ = select(DATA.c.count).where(DATA.c.name == "count")
-ADD = update(DATA).where(DATA.c.name == "count").values(count=DATA.c.count + 1)
-
-Answer: TypeAlias = "str | Iterator[bytes] | AsyncIterator[bytes]"
 
 
 class Complained(Complaints):
@@ -121,19 +114,51 @@ class Claim:
             )
 
 
+def now(coroutine: Any) -> Any:
+    """Run a coroutine that waits for nothing, as one with a `Session` does not."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("it waits")
+
+
+def chunks_now(chunks: AsyncIterator[bytes]) -> Iterator[bytes]:
+    """Do the same with a stream."""
+    try:
+        while True:
+            yield now(anext(chunks))
+    except StopAsyncIteration:
+        return
+    finally:
+        now(chunks.aclose())  # type: ignore[attr-defined]
+
+
 class Views:
-    """What the views do, whatever the framework.
+    """What the views do, whatever the framework, with a `Session` or an `AsyncSession`.
 
     Called with a route and a token, or awaited where `is_async`, it returns a text, or an
     iterator of bytes to stream.
     """
 
-    is_async: bool
-    jenny: SessionJenny[Any] | AsyncSessionJenny[Any]
-    pool: Any
+    pause = 0.01
+    """Seconds in which others run."""
+    looks = 4
 
-    def __init__(self) -> None:
+    def __init__(self, url: URL, options: Mapping[str, Any], name: str = "count") -> None:
+        self.is_async = bool(url.get_dialect().is_async)
+        self.jenny: Any
+        if self.is_async:
+            engine: Any = create_async_engine(url, **options)
+            self.jenny = AsyncSessionJenny(async_sessionmaker(engine))
+        else:
+            engine = create_engine(url, **options)
+            self.jenny = SessionJenny(sessionmaker(engine))
+        self.pool = engine.pool
         self.state = State()
+        mine = DATA.c.name == name
+        self.read_it = select(DATA.c.count).where(mine)
+        self.add_one = update(DATA).where(mine).values(count=DATA.c.count + 1)
         self.routes: dict[str, Callable[[str], Any]] = {
             "read": self.read,
             "write": self.write,
@@ -144,138 +169,36 @@ class Views:
         }
 
     def __call__(self, route: str, token: str) -> Any:
-        return self.routes[route](token)
+        answer = self.routes[route](token)
+        if self.is_async:
+            return answer
+        found = now(answer)
+        return chunks_now(found) if hasattr(found, "aclose") else found
 
-    def read(self, token: str) -> Any: ...
-
-    def write(self, token: str) -> Any: ...
-
-    def raises(self, token: str) -> Any: ...
-
-    def stream(self, token: str) -> Any: ...
-
-    def slow(self, token: str) -> Any: ...
-
-    def concurrent(self, token: str) -> Any: ...
-
-    def slow_goes_on(self) -> Callable[[], bool]:
-        end = time.monotonic() + SLOW_SECONDS
-        return lambda: not self.state.released.is_set() and time.monotonic() < end
-
-    def report(self) -> dict[str, Any]:
-        # With aiosqlite a query that was cut off may keep SQLite's lock until then: see the
-        # guide, "What outlives its request".
-        gc.collect()
-        return {
-            "checked_out": self.pool.checkedout(),
-            "open": [repr(scope) for scope in open_scopes()],
-            "mixed_up": self.state.mixed_up,
-            "seen": self.state.seen,
-            "most_at_once": self.state.most_at_once,
-            "complaints": self.state.complaints.heard,
-        }
-
-
-class SyncViews(Views):
-    """With a `Session`."""
-
-    is_async = False
-
-    def __init__(self, url: URL, options: Mapping[str, Any]) -> None:
-        super().__init__()
-        engine = create_engine(url, **options)
-        self.pool = engine.pool
-        self.jenny = self.session = SessionJenny(sessionmaker(engine))
-
-    def look(self, claim: Claim) -> None:
-        found = self.session.scalar(select(literal(claim.token)))
-        time.sleep(PAUSE)
-        claim.check(found)
-
-    def add(self) -> int:
-        self.session.execute(ADD)
-        return int(self.session.scalar(READ))
-
-    def read(self, token: str) -> str:
-        self.look(Claim(self, token))
-        return str(self.session.scalar(READ))
-
-    def write(self, token: str) -> str:
-        claim = Claim(self, token)
-        number = self.add()
-        self.session.commit()
-        self.look(claim)
-        return str(number)
-
-    def raises(self, token: str) -> str:
-        Claim(self, token)
-        self.add()
-        raise RuntimeError("raised as it should")
-
-    def stream(self, token: str) -> Iterator[bytes]:
-        claim = Claim(self, token)
-        self.look(claim)
-
-        def chunks() -> Iterator[bytes]:
-            for _ in range(CHUNKS):
-                self.look(claim)
-                yield token.encode()
-
-        return chunks()
-
-    def slow(self, token: str) -> Iterator[bytes]:
-        claim = Claim(self, token)
-        self.add()
-        goes_on = self.slow_goes_on()
-
-        def chunks() -> Iterator[bytes]:
-            yield token.encode()
-            while goes_on():
-                self.look(claim)
-                yield b"." * 4096
-
-        return chunks()
-
-    def concurrent(self, token: str) -> str:
-        claim = Claim(self, token)
-        with self.state.together():
-            for _ in range(LOOKS):
-                self.look(claim)
-        self.session.rollback()  # the counter is read after its lock is held, and not before
-        number = self.add()
-        self.session.commit()
-        self.look(claim)
-        return str(number)
-
-
-class AsyncViews(Views):
-    """With an `AsyncSession`."""
-
-    is_async = True
-
-    def __init__(self, url: URL, options: Mapping[str, Any]) -> None:
-        super().__init__()
-        engine = create_async_engine(url, **options)
-        self.pool = engine.pool
-        self.jenny = self.session = AsyncSessionJenny(async_sessionmaker(engine))
+    async def do(self, name: str, *arguments: Any) -> Any:
+        found = getattr(self.jenny, name)(*arguments)
+        return await found if self.is_async else found
 
     async def look(self, claim: Claim) -> None:
-        found = await self.session.scalar(select(literal(claim.token)))
-        await anyio.sleep(PAUSE)
+        found = await self.do("scalar", select(literal(claim.token)))
+        if self.is_async:
+            await anyio.sleep(self.pause)
+        else:
+            time.sleep(self.pause)  # noqa: ASYNC251 - it is no coroutine of a loop
         claim.check(found)
 
     async def add(self) -> int:
-        await self.session.execute(ADD)
-        return int(await self.session.scalar(READ))
+        await self.do("execute", self.add_one)
+        return int(await self.do("scalar", self.read_it))
 
     async def read(self, token: str) -> str:
         await self.look(Claim(self, token))
-        return str(await self.session.scalar(READ))
+        return str(await self.do("scalar", self.read_it))
 
     async def write(self, token: str) -> str:
         claim = Claim(self, token)
         number = await self.add()
-        await self.session.commit()
+        await self.do("commit")
         await self.look(claim)
         return str(number)
 
@@ -298,11 +221,11 @@ class AsyncViews(Views):
     async def slow(self, token: str) -> AsyncIterator[bytes]:
         claim = Claim(self, token)
         await self.add()
-        goes_on = self.slow_goes_on()
+        end = time.monotonic() + SLOW_SECONDS
 
         async def chunks() -> AsyncIterator[bytes]:
             yield token.encode()
-            while goes_on():
+            while not self.state.released.is_set() and time.monotonic() < end:
                 await self.look(claim)
                 yield b"." * 4096
 
@@ -311,13 +234,26 @@ class AsyncViews(Views):
     async def concurrent(self, token: str) -> str:
         claim = Claim(self, token)
         with self.state.together():
-            for _ in range(LOOKS):
+            for _ in range(self.looks):
                 await self.look(claim)
-        await self.session.rollback()
+        await self.do("rollback")  # the counter is read after its lock is held, and not before
         number = await self.add()
-        await self.session.commit()
+        await self.do("commit")
         await self.look(claim)
         return str(number)
+
+    def report(self) -> dict[str, Any]:
+        # With aiosqlite a query that was cut off may keep SQLite's lock until then: see the
+        # guide, "What outlives its request".
+        gc.collect()
+        return {
+            "checked_out": self.pool.checkedout(),
+            "open": [repr(scope) for scope in open_scopes()],
+            "mixed_up": self.state.mixed_up,
+            "seen": self.state.seen,
+            "most_at_once": self.state.most_at_once,
+            "complaints": self.state.complaints.heard,
+        }
 
 
 # -- outside of the middleware -----------------------------------------------------------------
@@ -363,8 +299,7 @@ def make() -> Any:
     options: dict[str, Any] = {"pool_size": POOL_SIZE, "max_overflow": 0, "pool_timeout": 30}
     if url.get_backend_name() == "sqlite":
         options["connect_args"] = {"timeout": 30}
-    views_of = AsyncViews if url.get_dialect().is_async else SyncViews
-    views = views_of(url, options)
+    views = Views(url, options)
     views.state.complaints.install()
     app = framework.make(views)
     return wsgi(app, views) if framework.protocol == "wsgi" else asgi(app, views)

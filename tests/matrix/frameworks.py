@@ -2,8 +2,8 @@
 
 To add one, write a function that takes the `Views` and returns the application, and name it in
 `FRAMEWORKS`. A view has ``views(route, token)``, to be awaited where ``views.is_async``: a str is
-the text of the response, anything else an iterator of its chunks. Elsewhere in ASGI it runs in a
-worker thread, as its framework has that.
+the text of the response, anything else an iterator of its chunks; in WSGI a Path is a file to send.
+Elsewhere in ASGI it runs in a worker thread, as its framework has that.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
@@ -200,13 +201,16 @@ def falcon_asgi(views: Views) -> Any:
 
 
 def flask(views: Views) -> Any:
-    from flask import Flask, Response, request
+    from flask import Flask, Response, request, send_file
 
     app = Flask("flask")
 
     @app.get("/<route>")
     def view(route: str) -> Response:
-        return Response(views(route, request.args["token"]), content_type="text/plain")
+        answer = views(route, request.args["token"])
+        if isinstance(answer, Path):
+            return send_file(answer, mimetype="text/plain")
+        return Response(answer, content_type="text/plain")
 
     app.wsgi_app = RopeMiddleware(app.wsgi_app)  # type: ignore[method-assign]
     return app
@@ -216,10 +220,12 @@ def django(views: Views) -> Any:
     import django.conf
     import django.core.wsgi
     import django.urls
-    from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
+    from django.http import FileResponse, HttpRequest, HttpResponse, StreamingHttpResponse
 
     def view(request: HttpRequest, route: str) -> Any:
         answer = views(route, request.GET["token"])
+        if isinstance(answer, Path):
+            return FileResponse(answer.open("rb"))
         return (HttpResponse if isinstance(answer, str) else StreamingHttpResponse)(answer)
 
     django.conf.settings.configure(
@@ -232,10 +238,12 @@ def django(views: Views) -> Any:
 
 def pyramid(views: Views) -> Any:
     from pyramid.config import Configurator
-    from pyramid.response import Response
+    from pyramid.response import FileResponse, Response
 
     def view(request: Any) -> Any:
         answer = views(request.matchdict["route"], request.GET["token"])
+        if isinstance(answer, Path):
+            return FileResponse(str(answer), request=request)
         if isinstance(answer, str):
             return Response(text=answer, content_type="text/plain")
         return Response(app_iter=answer, content_type="text/plain")
@@ -253,7 +261,10 @@ def bottle(views: Views) -> Any:
 
     @app.get("/<route>")
     def view(route: str) -> Any:
-        return views(route, bottle.request.query["token"])
+        answer = views(route, bottle.request.query["token"])
+        if isinstance(answer, Path):
+            return bottle.static_file(answer.name, root=str(answer.parent))
+        return answer
 
     return RopeMiddleware(app)
 
@@ -268,7 +279,7 @@ def falcon(views: Views) -> Any:
             if isinstance(answer, str):
                 resp.text = answer
             else:
-                resp.stream = answer
+                resp.stream = answer.open("rb") if isinstance(answer, Path) else answer
 
     app = falcon.App()
     app.add_route("/{route}", Resource())

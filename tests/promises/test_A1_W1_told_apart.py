@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import io
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import httpx
 import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.orm import scoped_session, sessionmaker
@@ -21,6 +23,10 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
+from tests.kit.asgi import ASGIClient
+from tests.kit.waiting import PATIENCE
+from tests.kit.wsgi import Server
+from tests.servers.asgi import HOST, free_port, run_command
 
 pytestmark = pytest.mark.anyio
 
@@ -285,63 +291,15 @@ ASGI: dict[str, Callable[[], App]] = {
 
 
 def serve_wsgi(app: Any) -> bytes:
-    from wsgiref.util import setup_testing_defaults
-
-    environ: dict[str, Any] = {
-        "SCRIPT_NAME": "",
-        "PATH_INFO": "/",
-        "QUERY_STRING": "",
-        "wsgi.input": io.BytesIO(),
-    }
-    setup_testing_defaults(environ)
-    starts: list[Any] = []
-    written: list[bytes] = []
-
-    def start_response(*args: Any) -> Callable[[bytes], Any]:
-        starts.append(args[0])
-        return written.append
-
-    body = app(environ, start_response)
-    try:
-        chunks = [*written, *body]
-    finally:
-        if hasattr(body, "close"):
-            body.close()
-    assert starts[-1].startswith("200"), (starts, chunks)
-    return b"".join(chunks)
+    seen = Server()(app)
+    assert seen.starts[-1][0].startswith("200"), seen
+    return seen.body
 
 
 async def serve_asgi(app: Any) -> bytes:
-    import anyio
-
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "GET",
-        "scheme": "http",
-        "path": "/",
-        "raw_path": b"/",
-        "root_path": "",
-        "query_string": b"",
-        "headers": [(b"host", b"testserver")],
-        "server": ("testserver", 80),
-        "client": ("127.0.0.1", 5),
-    }
-    messages: list[Any] = []
-    first = [{"type": "http.request", "body": b"", "more_body": False}]
-
-    async def receive() -> Any:
-        if first:
-            return first.pop()
-        return await anyio.sleep_forever()
-
-    async def send(message: Any) -> None:
-        messages.append(message)
-
-    await app(scope, receive, send)
-    assert messages[0]["status"] == 200, messages
-    return b"".join(message.get("body", b"") for message in messages[1:])
+    client = await ASGIClient()(app, "/")
+    assert client.status == 200, client.messages
+    return client.body
 
 
 @pytest.mark.parametrize("name", WSGI)
@@ -528,13 +486,6 @@ def test_W1_servers_recognise_the_result_as_wsgi() -> None:
 def test_A1_granian_serves_the_result(tmp_path: Any) -> None:
     """granian's ASGI interface calls it as ASGI 3."""
     pytest.importorskip("granian")
-    import http.client
-    import sys
-    from pathlib import Path
-
-    from tests.kit.waiting import PATIENCE
-    from tests.servers.asgi import HOST, free_port, run_command
-
     (tmp_path / "choose_app.py").write_text(
         "from rope_middleware import RopeMiddleware\n"
         "from tests.promises.test_A1_W1_told_apart import ASGIPlainCall\n"
@@ -548,9 +499,6 @@ def test_A1_granian_serves_the_result(tmp_path: Any) -> None:
     ]
     with run_command(command, cwd=tmp_path, PYTHONPATH=f"{root}:{tmp_path}") as granian:
         granian.wait_for_port(port)
-        connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE)
-        connection.request("GET", "/")
-        response = connection.getresponse()
-        assert (response.status, response.read()) == (200, b"GET /")
-        connection.close()
+        answer = httpx.get(f"http://{HOST}:{port}/", timeout=PATIENCE)
+        assert (answer.status_code, answer.text) == (200, "GET /")
         granian.interrupt()
