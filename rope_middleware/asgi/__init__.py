@@ -25,6 +25,7 @@ from rope_middleware.scope.reading import carried_of, carry
 from rope_middleware.scope.response import (
     count,
     doom_rest,
+    end_gate,
     gate_of,
     is_accepted,
     is_counted,
@@ -179,15 +180,16 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             carry(outer, carried)
             if scope["type"] == "http":
                 send = Telling(carried, send)
+        gate = None
         if self._take_in(outer) and scope["type"] == "http":
-            gate = Gate(outer, send, (scope, receive))
-            set_gate(outer, gate)
+            gate = set_gate(outer, Gate(outer, send, (scope, receive)))
             send = gate.send
         token = current.set(outer)
         try:
             await self.app(scope, receive, send)
         finally:
             unbind(token)
+            end_gate(outer, gate)
 
     async def _serve_websocket(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Serve what commits, if at all, when the call ends: accepted, and without an error."""
@@ -246,8 +248,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         if place is not None:
             count(own)
             send = Leaving(place, own, send)
-        gate = Gate(own, send, (scope, receive), replay)
-        set_gate(own, gate)  # a middleware inside needs no other one
+        gate = set_gate(own, Gate(own, send, (scope, receive), replay))  # also for one inside
         token = current.set(own)
         try:
             await self.app(scope, receive, gate.send)

@@ -21,7 +21,7 @@ def expects_nothing(scope: Scope) -> bool:
 
     An error has left it, it is doomed, or the database has refused them (and another try follows).
     """
-    return scope._doomed or scope._has_failed or scope._refused is not None
+    return scope._doomed or scope._is_refused or scope._has_failed or scope._refused is not None
 
 
 def is_async(scope: Scope) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeVar
 
 from rope_middleware.scope.context import SCOPE_KEY, class_of, current, logger
 from rope_middleware.scope.kind import PlainKind
@@ -13,6 +13,7 @@ from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
 __all__ = [
     "count",
     "doom_rest",
+    "end_gate",
     "gate_of",
     "holds_connection",
     "is_accepted",
@@ -27,6 +28,8 @@ __all__ = [
     "shared_scope",
     "take_in",
 ]
+
+_GateT = TypeVar("_GateT")
 
 
 def open_as(
@@ -57,12 +60,12 @@ def options_now(scope: Scope) -> Options:
 
 def is_doomed(scope: Scope) -> bool:
     """Tell whether nothing more in `scope` is committed."""
-    return scope._doomed
+    return scope._doomed or scope._is_refused
 
 
 def doom_rest(scope: Scope) -> None:
     """The response is no success: nothing later in the scope commits, either."""
-    scope._doomed = True
+    scope._is_refused = True
 
 
 def note_accepted(scope: Scope) -> None:
@@ -80,9 +83,22 @@ def gate_of(scope: Scope) -> Any:
     return scope._gate
 
 
-def set_gate(scope: Scope, gate: Any) -> None:
-    """Note what watches the response: there is one for each scope."""
+def set_gate(scope: Scope, gate: _GateT) -> _GateT:
+    """Note what watches the response, and return it.
+
+    What an earlier one has refused was not the client's response: the application has asked the
+    next one (a cascade of applications, an error page of another one).
+    """
     scope._gate = gate
+    scope._has_gate = True
+    scope._is_refused = False
+    return gate
+
+
+def end_gate(scope: Scope, gate: Any) -> None:
+    """The call that `gate` watches is over. Where that is None, nobody has watched it."""
+    if gate is not None and scope._gate is gate:
+        scope._has_gate = False
 
 
 def shared_scope(*carriers: Any) -> Scope | None:
@@ -119,7 +135,11 @@ def take_in(scope: Scope, options: Options, registries: tuple[PlainKind, ...]) -
     if more:
         scope._registries += more
         scope._begin_use().update(dict.fromkeys(more))
-    watched = before.commit_on_success or before.retries or scope._gate is not None
+    # Of two applications that are asked one after the other, each has its own gate.
+    if scope._gate is None:
+        watched = bool(before.commit_on_success or before.retries)
+    else:
+        watched = scope._has_gate
     return scope._options.commit_on_success and not watched
 
 

@@ -63,6 +63,7 @@ class Scope:
     _info: dict[Any, Any] | None = None
     _outer: ReferenceType[Scope] | None = None  # what `open_scope` found open
     _gate: Any = None  # that watches the response: see `answer`
+    _has_gate = False  # and the call that it watches is under way
     _settling: Any = None  # the commit that is under way before the response: see `settling`
     _calls: list[object] | None = None  # on its sessions, that are under way: see `aside`
     _left: tuple[Scope | None] | None = None  # see `opening.restore`
@@ -70,6 +71,7 @@ class Scope:
     _choices: dict[SessionKey, Any] | None = None  # what its sessions read from: see R2
     _is_parents = False  # this process was forked while it was open
     _doomed = False
+    _is_refused = False  # the response was no success: nothing later commits, either
     _cuts_results = False  # its commit before the response started has closed open results
     _is_counted = False  # its request has come through the line of `max_active`
     _is_accepted = False  # its WebSocket was

@@ -19,6 +19,7 @@ from rope_middleware.scope.ending import end_failed
 from rope_middleware.scope.reading import carried_of, carry
 from rope_middleware.scope.response import (
     count,
+    end_gate,
     is_counted,
     log_retry,
     open_as,
@@ -185,7 +186,10 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
             if watches:
                 gate = Gate(outer, start_response, owns=False)
                 set_gate(outer, gate)
-                return gate.serve(self.app, environ)
+                try:
+                    return gate.serve(self.app, environ)
+                finally:
+                    end_gate(outer, gate)
             return hand_on(self.app(environ, start_response), environ, outer, owns=False)
         finally:
             unbind(token)

@@ -13,7 +13,7 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.session.committing import settle
 from rope_middleware.wsgi.begun import Begun, close_unsent
 from rope_middleware.wsgi.body import Body, ListBody, hand_on
-from rope_middleware.wsgi.files import is_streamed
+from rope_middleware.wsgi.files import is_odd, is_streamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -89,7 +89,9 @@ class Gate(answer.Gate):
                 self.announce()
                 if self.state == STARTED and self._owns:
                     return ListBody(body, self._scope, self.commits)
-            streamed = self.state == WAITING and is_streamed(body, environ)
+            streamed = self.state == WAITING and (
+                is_streamed(body, environ) or self._starts_late(body)
+            )
             if streamed and self._may_replay is not None:
                 body = Begun(body)  # its first chunk may fail, and the request be run again
             if not streamed or self._may_replay is not None:
@@ -107,6 +109,13 @@ class Gate(answer.Gate):
         if self._owns:
             end(self._scope, why=self.why)
         return AGAIN if instead is None else instead
+
+    def _starts_late(self, body: object) -> bool:
+        """Tell whether a body of a known length, or a file, may call start_response as it is read.
+
+        PEP 3333: "this invocation may be performed by the iterable's first iteration".
+        """
+        return self._call is None and type(body) not in (list, tuple) and not is_odd(body)
 
     def _note_error(self, error: BaseException, body: Iterable[bytes]) -> None:
         """The app's call, or the commit, has raised: raise it again, unless we answer."""

@@ -352,6 +352,29 @@ def test_S6_the_options_of_two_middlewares_add_up(
     assert rows(engine) == 1
 
 
+def test_S6_applications_that_are_asked_one_after_the_other(jenny: Jenny, engine: Engine) -> None:
+    """Each commits by its own answer: what the first has refused is not the client's response."""
+
+    def answering(name: str, status: str) -> WSGIRopeMiddleware:
+        def app(environ: Any, start_response: Any) -> Any:
+            jenny.session.add(Row(name=name))
+            start_response(status, HEADERS)
+            return [b""]
+
+        return WSGIRopeMiddleware(app, commit_on_success=True)
+
+    applications = [answering("first", "404 Not Found"), answering("second", "201 Created")]
+
+    def cascade(environ: Any, start_response: Any) -> Any:
+        applications[0]({**environ}, lambda *_: print)
+        return applications[1](environ, start_response)
+
+    seen = Server()(WSGIRopeMiddleware(cascade))
+    assert seen.starts[0][0] == "201 Created"
+    with engine.connect() as connection:
+        assert connection.scalars(select(Row.name)).all() == ["second"]
+
+
 def test_S6_a_copy_of_the_environ_shares_the_scope_too(
     wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:

@@ -369,6 +369,28 @@ def test_W1_length_of_a_list_of_one_gives_the_content_length(
     assert checked_out(engine) == 0
 
 
+def test_W1_a_body_of_known_length_may_start_the_response_as_it_is_read(
+    wrap: Wrap, jenny: Jenny, engine: Engine
+) -> None:
+    """PEP 3333: start_response "may be performed by the iterable's first iteration"."""
+
+    class Late:
+        def __init__(self, environ: Any, start_response: Any) -> None:
+            self.start_response = start_response
+
+        def __len__(self) -> int:
+            return 1
+
+        def __iter__(self) -> Any:
+            touch(jenny)
+            self.start_response("200 OK", HEADERS)
+            yield b"late"
+
+    seen = Server()(wrap(lambda *given: Late(*given)))
+    assert (seen.error, seen.output) == (None, [("chunk", b"late")])
+    assert checked_out(engine) == 0
+
+
 # The app's environ is a copy for each try.
 @served("retries")
 def test_W1_arguments_are_handed_on_as_they_are(wrap: Wrap) -> None:
