@@ -21,10 +21,11 @@ from rope_middleware.scope.outcome import timeout_of
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over, session_of
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
 from rope_middleware.session.factories import check_arguments, check_session
+from rope_middleware.session.listeners import listen
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
 from rope_middleware.session.release import has_connection, inner_session, release
 from rope_middleware.session.sharing import noting
-from rope_middleware.session.tie import check_loop, listen
+from rope_middleware.session.tie import check_loop
 
 from sqlalchemy.ext.asyncio import (  # isort: skip
     AsyncEngine,

@@ -18,9 +18,10 @@ from sqlalchemy.util import ScopedRegistry
 from rope_middleware.scope.context import logger
 from rope_middleware.session.closing import close, detach
 from rope_middleware.session.lines import Line
+from rope_middleware.session.listeners import listen_to
 from rope_middleware.session.notice import notice_module
 from rope_middleware.session.registry import ScopeRegistry, check_own
-from rope_middleware.session.tie import listen_to, tie_of, tie_to
+from rope_middleware.session.tie import tie_of, tie_to
 from rope_middleware.session.unsaved import tell_lost
 
 if TYPE_CHECKING:

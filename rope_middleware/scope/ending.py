@@ -29,6 +29,7 @@ from rope_middleware.scope.short import (
     aend_plainly,
     commit_plainly,
     end_plainly,
+    end_shortly,
     is_plain,
     is_untouched,
 )
@@ -54,11 +55,7 @@ __all__ = [
 
 def end(scope: Scope, commits: bool = False, why: str = "") -> None:
     """End a sync scope. See `_ending`."""
-    if is_untouched(scope):
-        return
-    if is_plain(scope) or _is_settled(scope):
-        end_plainly(scope)
-    else:
+    if not (is_untouched(scope) or end_shortly(scope)):
         run_now(ending(scope, HERE, commits, why))
 
 

@@ -87,6 +87,10 @@ class SessionKind(Protocol):
         """End an idle session, without I/O."""
         ...
 
+    def end(self, session: Any, /) -> None:
+        """End a session in this thread; of an async one, what ends without I/O."""
+        ...
+
     def invalidate(self, session: Any, /) -> None:
         """Throw the session's connections away at once, without waiting for the database."""
         ...

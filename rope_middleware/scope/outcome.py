@@ -9,7 +9,6 @@ from rope_middleware.scope.scope import Scope
 __all__ = [
     "begin_commit",
     "end_commit",
-    "has_committed",
     "has_refused",
     "is_broken",
     "is_committing",
@@ -28,13 +27,8 @@ __all__ = [
 
 
 def note_commit(scope: Scope) -> None:
-    """A session of the scope has committed: from here on nothing may be tried again."""
+    """A session of a scope with `retries` has committed: nothing may be tried again any more."""
     scope._committed = True
-
-
-def has_committed(scope: Scope) -> bool:
-    """Tell whether a session of the scope has committed something."""
-    return scope._committed
 
 
 def note_refusal(scope: Scope, error: BaseException) -> None:

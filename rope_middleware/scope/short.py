@@ -16,7 +16,14 @@ from rope_middleware.scope.kind import SessionKind
 from rope_middleware.scope.order import after_failure, each, held, invalidate_failed, worse
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 
-__all__ = ["aend_plainly", "commit_plainly", "end_plainly", "is_plain", "is_untouched"]
+__all__ = [
+    "aend_plainly",
+    "commit_plainly",
+    "end_plainly",
+    "end_shortly",
+    "is_plain",
+    "is_untouched",
+]
 
 
 def is_untouched(scope: Scope) -> bool:
@@ -57,6 +64,23 @@ def commit_plainly(scope: Scope) -> bool:
     return len(sessions) == 1 and not scope._on_commit  # a listener may have asked for more
 
 
+def end_shortly(scope: Scope) -> bool:
+    """End a sync scope that has only sessions to close; tell whether it was one.
+
+    It may have committed before: then they have nothing open.
+    """
+    if scope._registries or scope._on_close:
+        return False
+    if scope._options.commit_on_success:
+        if scope._on_commit or scope._settling is not None:
+            return False
+        for key, session in list((scope._sessions or {}).items()):
+            if not key.kind.is_idle(session):
+                return False
+    end_plainly(scope)
+    return True
+
+
 def end_plainly(scope: Scope) -> None:
     """Close the sessions here."""
     failure: BaseException | None = None
@@ -64,10 +88,7 @@ def end_plainly(scope: Scope) -> None:
     for key, session in list((scope._sessions or {}).items()):
         kind = key.kind
         try:
-            if kind.is_idle(session) or (kind.is_async and kind.ends_at_once(session)):
-                kind.discard(session)
-            else:
-                kind.close(session)
+            kind.end(session)
         except BaseException as error:
             failure = worse(failure, invalidate_failed(scope, kind, session, error))
     scope._sessions = None

@@ -73,6 +73,9 @@ class AsyncKind(SyncKind):
     def discard(self, session: Any, /) -> None:
         closing.discard(session.sync_session)
 
+    def end(self, session: Any, /) -> None:
+        closing.discard(session.sync_session)
+
     def invalidate(self, session: Any, /) -> None:
         closing.invalidate(session.sync_session)
 

@@ -23,14 +23,16 @@ from rope_middleware.session.connections import (
     has_connection_out,
     invalidate_all,
 )
-from rope_middleware.session.tie import Tie, refuse_late, tie_of
-from rope_middleware.session.unsaved import tell_lost
+from rope_middleware.session.listeners import refuse_late
+from rope_middleware.session.tie import Tie, tie_of
+from rope_middleware.session.unsaved import has_unsaved, tell_lost
 from rope_middleware.session.written import notes_of
 
 __all__ = [
     "close",
     "detach",
     "discard",
+    "end",
     "ends_at_once",
     "has_begun",
     "has_nothing_open",
@@ -51,12 +53,17 @@ def overrides_close(session: Any, original: Any = _SESSION_CLOSE) -> bool:
 
 def has_nothing_open(session: Session) -> bool:
     """Tell whether ending `session` needs no I/O."""
-    return not (has_begun(session) or overrides_close(session))
+    if session.in_transaction():
+        return False
+    tie = tie_of(session)
+    if tie is None or (tie.transaction is None and not tie.connections):
+        return not overrides_close(session)
+    return not (has_connection_out(tie) or overrides_close(session))
 
 
 def has_begun(session: Session) -> bool:
     """Tell whether `session` is in a transaction, or has a connection out."""
-    if session.get_transaction() is not None:
+    if session.in_transaction():
         return True
     tie = tie_of(session)
     return tie is not None and has_connection_out(tie)
@@ -84,6 +91,19 @@ def has_open_result(session: Session) -> bool:
     return False
 
 
+def end(session: Session) -> None:
+    """`close` or `discard`, as it needs.
+
+    Raises:
+        BaseException: as `close`.
+    """
+    if has_nothing_open(session):
+        session.reset()  # see `_reset`: nobody has put another close() in its place
+        _forget(session)
+    else:
+        close(session)
+
+
 def close(session: Session) -> None:
     """Close `session`; what could not be given back to the pool is invalidated.
 
@@ -94,7 +114,7 @@ def close(session: Session) -> None:
     if tie is not None:
         if tie.flush is not None:
             _wait_for_flush(session, tie)
-        if tie.scope is not None and not tie.is_removed:
+        if tie.scope is not None and not tie.is_removed and has_unsaved(tie, session):
             tell_lost(tie, session)
     try:
         _reset(session)
@@ -116,9 +136,13 @@ def close(session: Session) -> None:
 def discard(session: Session) -> None:
     """`close` for a session that has nothing open: none of its connections can be out."""
     _reset(session)
+    _forget(session)
+
+
+def _forget(session: Session) -> None:
     tie = tie_of(session)
     if tie is not None:
-        tie.transaction = tie.flush = tie.written = None
+        tie.transaction = tie.flush = tie.written = None  # they refer to the session: a cycle
 
 
 def invalidate(session: Session) -> None:

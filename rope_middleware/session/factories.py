@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.errors import RopeError, async_engine
 from rope_middleware.scope.context import is_async_callable
-from rope_middleware.session.tie import listen
+from rope_middleware.session.listeners import listen
 
 __all__ = ["check_arguments", "check_session", "listen_to_factory"]
 

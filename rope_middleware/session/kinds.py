@@ -85,6 +85,9 @@ class SyncKind:
     def discard(self, session: Any, /) -> None:
         closing.discard(session)
 
+    def end(self, session: Any, /) -> None:
+        closing.end(session)
+
     def invalidate(self, session: Any, /) -> None:
         closing.invalidate(session)
 
@@ -138,6 +141,9 @@ class ForeignKind(SyncKind):
 
     def close(self, session: Any, /) -> Any:
         return super().close(session) if isinstance(session, Session) else session.close()
+
+    def end(self, session: Any, /) -> None:
+        self.close(session)
 
     def invalidate(self, session: Any, /) -> None:
         if isinstance(session, Session):

@@ -19,10 +19,11 @@ from rope_middleware.scope.opening import current_scope
 from rope_middleware.session import closing, committing
 from rope_middleware.session.aside import guard
 from rope_middleware.session.busy import is_busy
+from rope_middleware.session.listeners import listen
 from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.sharing import tell_cut_off
-from rope_middleware.session.tie import listen, tie_of
+from rope_middleware.session.tie import tie_of
 
 __all__ = ["PlainSessions", "kinds_of"]
 
@@ -143,6 +144,9 @@ class PlainSessions:
     def discard(self, _: Any, /) -> None:
         if not self.is_async:
             self._close()
+
+    def end(self, session: Any, /) -> None:
+        self.discard(session)
 
     def invalidate(self, _: Any, /) -> None:
         session = self.find()

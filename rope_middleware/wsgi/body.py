@@ -9,7 +9,7 @@ from rope_middleware.scope.context import current, logger, unbind
 from rope_middleware.scope.ending import end, end_failed, explain
 from rope_middleware.scope.response import gate_of, is_doomed
 from rope_middleware.scope.scope import Scope
-from rope_middleware.scope.short import is_untouched
+from rope_middleware.scope.short import end_shortly, is_untouched
 from rope_middleware.wsgi.begun import to_the_end
 from rope_middleware.wsgi.files import is_file, is_odd, is_streamed
 
@@ -106,7 +106,7 @@ class _Ending:
             close = getattr(self._body, "close", None)
             if close is not None:
                 close()
-            if self._owns and not is_untouched(scope):
+            if self._owns and not (is_untouched(scope) or end_shortly(scope)):
                 end(scope, *_verdict(scope, self._commits, self._read))
         except BaseException as error:
             if self._owns:
@@ -147,7 +147,7 @@ class ListBody(_Ending):
             self._scope = None
         else:
             self._read = True
-            super().close()
+            _Ending.close(self)  # super() would make an object
 
 
 class Body(_Ending):

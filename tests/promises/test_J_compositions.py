@@ -117,7 +117,7 @@ ours, theirs, calls = create_engine("sqlite://"), create_engine("sqlite://"), []
 odd, plain = SessionJenny(lambda: Session(ours)), SessionJenny(sessionmaker(ours))
 
 def profile(frame, what, _):
-    if what == "call" and frame.f_globals.get("__name__") == "rope_middleware.session.tie":
+    if what == "call" and frame.f_globals.get("__name__") == "rope_middleware.session.listeners":
         calls.append(frame.f_code.co_name)
 
 def heard(use):

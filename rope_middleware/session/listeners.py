@@ -1,0 +1,188 @@
+"""The listeners that heed what a session's `Tie` tells.
+
+On the session's class, because listening on each session would cost a quarter of a small request.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import cast
+from weakref import WeakSet
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session, SessionTransaction
+
+from rope_middleware.errors import CrossLoopError, RopeError
+from rope_middleware.scope.context import current
+from rope_middleware.scope.outcome import note_commit, retries_of
+from rope_middleware.scope.scope import AsyncScope, Scope, is_over, registries_of, require_open
+from rope_middleware.scope.settling import may_begin, settling_of
+from rope_middleware.session.aside import is_guarded
+from rope_middleware.session.connections import connections_out, has_made, made_connections
+from rope_middleware.session.locks import note_ended
+from rope_middleware.session.notice import learn_engines, notice_begin
+from rope_middleware.session.tie import TIE, Tie, check_loop, keep_also, tie_to
+from rope_middleware.session.turns import wait_for_commit
+from rope_middleware.session.unsaved import forget_committed, forget_rolled_back, note_flush
+from rope_middleware.session.written import watch, watch_binds
+
+__all__ = ["listen", "listen_to", "refuse_late"]
+
+# Not event.contains(): it knows a class by its id, and the ids of dead classes come again. A
+# sessionmaker makes a class each time.
+_listening_to: WeakSet[type[Session]] = WeakSet()
+_listening = threading.Lock()
+
+
+def listen(session_class: type[Session]) -> None:
+    """Listen to the events of `session_class`, once."""
+    with _listening:
+        if session_class not in _listening_to:
+            _listen(session_class)
+            if session_class.get_bind is not Session.get_bind:
+                watch_binds(session_class)
+                learn_engines(session_class)
+            _listening_to.add(session_class)
+
+
+def _listen(target: type[Session] | Session) -> None:
+    event.listen(target, "after_transaction_create", _on_begin)
+    # First: one of the application's that raises must not keep the commit from being known.
+    event.listen(target, "after_commit", _on_commit, insert=True)
+    event.listen(target, "after_rollback", _on_rollback)
+    event.listen(target, "after_flush", _on_flush)
+
+
+MOST_CLASSES = 8  # that are listened to only because a session of theirs came along
+_found: list[None] = []  # one for each of them
+
+
+def listen_to(session: Session) -> bool:
+    """Listen to the events of `session`.
+
+    Returns:
+        Whether its class is listened to now, so that the next one needs nothing.
+    """
+    session_class = type(session)
+    if any(base in _listening_to for base in session_class.__mro__):
+        return True
+    # A sessionmaker makes a class, of the application's own or of `Session`.
+    is_makers = session_class.__module__ == Session.__module__
+    base = session_class.__mro__[1] if is_makers else session_class
+    if not issubclass(base, Session) or base is Session:
+        # `Session` itself is the class of everybody's sessions. And a factory that makes a
+        # sessionmaker each time makes a class each time: SQLAlchemy keeps a listener's entry for
+        # each of them.
+        if session_class is Session or len(_found) >= MOST_CLASSES:
+            _listen(session)
+            return False
+        _found.append(None)
+        base = session_class
+    listen(base)
+    return True
+
+
+def _on_begin(session: Session, transaction: SessionTransaction) -> None:
+    """Refuse to begin in a scope that has ended: nothing is checked out yet."""
+    is_outermost = transaction.parent is None
+    if is_outermost:
+        watch(session)
+    tie: Tie | None = session.__dict__.get(TIE)
+    if tie is None:
+        tie = _adopted(session)
+        if tie is None:
+            return  # not a session of ours: only of a class that we listen to
+    scope = tie.scope
+    if tie.transaction is transaction:
+        return  # a base class of its class is listened to as well
+    if scope is not None and not may_begin(scope):
+        _wait_or_refuse(session, scope, is_outermost)
+    if is_outermost:
+        if tie.transaction is not None or tie.connections:
+            tie.connections = connections_out(tie)
+        tie.transaction = transaction
+    elif not transaction.nested:
+        # The transaction within a transaction that SQLAlchemy opens for each flush.
+        tie.flush = transaction, threading.get_ident()
+    kind = tie.kind
+    if scope is not None and kind is not None:
+        if tie.is_removed:
+            keep_also(tie, kind.handed_out(session))
+        if kind.is_async:
+            try:
+                check_loop(cast("AsyncScope", scope))
+            except CrossLoopError:
+                if is_outermost:
+                    session.reset()
+                raise
+    if is_outermost and (kind is not None or scope is None):
+        tie.written = None  # of one that the application has closed
+        try:
+            notice_begin(tie, session)
+        except RopeError:
+            session.reset()
+            raise
+
+
+def _adopted(session: Session) -> Tie | None:
+    """Tie a session of a plain scoped_session to the scope that will remove it."""
+    scope = current.get(None)
+    if scope is None or not any(kind.owns(session) for kind in registries_of(scope)):
+        return None
+    return tie_to(session, scope)
+
+
+def _wait_or_refuse(session: Session, scope: Scope, is_outermost: bool) -> None:
+    """Wait for a commit of `scope` that is under way, and refuse to begin where it has ended."""
+    if settling_of(scope) is not None and not is_guarded(session):
+        wait_for_commit(scope)
+    if is_over(scope):
+        if is_outermost:
+            # SQLAlchemy has assigned the transaction already; it must go, for the next use
+            # to come by here again.
+            session.reset()
+        require_open(scope)
+
+
+def refuse_late(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    """Give back the connection that a call waited for while its scope ended (after_begin)."""
+    tie: Tie = session.__dict__[TIE]
+    if tie.scope is not None and is_over(tie.scope):
+        # Session.close() cannot be called in here (https://docs.sqlalchemy.org/en/20/errors.html#error-isce).
+        if connection in made_connections(transaction):
+            connection.close()
+        require_open(tie.scope)
+
+
+def _on_commit(session: Session) -> None:
+    """Tell the scope that something is committed."""
+    tie: Tie | None = session.__dict__.get(TIE)
+    if tie is None:
+        return
+    if tie.written is not None:
+        if not session.in_nested_transaction():
+            note_ended(tie, made_connections(tie.transaction))
+        forget_committed(tie, session)
+    scope = tie.scope
+    # Whether something has been committed matters to `retries` and to R3 alone.
+    if scope is None or not (tie.follow is not None or retries_of(scope)):
+        return
+    if session.in_nested_transaction():
+        return
+    if tie.connections or has_made(tie.transaction):
+        note_commit(scope)
+        if tie.follow is not None:
+            tie.follow(made_connections(tie.transaction))
+
+
+def _on_rollback(session: Session) -> None:
+    tie: Tie | None = session.__dict__.get(TIE)
+    if tie is not None:
+        forget_rolled_back(tie, session)
+
+
+def _on_flush(session: Session, _: object) -> None:
+    tie: Tie | None = session.__dict__.get(TIE)
+    if tie is not None:
+        note_flush(tie, session)
