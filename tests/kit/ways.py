@@ -13,9 +13,8 @@ import anyio
 import anyio.to_thread
 
 from rope_middleware import ASGIRopeMiddleware, WSGIRopeMiddleware, open_scope
-from tests.kit.asgi import answer, http_scope, into_nothing
-from tests.kit.waiting import never
-from tests.kit.wsgi import make_environ
+from tests.kit.asgi import ASGIClient, answer
+from tests.kit.wsgi import Server, make_environ
 
 Way = Callable[..., Any]
 
@@ -61,22 +60,36 @@ def by_wsgi_request(body: Callable[[], Any], name: str = "", **options: Any) -> 
         start_response("200 OK", [])
         return [b""]
 
-    whole = WSGIRopeMiddleware(app, **options)(make_environ(f"/{name}"), lambda *_: print)
-    assert list(whole) == [b""]
-    whole.close()  # type: ignore[attr-defined]
+    seen = Server()(WSGIRopeMiddleware(app, **options), make_environ(f"/{name}"))
+    if seen.raised is not None:
+        raise seen.raised
+    assert seen.starts[-1][0] == "200 OK"
     return found[0]
 
 
-def by_asgi_request(body: Callable[[], Any], name: str = "", **options: Any) -> Any:
-    found = []
+def by_asgi_request(
+    body: Callable[[], Any], name: str = "", *, backend: str | None = None, **options: Any
+) -> Any:
+    found, client = [], ASGIClient()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        found.append(body())
+        # Frameworks run a plain function in a thread.
+        found.append(await anyio.to_thread.run_sync(body) if backend else body())
         await answer(send)
 
-    anyio.run(ASGIRopeMiddleware(app, **options), http_scope(f"/{name}"), never, into_nothing)
+    anyio.run(client, ASGIRopeMiddleware(app, **options), f"/{name}", backend=backend or "asyncio")
+    assert client.status == 200
     return found[0]
+
+
+def by_asgi_request_in_thread(body: Callable[[], Any], **options: Any) -> Any:
+    return by_asgi_request(body, backend="asyncio", **options)
+
+
+def by_asgi_request_on_trio(body: Callable[[], Any], **options: Any) -> Any:
+    return by_asgi_request(body, backend="trio", **options)
 
 
 BLOCKS = [by_with, by_decorator, by_async_with, by_async_with_on_trio, by_async_decorator]
 WAYS = [*BLOCKS, by_wsgi_request, by_asgi_request]
+REQUESTS = [by_wsgi_request, by_asgi_request_in_thread, by_asgi_request_on_trio]

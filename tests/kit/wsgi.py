@@ -8,9 +8,11 @@ from typing import Any
 from wsgiref.util import setup_testing_defaults
 
 import pytest
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from rope_middleware import Scope, SessionJenny, WSGIRopeMiddleware, current_scope
+from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.sessions import touch
 
 KEY = "rope_middleware.scope"
@@ -273,6 +275,13 @@ class Probe:
     def on_close(self) -> None:
         self.closes += 1
         self.use("close")
+
+    def is_over(self, engine: Engine, closes: int = 1) -> None:
+        """Its body was closed so often, its scope has ended, and nothing is out or current."""
+        assert self.closes == closes
+        assert self.scope.closed
+        assert no_scope_here()
+        assert checked_out(engine) == 0
 
     @property
     def scope(self) -> Scope:

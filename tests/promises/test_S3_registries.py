@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from rope_middleware import (
     RopeMiddleware,
     ScopeClosedError,
     SessionJenny,
-    WSGIRopeMiddleware,
     current_scope,
     open_scope,
 )
@@ -30,7 +28,7 @@ from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data
 from tests.kit.sessions import SELECT, Jenny, errors_in, use
-from tests.kit.wsgi import serve_wsgi
+from tests.kit.ways import REQUESTS, Way, by_wsgi_request
 
 
 async def nobody_calls(scope: Any, receive: Any, send: Any) -> None:
@@ -53,46 +51,8 @@ def test_registries_is_a_list(jenny: Jenny) -> None:
         RopeMiddleware(nobody_calls, registries=plain)
 
 
-# Asks an application that calls `view` for its answer: its status, or the error it raised.
-Ask = Callable[..., int]
-
-
-def ask_asgi(
-    view: Callable[[], None],
-    registries: Iterable[Any],
-    backend: str = "asyncio",
-    **options: Any,
-) -> int:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await anyio.to_thread.run_sync(view)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    async def main() -> int:
-        wrapped = ASGIRopeMiddleware(app, registries, **options)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=wrapped)) as client:
-            return (await client.get("http://test/")).status_code
-
-    return anyio.run(main, backend=backend)
-
-
-def ask_asgi_on_trio(view: Callable[[], None], registries: Iterable[Any], **options: Any) -> int:
-    return ask_asgi(view, registries, backend="trio", **options)
-
-
-def ask_wsgi(view: Callable[[], None], registries: Iterable[Any], **options: Any) -> int:
-    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        view()
-        start_response("200 OK", [])
-        return [b""]
-
-    wrapped = WSGIRopeMiddleware(app, registries, **options)
-    with httpx.Client(transport=httpx.WSGITransport(app=wrapped)) as client:
-        return client.get("http://test/").status_code
-
-
-@pytest.fixture(params=[ask_wsgi, ask_asgi, ask_asgi_on_trio], ids=lambda f: f.__name__)
-def ask(request: pytest.FixtureRequest) -> Ask:
+@pytest.fixture(params=REQUESTS, ids=lambda f: f.__name__)
+def ask(request: pytest.FixtureRequest) -> Way:
     """Serve one request by an application of either protocol."""
     return request.param  # type: ignore[no-any-return]
 
@@ -102,7 +62,7 @@ def scoped(engine: Engine, **options: Any) -> scoped_session[Session]:
     return scoped_session(sessionmaker(engine, **options), scopefunc=current_scope)
 
 
-def test_S3_a_plain_scoped_session_ends_with_the_request(ask: Ask, engine: Engine) -> None:
+def test_S3_a_plain_scoped_session_ends_with_the_request(ask: Way, engine: Engine) -> None:
     """It has one session for each request, and leaves nothing in its registry."""
     plain = scoped(engine)
     seen: list[Session] = []
@@ -116,7 +76,7 @@ def test_S3_a_plain_scoped_session_ends_with_the_request(ask: Ask, engine: Engin
         assert checked_out(engine) == 1
 
     for _ in range(2):
-        assert ask(view, [plain]) == 200
+        ask(view, registries=[plain])
         assert checked_out(engine) == 0
     assert seen[0] is not seen[1]
     registry: Any = plain.registry
@@ -128,7 +88,7 @@ def test_S3_a_plain_scoped_session_ends_with_the_request(ask: Ask, engine: Engin
 def test_S3_without_registries_it_stays(engine: Engine) -> None:
     """What the list is for: a registry that it does not name keeps the session, and the scope."""
     plain = scoped(engine)
-    ask_wsgi(lambda: use(plain), [])
+    by_wsgi_request(lambda: use(plain), registries=[])
     registry: Any = plain.registry
     assert len(registry.registry) == 1
     assert checked_out(engine) == 1
@@ -136,7 +96,7 @@ def test_S3_without_registries_it_stays(engine: Engine) -> None:
         session.close()
 
 
-def test_S3_a_request_that_does_not_use_it_makes_no_session(ask: Ask, engine: Engine) -> None:
+def test_S3_a_request_that_does_not_use_it_makes_no_session(ask: Way, engine: Engine) -> None:
     """Nor does the end of the request."""
     made: list[Session] = []
 
@@ -145,11 +105,11 @@ def test_S3_a_request_that_does_not_use_it_makes_no_session(ask: Ask, engine: En
         return made[-1]
 
     plain = scoped_session(factory, scopefunc=current_scope)  # type: ignore[arg-type]
-    assert ask(lambda: None, [plain]) == 200
+    ask(lambda: None, registries=[plain])
     assert made == []
 
 
-def test_S3_many_registries_and_a_jenny(ask: Ask, make_engine: MakeEngine) -> None:
+def test_S3_many_registries_and_a_jenny(ask: Way, make_engine: MakeEngine) -> None:
     """Each is removed, in one request with a jenny, which needs no mention."""
     engines = [make_engine() for _ in range(4)]
     plains = [scoped(engine) for engine in engines[:3]]
@@ -160,15 +120,15 @@ def test_S3_many_registries_and_a_jenny(ask: Ask, make_engine: MakeEngine) -> No
             use(each())
         assert [checked_out(engine) for engine in engines] == [1, 1, 1, 1]
 
-    assert ask(view, iter(plains)) == 200
+    ask(view, registries=iter(plains))
     assert [checked_out(engine) for engine in engines] == [0, 0, 0, 0]
-    assert ask(view, tuple(plains)) == 200
+    ask(view, registries=tuple(plains))
     assert [checked_out(engine) for engine in engines] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_S3_one_whose_remove_raises_does_not_keep_the_others(
-    ask: Ask, make_engine: MakeEngine, position: int, caplog: pytest.LogCaptureFixture
+    ask: Way, make_engine: MakeEngine, position: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is logged, the response stands, and its connection is back as well."""
 
@@ -188,14 +148,14 @@ def test_S3_one_whose_remove_raises_does_not_keep_the_others(
 
     for _ in range(2):
         caplog.clear()
-        assert ask(view, plains) == 200
+        ask(view, registries=plains)
         assert [checked_out(engine) for engine in engines] == [0, 0, 0]
         assert len(errors_in(caplog)) == 1
         assert "RuntimeError" in errors_in(caplog)[0]
 
 
 def test_S3_one_whose_scoped_session_itself_cannot_remove(
-    ask: Ask, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+    ask: Way, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An overridden `remove()` that raises does no harm, either."""
 
@@ -210,12 +170,12 @@ def test_S3_one_whose_scoped_session_itself_cannot_remove(
         for plain in plains:
             use(plain)
 
-    assert ask(view, plains) == 200
+    ask(view, registries=plains)
     assert [checked_out(engine) for engine in engines] == [0, 0]
     assert len(errors_in(caplog)) == 1
 
 
-def test_S3_an_error_of_the_application_comes_out(ask: Ask, engine: Engine) -> None:
+def test_S3_an_error_of_the_application_comes_out(ask: Way, engine: Engine) -> None:
     """And its session is removed."""
     plain = scoped(engine)
 
@@ -224,7 +184,7 @@ def test_S3_an_error_of_the_application_comes_out(ask: Ask, engine: Engine) -> N
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        ask(view, [plain])
+        ask(view, registries=[plain])
     assert checked_out(engine) == 0
 
 
@@ -234,7 +194,7 @@ def test_S6_outside_of_a_request_there_is_no_session(engine: Engine) -> None:
         scoped(engine)()
 
 
-def test_C2_a_plain_scoped_session_is_committed(ask: Ask, engine: Engine) -> None:
+def test_C2_a_plain_scoped_session_is_committed(ask: Way, engine: Engine) -> None:
     """With `commit_on_success` it takes part in the commit, and in the roll-back."""
     plain = scoped(engine)
 
@@ -246,14 +206,14 @@ def test_C2_a_plain_scoped_session_is_committed(ask: Ask, engine: Engine) -> Non
         plain.flush()
         current_scope().doom()
 
-    assert ask(view, [plain], commit_on_success=True) == 200
-    assert ask(doomed, [plain], commit_on_success=True) == 200
+    ask(view, registries=[plain], commit_on_success=True)
+    ask(doomed, registries=[plain], commit_on_success=True)
     assert checked_out(engine) == 0
     with Session(engine) as session:
         assert sorted(session.scalars(select(Data.count))) == [0, 9]
 
 
-def test_S5_when_on_close_runs_the_registries_are_empty(ask: Ask, engine: Engine) -> None:
+def test_S5_when_on_close_runs_the_registries_are_empty(ask: Way, engine: Engine) -> None:
     """They belong to the scope's sessions, which are closed by then."""
     plain = scoped(engine)
     seen: list[int] = []
@@ -262,15 +222,15 @@ def test_S5_when_on_close_runs_the_registries_are_empty(ask: Ask, engine: Engine
         use(plain)
         current_scope().on_close(lambda: seen.append(checked_out(engine)))
 
-    ask(view, [plain])
+    ask(view, registries=[plain])
     assert seen == [0]
 
 
-def test_S4_a_scoped_session_that_is_reached_too_late(ask: Ask, engine: Engine) -> None:
+def test_S4_a_scoped_session_that_is_reached_too_late(ask: Way, engine: Engine) -> None:
     """`current_scope()` is its key, and raises there; no session is made or kept."""
     plain = scoped(engine)
     contexts: list[contextvars.Context] = []
-    ask(lambda: contexts.append(contextvars.copy_context()), [plain])
+    ask(lambda: contexts.append(contextvars.copy_context()), registries=[plain])
     with pytest.raises(ScopeClosedError):
         contexts[0].run(plain)
     registry: Any = plain.registry
@@ -318,57 +278,48 @@ def test_Y1_a_plain_async_scoped_session_ends_with_the_request(
     anyio.run(main)
 
 
-def test_S6_an_inner_scope_ends_the_plain_sessions_that_are_used_in_it(engine: Engine) -> None:
+def test_S6_an_inner_scope_ends_the_plain_sessions_that_are_used_in_it(
+    ask: Way, engine: Engine
+) -> None:
     """The registries of a request are those of its inner scopes, too."""
     plain = scoped_session(sessionmaker(engine), scopefunc=current_scope)
 
-    def app(environ: Any, start_response: Any) -> list[bytes]:
+    def view() -> None:
         with open_scope():
             plain.execute(SELECT)
         assert checked_out(engine) == 0
-        start_response("200 OK", [])
-        return [b""]
 
-    serve_wsgi(app, registries=[plain])
+    ask(view, registries=[plain])
     assert not plain.registry.registry
 
 
-def test_S4_a_plain_session_that_was_kept_is_refused(engine: Engine) -> None:
+def test_S4_a_plain_session_that_was_kept_is_refused(ask: Way, engine: Engine) -> None:
     """A session of `registries=` knows its scope, too."""
     plain = scoped_session(sessionmaker(engine), scopefunc=current_scope)
-    kept: list[Session] = []
-
-    def app(environ: Any, start_response: Any) -> list[bytes]:
-        kept.append(plain())
-        plain.execute(SELECT)
-        start_response("200 OK", [])
-        return [b""]
-
-    serve_wsgi(app, registries=[plain])
+    kept = ask(lambda: use(plain()), registries=[plain])
     for _ in range(2):
         with pytest.raises(ScopeClosedError):
-            kept[0].execute(SELECT)
+            kept.execute(SELECT)
     assert checked_out(engine) == 0
 
 
-def test_C6_what_a_plain_session_committed_is_not_written_again(engine: Engine) -> None:
+def test_C6_what_a_plain_session_committed_is_not_written_again(ask: Way, engine: Engine) -> None:
     """A commit of a session of `registries=` ends the retries."""
     plain = scoped_session(sessionmaker(engine), scopefunc=current_scope)
     runs: list[int] = []
 
-    def app(environ: Any, start_response: Any) -> list[bytes]:
+    def view() -> None:
         runs.append(1)
         plain.add(Data(count=7))
         plain.commit()
         plain.execute(text("INSERT INTO nowhere VALUES (1)"))
-        return []
 
     @event.listens_for(engine, "handle_error")
     def refuse(context: Any) -> None:
         context.original_exception.sqlite_errorcode = 5
 
     with pytest.raises(OperationalError):
-        serve_wsgi(app, registries=[plain], retries=3)
+        ask(view, registries=[plain], retries=3)
     assert len(runs) == 1
     with engine.connect() as connection:
         assert connection.scalars(select(Data.count)).all() == [0, 7]

@@ -307,10 +307,7 @@ def test_S6_wsgi_two_middlewares_around_one_request_share_one_scope(
     del seen
     gc.collect()
     assert scopes == [probe.scope]
-    assert probe.closes == 1
-    assert probe.scope.closed
-    assert no_scope_here()
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 def test_S6_an_inner_body_closed_early_leaves_the_scope_to_the_outer_middleware(
@@ -514,9 +511,7 @@ async def test_S6_a_bridge_that_tells_nothing_gets_a_scope_of_its_own(
     client = await ASGIClient()(ASGIRopeMiddleware(mounted), "/wsgi/")
     assert (client.status, client.body) == (200, b"123")
     gc.collect()  # this bridge never calls close()
-    assert probe.closes == 1
-    assert probe.scope.closed
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 @pytest.mark.parametrize("bridge", ["a2wsgi", "responder"])

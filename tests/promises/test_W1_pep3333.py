@@ -35,9 +35,7 @@ def test_W1_exhausted_body_is_closed_once(
     assert probe.closes == (kind == "generator")
     assert not probe.scope.closed
     result.close()
-    assert probe.closes == 1
-    assert probe.scope.closed
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 @pytest.mark.parametrize("kind", BODIES)
@@ -50,9 +48,7 @@ def test_W1_abandoned_body_is_closed_once(
     seen = Server(take=take)(wrap(probe))
     assert seen.body == b"123"[:take]
     assert seen.error is None and seen.close_error is None
-    assert probe.closes == 1
-    assert probe.scope.closed
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 def test_W1_with_retries_the_iterator_of_a_body_is_not_closed() -> None:
@@ -95,9 +91,7 @@ def test_W1_body_closed_before_its_first_chunk(
     probe = Probe(jenny, kind)
     result = wrap(probe)(make_environ(), lambda *args: print)
     result.close()
-    assert probe.closes == 1
-    assert probe.scope.closed
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 @served("retries")  # which takes the first chunk before it returns
@@ -108,9 +102,7 @@ def test_W1_generator_closed_before_its_first_chunk(
     probe = Probe(jenny, "generator")
     result = wrap(probe)(make_environ(), lambda *args: print)
     result.close()
-    assert probe.closes == 0
-    assert probe.scope.closed
-    assert checked_out(engine) == 0
+    probe.is_over(engine, closes=0)
 
 
 @pytest.mark.parametrize("where", ["before start", "after start"])
@@ -119,10 +111,7 @@ def test_W1_error_in_the_app(wrap: Wrap, where: str, jenny: Jenny, engine: Engin
     probe = Probe(jenny, fail=where)
     with pytest.raises(ValueError, match=f"^failed: {where}$"):
         wrap(probe)(make_environ(), lambda *args: print)
-    assert probe.closes == 0
-    assert probe.scope.closed
-    assert no_scope_here()
-    assert checked_out(engine) == 0
+    probe.is_over(engine, closes=0)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError])
@@ -164,9 +153,7 @@ def test_W1_error_in_the_middle_of_the_body(
     seen = Server()(wrap(probe))
     assert seen.error == (ValueError, f"failed: {where}")
     assert seen.close_error is None
-    assert probe.closes == 1
-    assert probe.scope.closed
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 @pytest.mark.parametrize("kind", BODIES)
@@ -180,9 +167,7 @@ def test_W1_error_in_close(
     # An exhausted generator fails in its `finally`, that is in its last chunk.
     late = seen.error if kind == "generator" and take is None else seen.close_error
     assert late == (ValueError, "failed: close")
-    assert probe.closes == 1
-    assert probe.scope.closed
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 @pytest.mark.parametrize("kind", BODIES)
@@ -193,9 +178,7 @@ def test_W1_close_called_twice(
     """A server that closes again, also after a failed close(), closes the app's body once."""
     probe = Probe(jenny, kind, fail=fail)
     Server(take=1, close=3)(wrap(probe))
-    assert probe.closes == 1
-    assert probe.scope.closed
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 def test_W1_a_failing_iter_ends_the_scope(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:

@@ -154,9 +154,7 @@ def test_W2_each_chunk_may_come_from_another_thread(
     assert [in_thread(lambda: next(chunks)) for _ in range(3)] == [b"1", b"2", b"3"]
     assert isinstance(in_thread(lambda: next(chunks)), StopIteration)
     assert in_thread(result.close) is None
-    assert probe.scope.closed
-    assert probe.closes == 1
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 def test_W2_each_chunk_may_come_from_another_context(
@@ -170,9 +168,7 @@ def test_W2_each_chunk_may_come_from_another_context(
     for number in (b"1", b"2", b"3"):
         assert contextvars.copy_context().run(next, chunks) == number
     contextvars.copy_context().run(result.close)
-    assert probe.scope.closed
-    assert probe.closes == 1
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 def test_W2_the_server_has_a_scope_of_its_own(wrap: Wrap, jenny: Jenny) -> None:
@@ -232,10 +228,7 @@ def test_W3_a_dropped_body_is_closed_once(
     assert probe.closes == (kind == "generator" and take is None)
     del seen
     gc.collect()
-    assert probe.closes == 1
-    assert probe.scope.closed
-    assert no_scope_here()
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 @served("commit")  # which gives the connection back before the body
@@ -270,9 +263,7 @@ def test_W3_a_body_in_a_cycle_is_closed_when_collected(
     cycle.append(cycle)
     del result, chunks, cycle
     gc.collect()
-    assert probe.closes == 1
-    assert probe.scope.closed
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 def test_W3_an_exhausted_body_kept_without_close_ends_when_dropped(
@@ -334,9 +325,7 @@ def test_W3_collection_in_another_thread(wrap: Wrap, jenny: Jenny, engine: Engin
     thread.start()
     thread.join(15)
     assert found == [True, True]
-    assert probe.closes == 1
-    assert probe.scope.closed
-    assert checked_out(engine) == 0
+    probe.is_over(engine)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
