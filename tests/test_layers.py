@@ -252,6 +252,7 @@ PRIVATE: dict[str, set[str]] = {
     "rope.registry": {"_session"},  # of the ropes that it makes
     "wsgi.body": {"_body", "_state"},  # of the ending that it makes; each chunk asks the scope
     "flask": {"_get_current_object"},  # documented by Werkzeug
+    "session.autocommit": {"_has_events"},  # SQLAlchemy's way to ask for listeners
     "testing.stock": {"_proxied"},  # SQLAlchemy's way from an engine to that of its pool
 }
 
