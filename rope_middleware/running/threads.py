@@ -1,12 +1,17 @@
 """Calls in worker threads: what blocks leaves the event loop, at most 40 threads for each loop.
 
-Two kinds of call are told apart. A call that *gives a connection back* ends by itself. A call that
-runs *code of the application* (a commit with its listeners) may wait for a connection. The second
-kind can take at most `MOST_WAITING` of the places, so the first kind never waits for the second.
+Calls wait for one another: one for the connection that another one has, one for a row that another
+one has locked. So each kind has places of its own, and what ends a wait never stands in line behind
+those who wait:
 
-Under asyncio, calls of the first kind go to threads of our own (`_Worker`): each request that
-leaves a transaction open waits for one such hop, and anyio's own takes more than twice as long
-(73 us against 172 us).
+- RELEASES: gives a connection back without a commit. It ends by itself.
+- COMMITS: sends a COMMIT over the connection that it has, and gives it back.
+- WRITES: has its connection, and may wait for a row's lock.
+- NEEDS: may wait for a connection. So may the application's own functions.
+
+Under asyncio, the first kind goes to threads of our own (`_Worker`): each request that leaves a
+transaction open waits for one such hop, and anyio's own takes more than twice as long (73 us
+against 172 us).
 """
 
 from __future__ import annotations
@@ -24,13 +29,17 @@ from weakref import WeakKeyDictionary
 
 from rope_middleware.running.finish import finish, to_end
 
-__all__ = ["finish_in_thread", "in_app_thread", "in_thread"]
+__all__ = ["COMMITS", "NEEDS", "WRITES", "finish_in_thread", "in_app_thread", "in_thread"]
 
 _T = TypeVar("_T")
 _Call = tuple[Context, Callable[[Any], Any], Any, asyncio.Future[Any]]
 
-MOST = 40  # threads for each event loop
-MOST_WAITING = 24  # of them, in calls that may wait for a connection
+# Threads for each event loop, 40 in all. A pool of SQLAlchemy's default size, 15, has a place for
+# each of its connections.
+RELEASES = 10
+NEEDS = (12,)
+COMMITS = (18,)
+WRITES = (18, 15)  # of the places of COMMITS
 IDLE_SECONDS = 10.0  # a worker thread without work is kept so long
 
 
@@ -45,13 +54,32 @@ async def in_thread(func: Callable[[Any], _T], argument: Any) -> _T:
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        return await _in_anyio_thread(func, argument, _limiter(MOST - MOST_WAITING))
+        return await _in_anyio_thread(func, argument, _limiter(RELEASES))
     return await _start(loop, func, argument)
 
 
-async def in_app_thread(func: Callable[[Any], _T], argument: Any) -> _T:
-    """`in_thread`, for code of the application: it may wait, and use ``anyio.from_thread``."""
-    return await _in_anyio_thread(func, argument, _limiter(MOST_WAITING))
+async def in_app_thread(
+    func: Callable[[Any], _T], argument: Any, places: tuple[int, ...] = NEEDS
+) -> _T:
+    """`in_thread`, for code of the application: it may wait, and use ``anyio.from_thread``.
+
+    Args:
+        func: what is called.
+        argument: of it.
+        places: COMMITS, WRITES or NEEDS, see above.
+    """
+    all_of_them, *part = map(_limiter, places)
+    if not part:
+        return await _in_anyio_thread(func, argument, all_of_them)
+    (limiter,), who = part, object()
+    if limiter.available_tokens:
+        limiter.acquire_on_behalf_of_nowait(who)  # saves a turn of the loop
+    else:
+        await limiter.acquire_on_behalf_of(who)
+    try:
+        return await _in_anyio_thread(func, argument, all_of_them)
+    finally:
+        limiter.release_on_behalf_of(who)
 
 
 async def finish_in_thread(func: Callable[[Any], _T], argument: Any, grace: float | None) -> _T:
@@ -131,7 +159,7 @@ def _start(
     if line is None:
         line = _lines[loop] = _Line()
     call = copy_context(), func, argument, done
-    if line.running < MOST - MOST_WAITING:
+    if line.running < RELEASES:
         _hand_over(line, call)
     else:
         line.waiting.append(call)
@@ -151,7 +179,7 @@ def _hand_over(line: _Line, call: _Call) -> None:
 def _ended(line: _Line) -> None:
     """A call of the loop has ended: the next one in line takes its place."""
     line.running -= 1
-    while line.waiting and line.running < MOST - MOST_WAITING:
+    while line.waiting and line.running < RELEASES:
         call = line.waiting.popleft()
         try:
             _hand_over(line, call)

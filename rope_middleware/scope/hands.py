@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from rope_middleware.errors import RopeError
 from rope_middleware.running.finish import within
-from rope_middleware.running.threads import in_app_thread, in_thread
+from rope_middleware.running.threads import COMMITS, NEEDS, WRITES, in_app_thread, in_thread
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.kind import SessionKey, SessionKind
 from rope_middleware.scope.options import DEFAULT
@@ -38,8 +38,15 @@ class Hands(Protocol):
     async def until(self, is_free: Callable[[], bool]) -> None:
         """Wait, not for ever, until a statement of somebody else's is over."""
 
-    async def use(self, kind: SessionKind, call: _Call, session: Any) -> None:
-        """Flush or commit: functions of the application may run, and the pool be waited for."""
+    async def use(self, kind: SessionKind, call: _Call, session: Any, work: Work) -> None:
+        """Flush or commit: functions of the application may run, and the pool be waited for.
+
+        Args:
+            kind: of the session.
+            call: what is called with it.
+            session: one of those that are committed.
+            work: all of them.
+        """
 
     async def release(self, kind: SessionKind, call: _Call, session: Any) -> None:
         """Roll back or close: gives a connection back."""
@@ -60,7 +67,13 @@ class Here:
         while not is_free() and time.monotonic() < deadline:
             time.sleep(TURN)  # noqa: ASYNC251 - here nothing is async
 
-    async def use(self, kind: SessionKind, call: _Call, session: Any) -> None:  # noqa: ARG002
+    async def use(
+        self,
+        kind: SessionKind,  # noqa: ARG002
+        call: _Call,
+        session: Any,
+        work: Work,  # noqa: ARG002
+    ) -> None:
         call(session)
 
     async def release(self, kind: SessionKind, call: _Call, session: Any) -> None:  # noqa: ARG002
@@ -96,11 +109,11 @@ class Async:
                 while not is_free():  # noqa: ASYNC110 - there is no event to wait for
                     await anyio.sleep(TURN)
 
-    async def use(self, kind: SessionKind, call: _Call, session: Any) -> None:
+    async def use(self, kind: SessionKind, call: _Call, session: Any, work: Work) -> None:
         if kind.is_async:
             await call(session)
         else:
-            await in_app_thread(call, session)
+            await in_app_thread(call, session, _places(kind, session, work))
 
     async def release(self, kind: SessionKind, call: _Call, session: Any) -> None:
         if kind.is_async:
@@ -112,6 +125,14 @@ class Async:
         result = fn() if is_async_callable(fn) else await in_app_thread(lambda _: fn(), None)
         if inspect.isawaitable(result):  # also of a lambda around an async function
             await (within(self._close_timeout, result) if limited else result)
+
+
+def _places(kind: SessionKind, session: Any, work: Work) -> tuple[int, ...]:
+    """Tell what the commit of a session may wait for, and what others wait for meanwhile."""
+    if kind.holds_connection(session):
+        return WRITES if kind.has_changes(session) else COMMITS
+    # Where another session of its scope has a connection, somebody may be waiting for that one.
+    return WRITES if any(key.kind.holds_connection(one) for key, one in work) else NEEDS
 
 
 class Closing(Here):
