@@ -22,7 +22,6 @@ HOUSE = (
     "running",
     "running.finish",
     "running.line",
-    "running.anyio_threads",
     "running.threads",
     "running.ticker",
     "scope",
@@ -38,7 +37,6 @@ HOUSE = (
     "scope.hands",
     "scope.order",
     "scope.short",
-    "scope.hop",
     "scope.ending",
     "scope.opening",
     "session",
@@ -254,6 +252,7 @@ PRIVATE: dict[str, set[str]] = {
     "rope.registry": {"_session"},  # of the ropes that it makes
     "wsgi.body": {"_body", "_state"},  # of the ending that it makes; each chunk asks the scope
     "flask": {"_get_current_object"},  # documented by Werkzeug
+    "session.autocommit": {"_has_events"},  # SQLAlchemy's way to ask for listeners
     "testing.stock": {"_proxied"},  # SQLAlchemy's way from an engine to that of its pool
 }
 

@@ -20,7 +20,6 @@ __all__ = [
     "at_most",
     "finish",
     "is_async_running",
-    "outlast",
     "pause",
     "running_loop",
     "to_end",
@@ -92,28 +91,21 @@ async def to_end(
     """Wait for a task or future that is under way. See `finish`."""
     cancelled = await _wait(loop, work)
     if cancelled is not None:
-        await outlast(loop, work, grace)
+        timer = None if grace is None else loop.call_later(grace, work.cancel)
+        # anyio cancels a task again at every turn of the loop until it has left the
+        # cancelled scope: without the shield this would spin.
+        with _shield():
+            while not work.done():
+                await _wait(loop, work)
+        if timer is not None:
+            timer.cancel()
+        if not work.cancelled():
+            work.exception()  # retrieved: cancellation is what the caller has to hear
         try:
             raise cancelled
         finally:
             del cancelled  # its traceback refers to this frame
     return work.result()
-
-
-async def outlast(
-    loop: asyncio.AbstractEventLoop, work: asyncio.Future[Any], grace: float | None
-) -> None:
-    """Wait for what is under way in a caller that has been cancelled. See `finish`."""
-    timer = None if grace is None else loop.call_later(grace, work.cancel)
-    # anyio cancels a task again at every turn of the loop until it has left the
-    # cancelled scope: without the shield this would spin.
-    with _shield():
-        while not work.done():
-            await _wait(loop, work)
-    if timer is not None:
-        timer.cancel()
-    if not work.cancelled():
-        work.exception()  # retrieved: cancellation is what the caller has to hear
 
 
 async def _wait(

@@ -1,12 +1,17 @@
 """Calls in worker threads: what blocks leaves the event loop, at most 40 threads for each loop.
 
-Two kinds of call are told apart. A call that *gives a connection back* ends by itself. A call that
-runs *code of the application* (a commit with its listeners) may wait for a connection. The second
-kind can take at most `MOST_WAITING` of the places, so the first kind never waits for the second.
+Calls wait for one another: one for the connection that another one has, one for a row that another
+one has locked. So each kind has places of its own, and what ends a wait never stands in line behind
+those who wait:
 
-Under asyncio, calls of the first kind go to threads of our own (`_Worker`): each request that
-leaves a transaction open waits for one such hop, and anyio's own takes more than twice as long
-(73 us against 172 us).
+- RELEASES: gives a connection back without a commit. It ends by itself.
+- COMMITS: sends a COMMIT over the connection that it has, and gives it back.
+- WRITES: has its connection, and may wait for a row's lock.
+- NEEDS: may wait for a connection. So may the application's own functions.
+
+Under asyncio, the first kind goes to threads of our own (`_Worker`): each request that leaves a
+transaction open waits for one such hop, and anyio's own takes more than twice as long (73 us
+against 172 us).
 """
 
 from __future__ import annotations
@@ -17,20 +22,24 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from rope_middleware.running.anyio_threads import in_anyio_thread, into_anyio_thread
-from rope_middleware.running.finish import finish, outlast
+from rope_middleware.running.finish import finish, to_end
 
-__all__ = ["finish_in_app_thread", "finish_in_thread", "in_app_thread", "in_thread"]
+__all__ = ["COMMITS", "NEEDS", "WRITES", "finish_in_thread", "in_app_thread", "in_thread"]
 
 _T = TypeVar("_T")
+_Call = tuple[Context, Callable[[Any], Any], Any, asyncio.Future[Any]]
 
-MOST = 40  # threads for each event loop
-MOST_WAITING = 24  # of them, in calls that may wait for a connection
+# Threads for each event loop, 40 in all. A pool of SQLAlchemy's default size, 15, has a place for
+# each of its connections.
+RELEASES = 10
+NEEDS = (12,)
+COMMITS = (18,)
+WRITES = (18, 15)  # of the places of COMMITS
 IDLE_SECONDS = 10.0  # a worker thread without work is kept so long
 
 
@@ -45,16 +54,32 @@ async def in_thread(func: Callable[[Any], _T], argument: Any) -> _T:
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        return await in_anyio_thread(func, argument, MOST - MOST_WAITING)
-    return await _start(loop, MOST - MOST_WAITING, func, argument).waiter  # type: ignore[no-any-return]
+        return await _in_anyio_thread(func, argument, _limiter(RELEASES))
+    return await _start(loop, func, argument)
 
 
-async def in_app_thread(func: Callable[[Any], _T], argument: Any) -> _T:
-    """`in_thread`, for code of the application: it may wait, and use ``anyio.from_thread``."""
-    call = _start_app_call(func, argument)
-    if call is None:
-        return await in_anyio_thread(func, argument, MOST_WAITING)
-    return await call.waiter  # type: ignore[no-any-return]
+async def in_app_thread(
+    func: Callable[[Any], _T], argument: Any, places: tuple[int, ...] = NEEDS
+) -> _T:
+    """`in_thread`, for code of the application: it may wait, and use ``anyio.from_thread``.
+
+    Args:
+        func: what is called.
+        argument: of it.
+        places: COMMITS, WRITES or NEEDS, see above.
+    """
+    all_of_them, *part = map(_limiter, places)
+    if not part:
+        return await _in_anyio_thread(func, argument, all_of_them)
+    (limiter,), who = part, object()
+    if limiter.available_tokens:
+        limiter.acquire_on_behalf_of_nowait(who)  # saves a turn of the loop
+    else:
+        await limiter.acquire_on_behalf_of(who)
+    try:
+        return await _in_anyio_thread(func, argument, all_of_them)
+    finally:
+        limiter.release_on_behalf_of(who)
 
 
 async def finish_in_thread(func: Callable[[Any], _T], argument: Any, grace: float | None) -> _T:
@@ -66,28 +91,32 @@ async def finish_in_thread(func: Callable[[Any], _T], argument: Any, grace: floa
         loop = asyncio.get_running_loop()
     except RuntimeError:
         return await finish(in_thread(func, argument), grace)
-    call = _start(loop, MOST - MOST_WAITING, func, argument)
-    try:
-        return await call.waiter  # type: ignore[no-any-return]
-    except asyncio.CancelledError:
-        await call.outlast(loop, grace)
-        raise
-    finally:
-        del call  # an error of `func` refers to this frame
+    return await to_end(loop, _start(loop, func, argument), grace)
 
 
-async def finish_in_app_thread(func: Callable[[Any], _T], argument: Any, grace: float | None) -> _T:
-    """`finish_in_thread`, for code of the application: see `in_app_thread`."""
-    call = _start_app_call(func, argument)
-    if call is None:
-        return await finish(in_anyio_thread(func, argument, MOST_WAITING), grace)
-    try:
-        return await call.waiter  # type: ignore[no-any-return]
-    except asyncio.CancelledError:
-        await call.outlast(asyncio.get_running_loop(), grace)
-        raise
-    finally:
-        del call
+async def _in_anyio_thread(func: Callable[[Any], _T], argument: Any, limiter: Any) -> _T:
+    import anyio.to_thread
+
+    return await anyio.to_thread.run_sync(func, argument, limiter=limiter)
+
+
+def _limiter(most: int) -> Any:
+    """Return this event loop's limiter for so many threads."""
+    import anyio
+    from anyio.lowlevel import RunVar
+
+    kept = _limiters.get(most)
+    if kept is None:
+        kept = _limiters.setdefault(most, RunVar(f"rope_middleware.threads.{most}"))
+    limiter = kept.get(None)
+    if limiter is None:
+        limiter = anyio.CapacityLimiter(most)
+        kept.set(limiter)
+    return limiter
+
+
+# Of anyio's RunVar: a value for each event loop, forgotten with it.
+_limiters: dict[int, Any] = {}
 
 
 # -- asyncio: threads of our own -----------------------------------------------------------------
@@ -96,100 +125,12 @@ async def finish_in_app_thread(func: Callable[[Any], _T], argument: Any, grace: 
 class _Line:
     """The calls of one event loop: under way, and waiting for a place. Used in its thread only."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._running = 0
-        self._waiting: deque[_Call] = deque()
-
-    def enter(self, call: _Call) -> None:
-        if self._running < self._most:
-            self._hand_over(call)
-        else:
-            self._waiting.append(call)
-
-    def leave(self) -> None:
-        """A call has ended: the next one in line takes its place."""
-        self._running -= 1
-        while self._waiting and self._running < self._most:
-            call = self._waiting.popleft()
-            try:
-                self._hand_over(call)
-            except BaseException as error:  # no thread could be started
-                if not call.waiter.done():
-                    call.waiter.set_exception(error)
-
-    def _hand_over(self, call: _Call) -> None:
-        try:
-            worker = _idle.pop()
-        except IndexError:
-            worker = _Worker()
-            worker.start()
-        self._running += 1
-        worker.calls.put(call)
+    def __init__(self) -> None:
+        self.running = 0
+        self.waiting: deque[_Call] = deque()
 
 
-class _Call:
-    """A call on its way to a thread, and back to its event loop."""
-
-    __slots__ = (
-        "_argument",
-        "_context",
-        "_error",
-        "_func",
-        "_has_ended",
-        "_line",
-        "_result",
-        "waiter",
-    )
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        line: _Line,
-        func: Callable[[Any], Any],
-        argument: Any,
-    ) -> None:
-        self._line = line
-        self._func = func
-        self._argument = argument
-        self._context = copy_context()
-        self._result: Any = None
-        self._error: BaseException | None = None
-        self._has_ended = False
-        self.waiter: asyncio.Future[Any] = loop.create_future()
-
-    def make(self) -> None:
-        """In the thread: call the function."""
-        try:
-            self._result = self._context.run(self._func, self._argument)
-        except StopIteration as error:
-            # In a future it means "done": the waiter would take it for a result, or, where
-            # the future refuses it, wait for ever.
-            self._error = RuntimeError("a call in a thread raised StopIteration")
-            self._error.__cause__ = error
-        except BaseException as error:
-            self._error = error
-
-    def end(self) -> None:
-        """On the event loop: the call has come to its end."""
-        self._has_ended = True
-        self._line.leave()
-        error, self._error = self._error, None
-        if self.waiter.done():  # the grace is over
-            return
-        if error is None:
-            self.waiter.set_result(self._result)
-        else:
-            self.waiter.set_exception(error)
-
-    async def outlast(self, loop: asyncio.AbstractEventLoop, grace: float | None) -> None:
-        """On the event loop: who waits is cancelled; let the call come to its end all the same."""
-        if not self._has_ended:
-            self.waiter = loop.create_future()
-            await outlast(loop, self.waiter, grace)
-
-
-_lines: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, _Line]] = WeakKeyDictionary()
+_lines: WeakKeyDictionary[asyncio.AbstractEventLoop, _Line] = WeakKeyDictionary()
 
 # Threads without work, the last to be free on the right. They hold nothing of a request, so they
 # serve every event loop of the process.
@@ -211,24 +152,40 @@ if hasattr(os, "register_at_fork"):
 
 
 def _start(
-    loop: asyncio.AbstractEventLoop, most: int, func: Callable[[Any], Any], argument: Any
-) -> _Call:
-    lines = _lines.get(loop)
-    if lines is None:
-        lines = _lines[loop] = {n: _Line(n) for n in (MOST - MOST_WAITING, MOST_WAITING)}
-    call = _Call(loop, lines[most], func, argument)
-    lines[most].enter(call)
-    return call
+    loop: asyncio.AbstractEventLoop, func: Callable[[Any], _T], argument: Any
+) -> asyncio.Future[_T]:
+    done: asyncio.Future[_T] = loop.create_future()
+    line = _lines.get(loop)
+    if line is None:
+        line = _lines[loop] = _Line()
+    call = copy_context(), func, argument, done
+    if line.running < RELEASES:
+        _hand_over(line, call)
+    else:
+        line.waiting.append(call)
+    return done
 
 
-def _start_app_call(func: Callable[[Any], Any], argument: Any) -> _Call | None:
-    """Start a call that can use ``anyio.from_thread``; None where anyio's own threads have to."""
+def _hand_over(line: _Line, call: _Call) -> None:
     try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-    call = into_anyio_thread()
-    return None if call is None else _start(loop, MOST_WAITING, call, (loop, func, argument))
+        worker = _idle.pop()
+    except IndexError:
+        worker = _Worker()
+        worker.start()
+    line.running += 1
+    worker.calls.put(call)
+
+
+def _ended(line: _Line) -> None:
+    """A call of the loop has ended: the next one in line takes its place."""
+    line.running -= 1
+    while line.waiting and line.running < RELEASES:
+        call = line.waiting.popleft()
+        try:
+            _hand_over(line, call)
+        except BaseException as error:  # no thread could be started
+            if not call[3].done():
+                call[3].set_exception(error)
 
 
 class _Worker(threading.Thread):
@@ -244,10 +201,9 @@ class _Worker(threading.Thread):
         self.calls: SimpleQueue[_Call | None] = SimpleQueue()
 
     def run(self) -> None:
-        seconds = IDLE_SECONDS if self.daemon else 0.01
         while True:
             try:
-                call = self.calls.get(timeout=seconds)
+                call = self.calls.get(timeout=IDLE_SECONDS if self.daemon else 0.01)
             except Empty:
                 try:
                     _idle.remove(self)
@@ -256,10 +212,37 @@ class _Worker(threading.Thread):
                 return
             if call is None:
                 return
-            call.make()
-            _idle.append(self)  # before the wake-up: the woken task may need a worker at once
-            try:
-                call.waiter.get_loop().call_soon_threadsafe(call.end)
-            except RuntimeError:  # the event loop is closed, and nobody waits
-                pass
+            self._make(*call)
             del call  # an idle thread keeps nothing alive
+
+    def _make(
+        self,
+        context: Context,
+        func: Callable[[Any], Any],
+        argument: Any,
+        done: asyncio.Future[Any],
+    ) -> None:
+        try:
+            try:
+                result = context.run(func, argument)
+            except StopIteration as error:
+                # In a future it means "done": the waiter would take it for a result, or, where
+                # the future refuses it, wait for ever.
+                raise RuntimeError("a call in a thread raised StopIteration") from error
+        except BaseException as error:
+            self._tell(done, done.set_exception, error)
+            del error, done
+        else:
+            self._tell(done, done.set_result, result)
+
+    def _tell(self, done: asyncio.Future[Any], tell: Callable[[Any], None], outcome: Any) -> None:
+        loop = done.get_loop()
+
+        def wake() -> None:
+            if not done.done():  # the waiter's grace may be over
+                tell(outcome)
+            _ended(_lines[loop])
+
+        _idle.append(self)  # before the wake-up: the woken task may need a worker at once
+        with suppress(RuntimeError):  # the event loop is closed, and nobody waits
+            loop.call_soon_threadsafe(wake)

@@ -14,7 +14,6 @@ from typing import Any
 from rope_middleware.running.finish import finish
 from rope_middleware.scope.context import class_of, current, unbind
 from rope_middleware.scope.hands import CLOSING, HERE, Async, run_now
-from rope_middleware.scope.hop import commit_at_once, goes_at_once
 from rope_middleware.scope.kind import SessionKind
 from rope_middleware.scope.order import (
     committing,
@@ -118,15 +117,11 @@ async def acommit(scope: Scope, note: Callable[[], None]) -> None:
         scope: the request's.
         note: called once the commit stands, also where a cancellation is raised then.
     """
-    work = open_sessions(scope)
-    if not (work or scope._on_commit):
+    if scope._sessions is None or not (open_sessions(scope) or scope._on_commit):
         note()
         return
-    if goes_at_once(scope, work):
-        failure = await commit_at_once(scope, note)
-    else:
-        timeout = scope._options.close_timeout
-        failure = await finish(_settle(scope, Async(timeout), note), timeout)
+    timeout = scope._options.close_timeout
+    failure = await finish(_settle(scope, Async(timeout), note), timeout)
     if failure is not None:
         raise failure
 

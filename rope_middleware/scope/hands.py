@@ -1,25 +1,24 @@
 """How what blocks or awaits is carried out, while a scope commits or ends.
 
-`Here` works in this thread, `Async` on the event loop and in worker threads, `InThread` all in one
-worker thread, `Closing` where a coroutine is being closed and nothing can be awaited any more.
+`Here` works in this thread, `Async` on the event loop and in worker threads, `Closing` where a
+coroutine is being closed and nothing can be awaited any more.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from rope_middleware.errors import RopeError
 from rope_middleware.running.finish import within
-from rope_middleware.running.threads import in_app_thread, in_thread
+from rope_middleware.running.threads import COMMITS, NEEDS, WRITES, in_app_thread, in_thread
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.kind import SessionKey, SessionKind
 from rope_middleware.scope.options import DEFAULT
 
-__all__ = ["CLOSING", "HERE", "Async", "Hands", "InThread", "Work", "run_now"]
+__all__ = ["CLOSING", "HERE", "Async", "Hands", "Work", "run_now"]
 
 _T = TypeVar("_T")
 Work: TypeAlias = list[tuple[SessionKey, Any]]
@@ -39,8 +38,15 @@ class Hands(Protocol):
     async def until(self, is_free: Callable[[], bool]) -> None:
         """Wait, not for ever, until a statement of somebody else's is over."""
 
-    async def use(self, kind: SessionKind, call: _Call, session: Any) -> None:
-        """Flush or commit: functions of the application may run, and the pool be waited for."""
+    async def use(self, kind: SessionKind, call: _Call, session: Any, work: Work) -> None:
+        """Flush or commit: functions of the application may run, and the pool be waited for.
+
+        Args:
+            kind: of the session.
+            call: what is called with it.
+            session: one of those that are committed.
+            work: all of them.
+        """
 
     async def release(self, kind: SessionKind, call: _Call, session: Any) -> None:
         """Roll back or close: gives a connection back."""
@@ -61,7 +67,13 @@ class Here:
         while not is_free() and time.monotonic() < deadline:
             time.sleep(TURN)  # noqa: ASYNC251 - here nothing is async
 
-    async def use(self, kind: SessionKind, call: _Call, session: Any) -> None:  # noqa: ARG002
+    async def use(
+        self,
+        kind: SessionKind,  # noqa: ARG002
+        call: _Call,
+        session: Any,
+        work: Work,  # noqa: ARG002
+    ) -> None:
         call(session)
 
     async def release(self, kind: SessionKind, call: _Call, session: Any) -> None:  # noqa: ARG002
@@ -97,11 +109,11 @@ class Async:
                 while not is_free():  # noqa: ASYNC110 - there is no event to wait for
                     await anyio.sleep(TURN)
 
-    async def use(self, kind: SessionKind, call: _Call, session: Any) -> None:
+    async def use(self, kind: SessionKind, call: _Call, session: Any, work: Work) -> None:
         if kind.is_async:
             await call(session)
         else:
-            await in_app_thread(call, session)
+            await in_app_thread(call, session, _places(kind, session, work))
 
     async def release(self, kind: SessionKind, call: _Call, session: Any) -> None:
         if kind.is_async:
@@ -115,40 +127,12 @@ class Async:
             await (within(self._close_timeout, result) if limited else result)
 
 
-class InThread(Here):
-    """Carries everything out in a worker thread of an event loop, which awaits what is async."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, close_timeout: float) -> None:
-        self._loop = loop
-        self._close_timeout = close_timeout
-        self.is_left = False
-        """Whether nobody waits for this thread any more: it commits nothing else."""
-
-    def takes(self, work: Work) -> Work:
-        return work
-
-    async def use(self, kind: SessionKind, call: _Call, session: Any) -> None:
-        if self.is_left:
-            raise RopeError("its request was cancelled, and has ended meanwhile")
-        result = call(session)
-        if kind.is_async:
-            self._await(result)
-
-    async def release(self, kind: SessionKind, call: _Call, session: Any) -> None:
-        result = call(session)
-        if kind.is_async:
-            self._await(within(self._close_timeout, result))
-
-    async def run(self, fn: Callable[[], Any], limited: bool = False) -> None:  # noqa: ARG002
-        result = fn()
-        if inspect.isawaitable(result):
-            self._await(result)
-
-    def _await(self, work: Awaitable[Any]) -> None:
-        async def wait() -> None:
-            await work
-
-        asyncio.run_coroutine_threadsafe(wait(), self._loop).result()
+def _places(kind: SessionKind, session: Any, work: Work) -> tuple[int, ...]:
+    """Tell what the commit of a session may wait for, and what others wait for meanwhile."""
+    if kind.holds_connection(session):
+        return WRITES if kind.has_changes(session) else COMMITS
+    # Where another session of its scope has a connection, somebody may be waiting for that one.
+    return WRITES if any(key.kind.holds_connection(one) for key, one in work) else NEEDS
 
 
 class Closing(Here):

@@ -35,6 +35,10 @@ class SessionKind(Protocol):
         """Tell whether `session` has a connection out of its pool."""
         ...
 
+    def has_changes(self, session: Any, /) -> bool:
+        """Tell whether a commit of `session` flushes first."""
+        ...
+
     def ends_at_once(self, session: Any, /) -> bool:
         """Tell whether ending `session` needs no I/O although it has a connection."""
         ...

@@ -106,12 +106,12 @@ async def _commit_each(work: Work, hands: Hands) -> None:
     if len(work) > 1:
         # What the database refuses at a flush must not find half of them committed.
         for key, session in work:
-            await hands.use(key.kind, key.kind.flush, session)
+            await hands.use(key.kind, key.kind.flush, session, work)
     for key, session in work:
         if key.kind.is_twophase(session):
-            await hands.use(key.kind, key.kind.prepare, session)
+            await hands.use(key.kind, key.kind.prepare, session, work)
     for key, session in work:
-        await hands.use(key.kind, key.kind.commit, session)
+        await hands.use(key.kind, key.kind.commit, session, work)
 
 
 async def rolling_back(scope: Scope, hands: Hands, why: str) -> None:

@@ -45,16 +45,10 @@ class Settling:
         self._token: Token[Scope | None] | None = None
 
     def __enter__(self) -> Settling:
-        if self._scope._settling is not self:
-            self.begin()
-        self._token = _committing.set(self._scope)
-        return self
-
-    def begin(self) -> None:
-        """Set the sessions aside; what commits them enters this object, maybe in a thread."""
         scope = self._scope
         sessions = scope._sessions
         scope._settling = self
+        self._token = _committing.set(scope)
         if sessions is not None:
             registries = scope._registries
             for key in list(sessions):
@@ -66,6 +60,7 @@ class Settling:
             if scope._is_async:
                 for key, session in list(sessions.items()):
                     key.kind.guard(session, scope)
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.end()

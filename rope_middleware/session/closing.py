@@ -35,6 +35,7 @@ __all__ = [
     "end",
     "ends_at_once",
     "has_begun",
+    "has_changes",
     "has_nothing_open",
     "has_open_result",
     "holds_connection",
@@ -73,6 +74,11 @@ def holds_connection(session: Session) -> bool:
     """Tell whether `session` has a connection out of its pool."""
     tie = tie_of(session)
     return tie is not None and has_connection_out(tie)
+
+
+def has_changes(session: Session) -> bool:
+    """Tell whether `session` has something to flush."""
+    return bool(session.new or session.dirty or session.deleted)
 
 
 def ends_at_once(session: Session) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, QueuePool
 
 from rope_middleware.scope.asking import with_outer
 from rope_middleware.scope.scope import Scope, is_over
@@ -24,10 +24,25 @@ from rope_middleware.session.pools import limit_of
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
-__all__ = ["TAG", "Door", "deciding", "door_of", "is_waiting", "mark_of", "marks"]
+__all__ = [
+    "LEFT",
+    "TAG",
+    "Door",
+    "deciding",
+    "door_of",
+    "is_waiting",
+    "mark_of",
+    "marks",
+    "through_door",
+]
 
 TAG = "rope_middleware.door"
 """Where the record of a connection tells the door that it came by."""
+
+LEFT = "rope_middleware.left"
+"""In the same place: which connection is still as a read-only scope has left it, and a function
+that brings it back to what it was. The next one calls it who comes by the door and does not read:
+see `autocommit`."""
 
 marks: dict[Strand, tuple[Door, Scope | None]] = {}
 """Who is between a door and a connection: by which door, in which scope."""
@@ -53,6 +68,12 @@ class Door:
     def waiting(self) -> int:
         """Return how many are between this door and a connection."""
         return sum(door is self for door, _ in list(marks.values()))
+
+
+def through_door(pool: Pool) -> PoolProxiedConnection:
+    """Take a connection out of `pool` for one who reads: as it was `LEFT`, if it was."""
+    connect = pool.__dict__.get("connect")
+    return pool.connect() if connect is None else connect(True)
 
 
 def door_of(connection: Connection) -> Door | None:

@@ -42,6 +42,10 @@ class SyncKind:
         inner = self.inner(session)
         return inner is not None and closing.holds_connection(inner)
 
+    def has_changes(self, session: Any, /) -> bool:
+        inner = self.inner(session)
+        return inner is None or closing.has_changes(inner)
+
     def ends_at_once(self, session: Any, /) -> bool:
         return closing.ends_at_once(session) and not closing.overrides_close(session)
 

@@ -88,6 +88,10 @@ class PlainSessions:
         session = self.find()
         return session is not None and closing.holds_connection(session)
 
+    def has_changes(self, _: Any, /) -> bool:
+        session = self.find()
+        return session is not None and closing.has_changes(session)
+
     def ends_at_once(self, _: Any, /) -> bool:
         return False
 

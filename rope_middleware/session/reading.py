@@ -19,7 +19,11 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.errors import ReadOnlyError
 from rope_middleware.scope.context import current
-from rope_middleware.session.autocommit import connection_ends_at_once, reading_engine
+from rope_middleware.session.autocommit import (
+    READING,
+    connection_ends_at_once,
+    reading_engine,
+)
 from rope_middleware.session.connections import connections_out
 from rope_middleware.session.lines import line_of, text_of
 from rope_middleware.session.statements import effect_of
@@ -41,23 +45,25 @@ def make_reading(session: Session, mixin: type[Reading] | None = None) -> None:
         session: what the application's factory made.
         mixin: what the session becomes besides; `Reading` or a class of it.
     """
-    if isinstance(session, Reading):
-        return  # somebody has put one session in two scopes
-    session.__class__ = _reading_class(type(session), mixin or Reading)
+    base = type(session)
+    # Kept by the class itself: a sessionmaker makes one, which may go again.
+    made: dict[type[Reading] | None, type[Session]] | None = base.__dict__.get(_CLASS)
+    found = None if made is None else made.get(mixin)
+    if found is None:
+        if isinstance(session, Reading):
+            return  # somebody has put one session in two scopes
+        found = _make_class(base, mixin)
+    session.__class__ = found
     session.twophase = False  # there is nothing to prepare
 
 
-def _reading_class(base: type[Session], mixin: type[Reading]) -> type[Session]:
-    # Kept by the class itself: a sessionmaker makes one, which may go again.
-    made: dict[type[Reading], type[Session]] | None = base.__dict__.get(_CLASS)
-    if made is None:
-        made = {}
-        setattr(base, _CLASS, made)
-    found = made.get(mixin)
-    if found is None:
-        found = new_class(base.__name__, (mixin, base), {}, lambda body: body.update(_named(base)))
-        event.listen(found, "before_flush", _refuse_flush)
-        made[mixin] = found
+def _make_class(base: type[Session], mixin: type[Reading] | None) -> type[Session]:
+    bases = (mixin or Reading, base)
+    found = new_class(base.__name__, bases, {}, lambda body: body.update(_named(base)))
+    event.listen(found, "before_flush", _refuse_flush)
+    if _CLASS not in base.__dict__:
+        setattr(base, _CLASS, {})
+    base.__dict__[_CLASS][mixin] = found
     return found
 
 
@@ -84,16 +90,19 @@ class Reading(Session if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def get_bind(self, *args: Any, **kw: Any) -> Engine | Connection:
         """Return the engine that reads: every statement of a session comes by here."""
-        return reading_bind(super().get_bind(*args, **kw), kw.get("clause"))
+        bind = super().get_bind(*args, **kw)
+        reading: Engine | None = bind.__dict__.get(READING)
+        return reading_bind(bind, kw.get("clause")) if reading is None else reading
 
     def _rope_middleware_ends_at_once(self) -> bool:
         """Tell whether ending the session says nothing to its databases."""
         tie = tie_of(self)
-        return (
-            tie is not None
-            and not tie.connections
-            and all(connection_ends_at_once(connection) for connection in connections_out(tie))
-        )
+        if tie is None or tie.connections:
+            return False
+        for connection in connections_out(tie):  # noqa: SIM110 - a generator costs double
+            if not connection_ends_at_once(connection):
+                return False
+        return True
 
     def begin(self, nested: bool = False) -> Any:
         """Begin a block, in which there is no transaction either."""

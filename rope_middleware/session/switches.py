@@ -16,6 +16,9 @@ class Switch:
     skips_rollback = True
     told_in_use = False
     """Whether it takes a note at each statement to tell that one is running."""
+    may_stay = False
+    """Whether a connection may lie in its pool in autocommit: `off` then says nothing, and fails at
+    most where the connection is lost."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect: Any = dialect
@@ -43,6 +46,7 @@ class _AutocommitAttribute(Switch):
     """Through the driver's ``autocommit``: nothing but that is changed."""
 
     skips_rollback = False  # without a transaction, rollback() of these drivers says nothing
+    may_stay = True
 
     def on(self, connection: Any, /) -> Any:
         if connection.autocommit:

@@ -21,7 +21,7 @@ from rope_middleware.scope.context import current, logger
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.begun import Strand, open_ties, strand, strand_of
 from rope_middleware.session.connections import connections_out
-from rope_middleware.session.door import TAG, Door, deciding, door_of, mark_of, marks
+from rope_middleware.session.door import LEFT, TAG, Door, deciding, door_of, mark_of, marks
 from rope_middleware.session.giving_way import give_way
 from rope_middleware.session.holders import Holder, Holders, engine_text, holder_of
 from rope_middleware.session.pools import is_memory_of_thread
@@ -62,7 +62,7 @@ def _through(
 ) -> Callable[[], PoolProxiedConnection]:
     is_async, overflow, here = door.is_async, door.overflow, current.get
 
-    def through() -> PoolProxiedConnection:
+    def through(reads: bool = False) -> PoolProxiedConnection:
         who = strand(True) if is_async else threading.get_ident()
         before = marks.get(who)
         marks[who] = door, here(None)
@@ -84,9 +84,27 @@ def _through(
         info = fairy.record_info
         if info is not None:
             info[TAG] = door
+            if LEFT in info and not reads:
+                return _as_before(fairy, info.pop(LEFT), through)
         return fairy
 
     return through
+
+
+def _as_before(
+    fairy: PoolProxiedConnection,
+    left: tuple[object, Callable[[object], None]],
+    connect: Callable[[], PoolProxiedConnection],
+) -> PoolProxiedConnection:
+    """Bring a connection back to what it was before a read-only scope: see `door.LEFT`."""
+    connection, bring_back = left
+    if connection is fairy.dbapi_connection:  # else it was replaced by a new one
+        try:
+            bring_back(connection)
+        except Exception:  # it was lost meanwhile
+            fairy.invalidate()
+            return connect()
+    return fairy
 
 
 # -- deadlocks -------------------------------------------------------------------------------------

@@ -68,6 +68,6 @@ def run_threads(functions: list[Callable[[], None]]) -> None:
         raise errors[0]
 
 
-def workers() -> list[threading.Thread]:
-    """Return the package's threads."""
-    return [t for t in threading.enumerate() if t.name == "rope_middleware"]
+def workers(name: str = "rope_middleware") -> list[threading.Thread]:
+    """Return the package's threads, or others whose name begins so."""
+    return [t for t in threading.enumerate() if t.name.startswith(name)]

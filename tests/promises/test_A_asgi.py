@@ -36,7 +36,7 @@ from tests.kit.leaks import checked_out
 from tests.kit.models import Row
 from tests.kit.sessions import workers
 from tests.kit.stores import Store
-from tests.kit.waiting import PATIENCE, never
+from tests.kit.waiting import PATIENCE, never, poll
 
 pytestmark = pytest.mark.anyio
 
@@ -83,6 +83,75 @@ def test_A3_a_burst_of_endings_takes_at_most_40_threads(make_engine: MakeEngine)
     assert len(ended) == 60
     assert len(seen - before) <= 40
     assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_A3_a_commit_with_a_connection_never_waits_for_those_that_need_one(
+    changes: bool, make_engine: MakeEngine
+) -> None:
+    """30 commits wait for the only connection, and the one that has it finds a thread."""
+    engine = make_engine(1, pool_timeout=2)
+    jenny = SessionJenny(sessionmaker(engine))
+
+    async def main() -> None:
+        everybody_waits, statuses = asyncio.Event(), list[int]()
+
+        async def hold() -> None:
+            jenny.add(Row(name="x"))
+            jenny.flush()
+            if changes:
+                jenny.add(Row(name="x"))
+            await everybody_waits.wait()
+
+        holder = asyncio.create_task(
+            ask(ASGIRopeMiddleware(asgi_app(hold), commit_on_success=True), statuses)
+        )
+        await asyncio.sleep(0)
+        app = ASGIRopeMiddleware(asgi_app(lambda: jenny.add(Row(name="x"))), commit_on_success=True)
+        others = [asyncio.create_task(ask(app, statuses)) for _ in range(30)]
+        await poll(lambda: len(workers("AnyIO")) >= 12)
+        everybody_waits.set()
+        await asyncio.gather(holder, *others)
+        assert statuses == [200] * 31
+
+    asyncio.run(main())
+
+
+def test_A3_a_commit_without_changes_never_waits_for_those_that_flush(
+    make_engine: MakeEngine,
+) -> None:
+    """They may wait for a row that is locked by the one that commits."""
+    engine, committed = make_engine(40), threading.Event()
+    maker = sessionmaker(engine)
+    jenny = SessionJenny(maker)
+
+    @event.listens_for(maker, "before_flush")
+    def wait(*_: object) -> None:
+        assert committed.wait(PATIENCE)
+
+    async def main() -> None:
+        everybody_waits, statuses = asyncio.Event(), list[int]()
+
+        async def hold() -> None:
+            jenny.execute(text("SELECT 1"))
+            event.listen(jenny.session, "after_commit", lambda _: committed.set())
+            await everybody_waits.wait()
+
+        def change() -> None:
+            jenny.execute(text("SELECT 1"))
+            jenny.add(Row(name="x"))
+
+        holder = asyncio.create_task(
+            ask(ASGIRopeMiddleware(asgi_app(hold), commit_on_success=True), statuses)
+        )
+        app = ASGIRopeMiddleware(asgi_app(change), commit_on_success=True)
+        others = [asyncio.create_task(ask(app, statuses)) for _ in range(30)]
+        await poll(lambda: len(workers("AnyIO")) >= 15)
+        everybody_waits.set()
+        await asyncio.gather(holder, *others)
+        assert statuses == [200] * 31
+
+    asyncio.run(main())
 
 
 async def test_A1_lifespan_and_unknown_types_pass_untouched() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
 import pytest
@@ -206,6 +206,52 @@ def test_R1_what_lives_in_a_transaction_gets_one(reader: Reader) -> None:
         assert reader.state() == ["idle"]
 
     reader.run(body)
+
+
+def test_R1_listeners_find_a_connection_as_it_always_is(reader: Reader) -> None:
+    """Whatever was read before, and whenever they came: what they say holds for the transaction."""
+    said, heard = "SELECT set_config('app.tenant', '42', true)", []
+    tenant = text("SELECT current_setting('app.tenant', true)")
+
+    async def ask(**options: Any) -> Any:
+        async with reader.scope(**options):
+            return await reader.do("scalar", tenant)
+
+    async def body(_: Reader) -> None:
+        assert await ask(read_only=True) in (None, "")
+        event.listen(reader.engine, "before_cursor_execute", lambda *args: heard.append(args[2]))
+        assert await ask(read_only=True) in (None, "")
+        assert heard == [str(tenant)]
+        await ask()
+
+        @event.listens_for(reader.engine, "checkout")
+        def tell(connection: Any, *_: object) -> None:
+            connection.cursor().execute(said)
+
+        for reads in (True, False, True):
+            assert await ask(read_only=reads) == "42"
+
+    reader.run(body)
+
+
+def test_R1_who_does_not_read_gets_the_connection_as_it_was(database: Database) -> None:
+    """Whichever way it is taken out of the pool; a new one where it was lost meanwhile."""
+    engine = create_engine(database.url("psycopg"), pool_size=1, max_overflow=0)
+    jenny = SessionJenny(sessionmaker(engine))
+    other = engine.execution_options(logging_token="other")
+    ways: list[Callable[[], Any]] = [engine.raw_connection, engine.connect, other.connect]
+    for take in ways:
+        with open_scope(read_only=True):
+            driver: Any = jenny.session.connection().connection.driver_connection
+            assert driver.autocommit
+        with closing(take()):  # the same one: the pool has no other
+            assert not driver.autocommit
+    with open_scope(read_only=True):
+        jenny.session.get(Row, 1)
+    driver.close()
+    with open_scope():
+        assert jenny.session.get(Row, 1) is not None
+    engine.dispose()
 
 
 def test_R1_for_update_and_ctes_are_refused(reader: Reader) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ from rope_middleware import CommitInDoubtError, current_scope, open_scope
 from tests.kit.asgi import serve
 from tests.kit.models import Row
 from tests.kit.stores import Store
-from tests.kit.waiting import PATIENCE, cancel_again_and_again, poll
+from tests.kit.waiting import PATIENCE
 
 pytestmark = pytest.mark.anyio
 LIMIT = 0.2
@@ -52,35 +50,6 @@ async def test_Y2_a_commit_that_is_not_answered_is_in_doubt(store: Store, where:
                     await handler()
     assert store.held() == 0
     assert store.rows() == []
-
-
-async def test_Y2_a_sync_commit_that_hangs_holds_a_cancelled_request_for_its_time(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Then its connections are back; the thread comes to its end, and commits nothing more."""
-    stores = [Store(tmp_path / name, is_async=False) for name in ("first.db", "second.db")]
-    hanging, goes_on = threading.Event(), threading.Event()
-
-    def hang(session: object) -> None:
-        hanging.set()
-        assert goes_on.wait(PATIENCE)
-
-    async def handler() -> None:
-        for store in stores:
-            await store.add(1)
-
-    event.listen(stores[0].session_class, "after_commit", hang)
-    task = asyncio.create_task(serve(handler, commit_on_success=True, close_timeout=LIMIT))
-    await poll(hanging.is_set)
-    async with in_time():
-        await cancel_again_and_again(task)
-    failed = "commit of 'GET /thing' failed: "
-    assert f"{failed}asyncio.exceptions.CancelledError" in caplog.text
-    goes_on.set()
-    await poll(lambda: caplog.text.count(failed) == 2)
-    assert [(store.held(), store.rows()) for store in stores] == [(0, [1]), (0, [])]
-    for store in stores:
-        store.engine.dispose()
 
 
 async def test_Y2_a_slow_flush_is_no_commit_without_an_answer(store: Store) -> None:
