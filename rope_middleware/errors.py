@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sqlalchemy.exc import DontWrapMixin
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 __all__ = [
@@ -40,7 +41,7 @@ class NoScopeError(RopeError, LookupError):
     """
 
 
-class ScopeClosedError(RopeError):
+class ScopeClosedError(RopeError, DontWrapMixin):
     """The scope has ended; what belonged to it cannot be used any more.
 
     Code that runs on after its request (a thread, a task, a timed-out handler) gets it from
@@ -112,8 +113,15 @@ def has_ended(name: str) -> ScopeClosedError:
     )
 
 
-def belongs_to_parent(name: str) -> ScopeClosedError:
-    """Make the error for a forked process that uses its parent's scope."""
+def belongs_to_parent(name: str | None) -> ScopeClosedError:
+    """Make the error for a forked process that uses its parent's scope, or a session of none."""
+    if name is None:
+        return ScopeClosedError(
+            "This session was in a transaction when this process was forked, and its connection "
+            "belongs to the parent process. Call its close(), which says nothing over that "
+            'connection, and it begins anew; or use "with open_scope():" around work of this '
+            "process's own."
+        )
     return ScopeClosedError(
         f"The scope {name!r} belongs to the process that this one was forked from, "
         'and so do its sessions and their connections. Use "with open_scope():" around '

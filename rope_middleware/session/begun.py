@@ -23,6 +23,7 @@ __all__ = [
     "DEPTH",
     "Strand",
     "call_at_begins",
+    "call_at_forks",
     "is_open",
     "listed",
     "note_begin",
@@ -116,5 +117,22 @@ def is_open(tie: Tie) -> bool:
     return transaction is not None and transaction.session.get_transaction() is transaction
 
 
+_leave: list[Callable[[Tie], object]] = []
+
+
+def call_at_forks(func: Callable[[Tie], object]) -> None:
+    """Call `func` in each forked process with everything that is listed: it is the parent's."""
+    _leave.append(func)
+
+
+def _after_fork() -> None:
+    for one in listed():
+        tie = one()
+        if tie is not None:
+            for func in _leave:
+                func(tie)
+    _ties.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_ties.clear)  # it is the parent's
+    os.register_at_fork(after_in_child=_after_fork)  # before anybody looks at the list there

@@ -10,18 +10,22 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import Session
 
+from rope_middleware.errors import belongs_to_parent
 from rope_middleware.running.finish import running_loop
 from rope_middleware.scope.options import DEFAULT
+from rope_middleware.session.begun import call_at_forks
 from rope_middleware.session.connections import (
     connections_out,
     has_connection_out,
     invalidate_all,
+    leave_to_parent,
 )
 from rope_middleware.session.listeners import refuse_late
 from rope_middleware.session.tie import Tie, tie_of
@@ -158,21 +162,30 @@ def invalidate(session: Session) -> None:
         invalidate_all(connections_out(tie))
 
 
-# What was open where this process was forked. Kept for ever: closing or collecting these sessions
-# would send bytes over the socket that the parent process still uses.
+# What was open where this process was forked. Kept for ever: closing or collecting these
+# connections would send bytes over the socket that the parent process still uses.
 _of_the_parent: list[Any] = []
 
 
 def detach(session: Session) -> None:
-    """Take from the pool, in a forked process, the connections that `session` has out.
+    """Leave to the parent process, in a forked one, the connections that `session` has out.
 
     See https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
     """
     _of_the_parent.append(session)
     tie = tie_of(session)
-    for connection in () if tie is None else connections_out(tie):
+    if tie is not None:
+        _leave_to_parent(tie)
+
+
+def _leave_to_parent(tie: Tie) -> None:
+    name = None if tie.scope is None else tie.scope.name
+    for connection in connections_out(tie):
         with suppress(Exception):  # one that is invalidated already
-            connection.detach()  # says nothing to the database, as close() and invalidate() do
+            _of_the_parent.append(leave_to_parent(connection, partial(belongs_to_parent, name)))
+
+
+call_at_forks(_leave_to_parent)  # sessions of other threads and tasks are the parent's, too
 
 
 def _reset(session: Session) -> None:

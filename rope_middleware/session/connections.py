@@ -6,8 +6,8 @@ application's: nobody here closes it, rolls it back or invalidates it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
@@ -29,6 +29,7 @@ __all__ = [
     "has_connection_out",
     "has_made",
     "invalidate_all",
+    "leave_to_parent",
     "lent_connections",
     "made_connections",
     "refuse_begun",
@@ -142,6 +143,47 @@ def check_begun(connection: Any, record: ConnectionPoolEntry) -> None:
             "probably used its session at the same time"
         )
         record.invalidate()
+
+
+class _Parents:
+    """Stands in a forked process for a driver's connection, which is the parent's: it is silent.
+
+    What would speak to the database is an error; what ends a transaction only forgets it here.
+    """
+
+    def __init__(self, error: Callable[[], Exception]) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuse what would say something.
+
+        Raises:
+            ScopeClosedError: always.
+        """
+        raise self._error()
+
+    def rollback(self) -> None:
+        """Say nothing: the transaction is the parent's."""
+
+    def close(self) -> None:
+        """Say nothing: the parent still uses it."""
+
+
+def leave_to_parent(connection: Connection, error: Callable[[], Exception]) -> object:
+    """Take `connection` from its pool, in a forked process, and say nothing over it any more.
+
+    Args:
+        connection: it was open at the fork.
+        error: makes what is raised where somebody uses it all the same.
+
+    Returns:
+        The driver's connection. It must be kept: its collection would say something.
+    """
+    pooled: Any = connection.connection  # SQLAlchemy declares it to be read alone
+    connection.detach()  # says nothing to the database, as close() and invalidate() do
+    parents = pooled.dbapi_connection
+    pooled.dbapi_connection = _Parents(error)
+    return parents
 
 
 def invalidate_all(connections: Collection[Connection]) -> None:
