@@ -7,11 +7,10 @@ here, also that it fails without.
 from __future__ import annotations
 
 import asyncio
-import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from typing import Any
 from uuid import uuid4
 
@@ -21,18 +20,18 @@ import pytest
 from sqlalchemy import URL, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
-from rope_middleware import AsyncSessionJenny, SessionJenny
+from rope_middleware import AsyncSessionJenny
 from tests.e2e import async_app
 from tests.e2e.async_app import App, Client, mixed_load, seed
 from tests.e2e.commit_app import (
+    WRITERS,
     AsyncWriter,
     Data,
     FlaskWriter,
-    ThreadWriter,
-    create_tables,
-    serve_wsgi,
+    bodies_are_collected,
+    serve_any,
 )
 from tests.e2e.test_commit_postgres import Load
 from tests.kit.leaks import open_scopes
@@ -50,17 +49,12 @@ POOLS: dict[str, dict[str, Any]] = {
     "pool": {"pool_size": 10, "max_overflow": 0, "pool_timeout": 60, "pool_pre_ping": True},
     "null": {"poolclass": NullPool},
 }
-KINDS: dict[str, tuple[Any, str]] = {
-    "asgi-asyncpg": (AsyncWriter, "asyncpg"),
-    "asgi-psycopg": (AsyncWriter, "psycopg"),
-    "asgi-threads": (ThreadWriter, "psycopg"),
-    "wsgi": (FlaskWriter, "psycopg"),
-}
 
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
     # Servers close the sockets of clients that have gone when they are collected.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.usefixtures("quiet"),
 ]
 
 
@@ -78,23 +72,11 @@ def narrow() -> Iterator[PgBouncer]:
 
 
 @pytest.fixture
-def database() -> Iterator[Database]:
-    with postgres_server().new_database() as found:
-        create_tables(found.url("psycopg"))
-        yield found
-
-
-@pytest.fixture
 def app_database() -> Iterator[Database]:
     """The tables of `async_app`."""
     with postgres_server().new_database() as found:
         async_app.create_tables(found.url("psycopg"))
         yield found
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL, "uvicorn.error")
 
 
 def options(driver: str, pool: str = "pool") -> dict[str, Any]:
@@ -122,28 +104,18 @@ def no_client_is_left(bouncer: PgBouncer, database: Database) -> None:
 # -- it works, with the settings -----------------------------------------------------------------
 
 
-@contextmanager
-def running(app: Any) -> Iterator[int]:
-    """Serve an ASGI or a WSGI application; the port."""
-    if isinstance(app, FlaskWriter):
-        with serve_wsgi(app) as port:
-            yield port
-        app.dispose()
-    else:
-        with serve(app) as server:
-            yield server.port
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WRITERS)
 def test_C2_S3_writes_through_pgbouncer_are_there_or_not_as_told(
     kind: str, bouncer: PgBouncer, database: Database
 ) -> None:
     """200 writes by 16 clients, of which some raise, fail to commit or go away."""
-    make, driver = KINDS[kind]
+    make, driver = WRITERS[kind]
     app = make(bouncer.url(database, driver), options(driver), commit_on_success=True)
     load = Load(seed(20261101))
-    with running(app) as port:
+    with serve_any(app) as port:
         asyncio.run(load.run(port, 200))
+        if kind == "wsgi":
+            bodies_are_collected()
         nothing_is_left(bouncer, database, app.held)
     load.check(database)
     told = list(load.told.values())
@@ -155,13 +127,6 @@ def test_C2_S3_writes_through_pgbouncer_are_there_or_not_as_told(
 class CountsAsync(AsyncWriter):
     """Counts instead of writing rows."""
 
-    def without_pool(self, url: URL, options: dict[str, Any]) -> None:
-        self.engine = create_async_engine(url, **options)
-        self.jenny = AsyncSessionJenny(async_sessionmaker(self.engine))
-
-    def held(self) -> int:
-        return 0 if isinstance(self.engine.pool, NullPool) else super().held()
-
     async def write(self, n: int, do: str) -> None:
         data = await self.jenny.session.get_one(Data, 1, with_for_update=do == "lock")
         data.count += 1
@@ -169,13 +134,6 @@ class CountsAsync(AsyncWriter):
 
 
 class CountsInWSGI(FlaskWriter):
-    def without_pool(self, url: URL, options: dict[str, Any]) -> None:
-        self.engine = create_engine(url, **options)
-        self.jenny = SessionJenny(sessionmaker(self.engine, expire_on_commit=False))
-
-    def held(self) -> int:
-        return 0 if isinstance(self.engine.pool, NullPool) else super().held()
-
     def view(self) -> tuple[str, int]:
         locks = flask.request.args["do"] == "lock"
         data = self.jenny.session.get_one(Data, 1, with_for_update=locks)
@@ -207,10 +165,8 @@ def test_C1_the_counter_is_exact_behind_pgbouncer(
 ) -> None:
     """80 requests each lock the row, count and are committed, with and without a pool."""
     make, driver = COUNTS[kind]
-    app = make(bouncer.url(database, driver), options(driver), commit_on_success=True)
-    if pool == "null":
-        app.without_pool(bouncer.url(database, driver), options(driver, "null"))
-    with running(app) as port:
+    app = make(bouncer.url(database, driver), options(driver, pool), commit_on_success=True)
+    with serve_any(app) as port:
         assert asyncio.run(count_to(80, port, "lock")) == [201] * 80
         nothing_is_left(bouncer, database, app.held)
     assert database.query("SELECT count FROM data") == [(80,)]
@@ -229,7 +185,7 @@ def test_C6_retries_count_exactly_behind_pgbouncer(
         commit_on_success=True,
         retries=50,
     )
-    with running(app) as port:
+    with serve_any(app) as port:
         statuses = asyncio.run(count_to(40, port, "count"))
         nothing_is_left(bouncer, database, app.held)
     assert set(statuses) <= {201, 500}

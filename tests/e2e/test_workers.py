@@ -13,17 +13,15 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.e2e.commit_app import create_tables
 from tests.kit.waiting import PATIENCE, eventually
 from tests.servers.asgi import HOST, Command, free_port, run_command
-from tests.servers.postgres import Database, postgres_server
+from tests.servers.postgres import Database
 from tests.servers.wsgi import SERVERS as WSGI_SERVERS
 
 ROOT = Path(__file__).parents[2]
@@ -69,13 +67,6 @@ SERVERS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 }
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-
-
-@pytest.fixture
-def database() -> Iterator[Database]:
-    with postgres_server().new_database() as found:
-        create_tables(found.url("psycopg"))
-        yield found
 
 
 def environment(database: Database) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from wsgiref.util import setup_testing_defaults
+from wsgiref.util import FileWrapper, setup_testing_defaults
 
 import pytest
 from sqlalchemy import Engine
@@ -219,6 +219,18 @@ class SelfIterator:
 
     def close(self) -> None:
         self.probe.on_close()
+
+
+class ClassWrapper(FileWrapper):
+    """As gunicorn, waitress and wsgiref have it: a class; its close is the file's."""
+
+
+def function_wrapper(file: Any, size: int = 8192) -> Any:
+    """As mod_wsgi has it: a method that returns an object of a type nobody else sees."""
+    return ClassWrapper(file, size)
+
+
+FILE_WRAPPERS = [ClassWrapper, function_wrapper]
 
 
 def generator(probe: Probe) -> Iterator[bytes]:

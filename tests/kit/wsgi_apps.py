@@ -10,6 +10,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from tests.kit.wsgi import HEADERS
@@ -20,27 +21,26 @@ GOOD: set[str] = set()
 
 
 def an_app(good: bool = True) -> Callable[[Any], Any]:
-    def register(make: Any) -> Any:
-        name = make.__name__.replace("_", " ")
-        APPS[name] = make
+    """Register an application that takes `touch` first."""
+
+    def register(app: Any) -> Any:
+        name = app.__name__.replace("_", " ")
+        APPS[name] = partial(partial, app)
         if good:
             GOOD.add(name)
-        return make
+        return app
 
     return register
 
 
 def _answers(body: Any, good: bool, name: str) -> None:
-    def make(touch: Touch) -> Any:
-        def app(environ: Any, start_response: Any) -> Any:
-            start_response("200 OK", HEADERS)
-            touch()
-            return body() if callable(body) else body
+    def app(touch: Touch, environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        touch()
+        return body() if callable(body) else body
 
-        return app
-
-    make.__name__ = name
-    an_app(good)(make)
+    app.__name__ = name
+    an_app(good)(app)
 
 
 class _Sequence:
@@ -101,63 +101,50 @@ _answers(b"bytes", False, "returns_bytes")
 
 
 @an_app()
-def generator_app(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
-        touch()
-        start_response("200 OK", HEADERS)
-        yield b"late"
-        touch()
-        yield b"r"
-
-    return app
+def generator_app(touch: Touch, environ: Any, start_response: Any) -> Iterator[bytes]:
+    touch()
+    start_response("200 OK", HEADERS)
+    yield b"late"
+    touch()
+    yield b"r"
 
 
 @an_app()
-def generator_with_empty_chunks_first(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
-        start_response("200 OK", HEADERS)
-        yield b""
-        touch()
-        yield b""
-        yield b"x"
-
-    return app
-
-
-@an_app()
-def write_only(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        write = start_response("200 OK", HEADERS)
-        write(b"a")
-        touch()
-        write(b"b")
-        return []
-
-    return app
+def generator_with_empty_chunks_first(
+    touch: Touch, environ: Any, start_response: Any
+) -> Iterator[bytes]:
+    start_response("200 OK", HEADERS)
+    yield b""
+    touch()
+    yield b""
+    yield b"x"
 
 
 @an_app()
-def write_and_body(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        write = start_response("200 OK", HEADERS)
-        write(b"a")
-        touch()
-        return [b"b", b"c"]
-
-    return app
+def write_only(touch: Touch, environ: Any, start_response: Any) -> Any:
+    write = start_response("200 OK", HEADERS)
+    write(b"a")
+    touch()
+    write(b"b")
+    return []
 
 
 @an_app()
-def write_in_a_generator(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
-        write = start_response("200 OK", HEADERS)
-        write(b"a")
-        touch()
-        yield b"b"
-        write(b"c")
-        yield b"d"
+def write_and_body(touch: Touch, environ: Any, start_response: Any) -> Any:
+    write = start_response("200 OK", HEADERS)
+    write(b"a")
+    touch()
+    return [b"b", b"c"]
 
-    return app
+
+@an_app()
+def write_in_a_generator(touch: Touch, environ: Any, start_response: Any) -> Iterator[bytes]:
+    write = start_response("200 OK", HEADERS)
+    write(b"a")
+    touch()
+    yield b"b"
+    write(b"c")
+    yield b"d"
 
 
 def _failure() -> Any:
@@ -168,153 +155,113 @@ def _failure() -> Any:
 
 
 @an_app()
-def exc_info_before_headers_are_sent(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        start_response("200 OK", HEADERS)
-        touch()
-        try:
-            raise ValueError("the app's own")
-        except ValueError:
-            start_response("500 Oops", HEADERS, sys.exc_info())
-        return [b"sorry"]
-
-    return app
+def exc_info_before_headers_are_sent(touch: Touch, environ: Any, start_response: Any) -> Any:
+    start_response("200 OK", HEADERS)
+    touch()
+    try:
+        raise ValueError("the app's own")
+    except ValueError:
+        start_response("500 Oops", HEADERS, sys.exc_info())
+    return [b"sorry"]
 
 
 @an_app()
-def exc_info_in_the_first_call(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        touch()
-        start_response("500 Oops", HEADERS, _failure())
-        return [b"sorry"]
-
-    return app
+def exc_info_in_the_first_call(touch: Touch, environ: Any, start_response: Any) -> Any:
+    touch()
+    start_response("500 Oops", HEADERS, _failure())
+    return [b"sorry"]
 
 
 @an_app()
-def exc_info_of_none(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        touch()
-        start_response("200 OK", HEADERS, None)
-        return [b"fine"]
-
-    return app
+def exc_info_of_none(touch: Touch, environ: Any, start_response: Any) -> Any:
+    touch()
+    start_response("200 OK", HEADERS, None)
+    return [b"fine"]
 
 
 @an_app(good=False)
-def exc_info_after_headers_are_sent(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        start_response("200 OK", HEADERS)
-        yield b"begun"
-        touch()
-        start_response("500 Oops", HEADERS, _failure())
-        yield b"never"
-
-    return app
+def exc_info_after_headers_are_sent(touch: Touch, environ: Any, start_response: Any) -> Any:
+    start_response("200 OK", HEADERS)
+    yield b"begun"
+    touch()
+    start_response("500 Oops", HEADERS, _failure())
+    yield b"never"
 
 
 @an_app(good=False)
-def exc_info_after_write(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        start_response("200 OK", HEADERS)(b"begun")
-        touch()
-        start_response("500 Oops", HEADERS, _failure())
-        return [b"never"]
-
-    return app
+def exc_info_after_write(touch: Touch, environ: Any, start_response: Any) -> Any:
+    start_response("200 OK", HEADERS)(b"begun")
+    touch()
+    start_response("500 Oops", HEADERS, _failure())
+    return [b"never"]
 
 
 @an_app(good=False)
-def start_response_never(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        touch()
-        return [b"a"]
-
-    return app
+def start_response_never(touch: Touch, environ: Any, start_response: Any) -> Any:
+    touch()
+    return [b"a"]
 
 
 @an_app(good=False)
-def start_response_never_in_a_generator(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        touch()
-        yield b"a"
-
-    return app
+def start_response_never_in_a_generator(touch: Touch, environ: Any, start_response: Any) -> Any:
+    touch()
+    yield b"a"
 
 
 @an_app(good=False)
-def start_response_after_the_first_chunk(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        touch()
-        yield b"a"
-        start_response("200 OK", HEADERS)
-        yield b"b"
-
-    return app
+def start_response_after_the_first_chunk(touch: Touch, environ: Any, start_response: Any) -> Any:
+    touch()
+    yield b"a"
+    start_response("200 OK", HEADERS)
+    yield b"b"
 
 
 @an_app(good=False)
-def start_response_twice(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        start_response("200 OK", HEADERS)
-        touch()
+def start_response_twice(touch: Touch, environ: Any, start_response: Any) -> Any:
+    start_response("200 OK", HEADERS)
+    touch()
+    start_response("201 Created", HEADERS)
+    return [b"a"]
+
+
+@an_app(good=False)
+def start_response_twice_and_the_error_swallowed(
+    touch: Touch, environ: Any, start_response: Any
+) -> Any:
+    start_response("200 OK", HEADERS)
+    touch()
+    with contextlib.suppress(AssertionError):
         start_response("201 Created", HEADERS)
-        return [b"a"]
-
-    return app
+    return [b"a"]
 
 
 @an_app(good=False)
-def start_response_twice_and_the_error_swallowed(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        start_response("200 OK", HEADERS)
-        touch()
-        with contextlib.suppress(AssertionError):
-            start_response("201 Created", HEADERS)
-        return [b"a"]
-
-    return app
+def raises_before_start_response(touch: Touch, environ: Any, start_response: Any) -> Any:
+    touch()
+    raise ValueError("before")
 
 
 @an_app(good=False)
-def raises_before_start_response(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        touch()
-        raise ValueError("before")
-
-    return app
+def raises_after_start_response(touch: Touch, environ: Any, start_response: Any) -> Any:
+    start_response("200 OK", HEADERS)
+    touch()
+    raise ValueError("after")
 
 
 @an_app(good=False)
-def raises_after_start_response(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        start_response("200 OK", HEADERS)
-        touch()
-        raise ValueError("after")
-
-    return app
+def raises_in_the_first_chunk(touch: Touch, environ: Any, start_response: Any) -> Any:
+    touch()
+    start_response("200 OK", HEADERS)
+    raise ValueError("first")
+    yield b"never"
 
 
 @an_app(good=False)
-def raises_in_the_first_chunk(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        touch()
-        start_response("200 OK", HEADERS)
-        raise ValueError("first")
-        yield b"never"
-
-    return app
-
-
-@an_app(good=False)
-def raises_in_mid_body(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        touch()
-        start_response("200 OK", HEADERS)
-        yield b"a"
-        raise ValueError("middle")
-
-    return app
+def raises_in_mid_body(touch: Touch, environ: Any, start_response: Any) -> Any:
+    touch()
+    start_response("200 OK", HEADERS)
+    yield b"a"
+    raise ValueError("middle")
 
 
 class _FailingClose(_Falsy):
@@ -337,9 +284,6 @@ _answers(_BadLength, False, "length_that_raises")
 
 
 @an_app(good=False)
-def raises_StopIteration(touch: Touch) -> Any:
-    def app(environ: Any, start_response: Any) -> Any:
-        touch()
-        raise StopIteration("from the app")
-
-    return app
+def raises_StopIteration(touch: Touch, environ: Any, start_response: Any) -> Any:
+    touch()
+    raise StopIteration("from the app")

@@ -19,7 +19,19 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 from rope_middleware import Scope, WSGIRopeMiddleware, current_scope
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.sessions import Jenny, touch
-from tests.kit.wsgi import BODIES, HEADERS, KEY, Probe, Server, Wrap, make_environ, scope_of, served
+from tests.kit.wsgi import (
+    BODIES,
+    FILE_WRAPPERS,
+    HEADERS,
+    KEY,
+    ClassWrapper,
+    Probe,
+    Server,
+    Wrap,
+    make_environ,
+    scope_of,
+    served,
+)
 from tests.kit.wsgi_apps import APPS, GOOD
 
 
@@ -468,10 +480,6 @@ def test_W1_chunks_come_one_by_one(
     result.close()
 
 
-class ClassWrapper(FileWrapper):
-    """As gunicorn, waitress and wsgiref have it: a class; its close is the file's."""
-
-
 class File(io.BytesIO):
     closes = 0
 
@@ -490,12 +498,7 @@ def file_app(jenny: Jenny, file: Any, made: list[Any]) -> Any:
     return app
 
 
-def function_wrapper(file: Any, size: int = 8192) -> Any:
-    """As mod_wsgi has it: a method that returns an object of a type nobody else sees."""
-    return ClassWrapper(file, size)
-
-
-@pytest.mark.parametrize("wrapper", [ClassWrapper, function_wrapper], ids=["class", "function"])
+@pytest.mark.parametrize("wrapper", FILE_WRAPPERS, ids=["class", "function"])
 @pytest.mark.parametrize("take", [None, 1, 0], ids=["all", "abandoned", "sendfile"])
 def test_W1_what_the_file_wrapper_made_is_handed_on(
     wrap: Wrap, wrapper: Any, take: int | None, jenny: Jenny, engine: Engine

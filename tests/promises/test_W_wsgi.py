@@ -7,7 +7,6 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-from wsgiref.util import FileWrapper
 
 import greenlet
 import pytest
@@ -28,6 +27,7 @@ from tests.kit.models import Row
 from tests.kit.sessions import Jenny, touch
 from tests.kit.wsgi import (
     BODIES,
+    FILE_WRAPPERS,
     HEADERS,
     Probe,
     Seen,
@@ -39,16 +39,7 @@ from tests.kit.wsgi import (
 )
 
 
-class ClassWrapper(FileWrapper):
-    """As gunicorn, waitress and wsgiref have it: a class; its close is the file's."""
-
-
-def function_wrapper(file: Any, size: int = 8192) -> Any:
-    """As mod_wsgi has it: a method that returns an object of a type nobody else sees."""
-    return ClassWrapper(file, size)
-
-
-@pytest.mark.parametrize("wrapper", [ClassWrapper, function_wrapper], ids=["class", "function"])
+@pytest.mark.parametrize("wrapper", FILE_WRAPPERS, ids=["class", "function"])
 def test_W2_a_body_that_can_be_read_is_no_file_of_the_servers(
     wrap: Wrap, wrapper: Any, jenny: Jenny, engine: Engine
 ) -> None:
