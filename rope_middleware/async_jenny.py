@@ -20,7 +20,7 @@ from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.outcome import timeout_of
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over, session_of
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
-from rope_middleware.session.factories import check_arguments, check_session
+from rope_middleware.session.factories import check_arguments, check_session, class_of_made
 from rope_middleware.session.listeners import listen
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
 from rope_middleware.session.release import has_connection, inner_session, release
@@ -128,7 +128,8 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         replicas: Iterable[AsyncEngine] = (),
     ) -> None:
         check_arguments(session_factory, scopefunc, strict, _ASYNC_EXAMPLE, is_async=True)
-        name_elsewhere(AsyncSessionJenny, session_factory)
+        self._session_class = class_of_made(session_factory)
+        name_elsewhere(AsyncSessionJenny, self._session_class)
         super().__init__(cast("Any", session_factory), scopefunc or current_scope)
 
         def create(**kw: Any) -> _AS:
@@ -141,6 +142,9 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
                 self.registry.kind = FOREIGN_ASYNC
             elif factory is AsyncSession and session.sync_session.bind is None:
                 raise no_engine(f"AsyncSessionJenny({_ASYNC_EXAMPLE})")
+            elif self._session_class is None:
+                self._session_class = type(session)
+                name_elsewhere(AsyncSessionJenny, self._session_class)
             return session
 
         outside: ScopedRegistry[_AS]

@@ -242,8 +242,10 @@ def no_such_name(jenny: object, name: str) -> AttributeError:
     """
     owner = jenny if isinstance(jenny, type) else type(jenny)
     text = f"{owner.__name__!r} object has no attribute {name!r}"
-    # Not by attribute: a copy of a jenny has no factory yet.
-    factory = vars(jenny).get("session_factory")
-    if hasattr(getattr(factory, "class_", None), name):
+    # Not by attribute: a copy of a jenny has none yet.
+    made = vars(jenny).get("_session_class")
+    if hasattr(made, name):
         text += f". Your session class has it: write jenny.session.{name}"
+    elif made is None:  # its factory is any function, which has made no session yet
+        text += f". If your session class has it, write jenny.session.{name}"
     return AttributeError(text, name=name, obj=jenny)

@@ -18,10 +18,16 @@ from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.elsewhere import stand_in
 from rope_middleware.errors import no_engine, no_such_name
+from rope_middleware.rope.frames import code_of
 from rope_middleware.rope.registry import RopeRegistry, owner_name
 from rope_middleware.rope.rope import ScopeRope, SessionRope
 from rope_middleware.scope.context import current
-from rope_middleware.session.factories import check_arguments, check_session, listen_to_factory
+from rope_middleware.session.factories import (
+    check_arguments,
+    check_session,
+    class_of_made,
+    listen_to_factory,
+)
 from rope_middleware.session.kinds import FOREIGN
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
 from rope_middleware.session.release import inner_session, release
@@ -73,7 +79,8 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
     ) -> None:
         check_arguments(session_factory, scopefunc, strict, _EXAMPLE, is_async=False)
         listen_to_factory(session_factory)  # now: later its sessions may be in use
-        name_elsewhere(SessionJenny, session_factory)
+        self._session_class = class_of_made(session_factory)
+        name_elsewhere(SessionJenny, self._session_class)
         # Any callable is as good as the sessionmaker that SQLAlchemy's annotation asks for.
         super().__init__(cast("Any", session_factory), scopefunc)
         self._ropes: WeakValueDictionary[str, SessionRope[_S]] = WeakValueDictionary()
@@ -89,6 +96,9 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
                 self.registry.kind = FOREIGN
             elif factory is Session and session.bind is None:
                 raise no_engine(f"SessionJenny({_EXAMPLE})")
+            elif self._session_class is None:
+                self._session_class = type(session)
+                name_elsewhere(SessionJenny, self._session_class)
             return session
 
         outside: ScopedRegistry[_S]
@@ -97,7 +107,8 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         elif scopefunc is not None:
             outside = ScopedRegistry(tying(lambda: self.registry.kind, create), scopefunc)
         else:
-            outside = RopeRegistry(create, self.create_rope_name, self._ropes)
+            inside = code_of(type(self), SessionJenny)
+            outside = RopeRegistry(create, self.create_rope_name, self._ropes, inside)
         self.registry = ScopeRegistry(  # pyright: ignore[reportIncompatibleVariableOverride]
             create, outside
         )
@@ -197,7 +208,13 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
 
         Raises:
             NoScopeError: no scope is open, and the jenny is strict.
+            TypeError: `frame` is no frame.
         """
+        if not isinstance(frame, FrameType | None):
+            raise TypeError(
+                "set_rope() takes a frame, as sys._getframe() returns one, or nothing for the "
+                f"calling one; not {frame!r}."
+            )
         outside = self._outside()
         if outside is not None:
             outside.set_in(frame)
@@ -247,16 +264,15 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         return outside if isinstance(outside, RopeRegistry) else None
 
 
-def name_elsewhere(jenny: type, factory: object) -> None:
-    """Let a class of jennies say of the names of a factory's sessions where they are.
+def name_elsewhere(jenny: type, made: type | None) -> None:
+    """Let a class of jennies say of the names of its sessions where they are.
 
     Args:
         jenny: sync or async.
-        factory: makes the sessions: a sessionmaker tells of what class.
+        made: the class of the sessions; None where no session has been made yet.
     """
-    made: object = getattr(factory, "class_", None)
-    if isinstance(made, type):
-        stand_in(jenny, (name for name in dir(made) if not name.startswith("_")), no_such_name)
+    names = ("exec",) if made is None else dir(made)  # SQLModel's is what people look for
+    stand_in(jenny, (name for name in names if not name.startswith("_")), no_such_name)
 
 
 def get_or_make(jenny: Any, refuse: Callable[..., Any], kw: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from importlib import import_module
+from inspect import Parameter
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from rope_middleware.apps import NAMES, check_app, is_around_itself, is_wrapped, protocol_of
@@ -16,11 +17,12 @@ from rope_middleware.elsewhere import stand_in
 from rope_middleware.position import following
 from rope_middleware.running.line import Line
 from rope_middleware.scope.context import logger
-from rope_middleware.scope.options import DEFAULT, methods_of, options_of
+from rope_middleware.scope.options import DEFAULT, Options, methods_of, options_of
 from rope_middleware.scope.response import options_now, take_in
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.plain import kinds_of
 from rope_middleware.session.refusal import listen_for_retries
+from rope_middleware.signature import SignatureOf, parameters_of
 
 if TYPE_CHECKING:
     from typing import TypedDict, Unpack
@@ -95,6 +97,11 @@ class RopeMiddleware:
 
     _protocols: ClassVar[dict[str, type[RopeMiddleware]]] = {}
     _protocol: ClassVar[str]
+    __signature__ = SignatureOf(
+        Parameter("app", Parameter.POSITIONAL_OR_KEYWORD),
+        Parameter("registries", Parameter.POSITIONAL_OR_KEYWORD, default=()),
+        *parameters_of(Options),
+    )
 
     # Of a subclass whose __init__ has not called ours; `_check_set_up` says so.
     _has_more = True

@@ -93,6 +93,7 @@ HOUSE = (
     "async_jenny",
     "answer",
     "apps",
+    "signature",
     "middleware",
     "asgi.line",
     "asgi.replay",

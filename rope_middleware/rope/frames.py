@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from types import FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
-__all__ = ["calling_frame", "held_by", "hold"]
+__all__ = ["calling_frame", "code_of", "held_by", "hold"]
 
 # The facade: this package, and the module of scoped_session's methods.
 _PACKAGE = "rope_middleware."
@@ -24,8 +24,37 @@ _COMPREHENSIONS = frozenset({"<dictcomp>", "<listcomp>", "<setcomp>"})
 _LOOPS = ("anyio.", "asyncio.", "concurrent.futures.", "multiprocessing.", "threading", "trio.")
 
 
-def calling_frame() -> FrameType:
-    """Return the first frame outside the facade that is there to hold something."""
+def code_of(facade: type, base: type) -> frozenset[CodeType]:
+    """Return the code of what a user's subclass of a facade adds: its frames are the facade's, too.
+
+    Args:
+        facade: the subclass.
+        base: the class of ours.
+    """
+    added = (one for one in facade.__mro__ if one not in base.__mro__)
+    found: set[CodeType] = set()
+    for member in [member for one in added for member in vars(one).values()]:
+        for name in ("", "__func__", "fget", "fset", "fdel", "func"):
+            function: object = getattr(member, name, None) if name else member
+            while isinstance(function, FunctionType):
+                _add_code(function.__code__, found)
+                function = getattr(function, "__wrapped__", None)
+    return frozenset(found)
+
+
+def _add_code(code: CodeType, found: set[CodeType]) -> None:
+    found.add(code)
+    for inner in code.co_consts:  # functions within it
+        if isinstance(inner, CodeType):
+            _add_code(inner, found)
+
+
+def calling_frame(inside: frozenset[CodeType] = frozenset()) -> FrameType:
+    """Return the first frame outside the facade that is there to hold something.
+
+    Args:
+        inside: code that belongs to the facade, besides our own.
+    """
     frame: FrameType | None = sys._getframe(1)
     method: FrameType | None = None  # the outermost one of scoped_session's
     while frame is not None:
@@ -35,6 +64,7 @@ def calling_frame() -> FrameType:
             module == _SCOPING
             or (isinstance(module, str) and module.startswith(_PACKAGE))
             or code.co_name in _COMPREHENSIONS
+            or code in inside
             # A class body hands its local variables to the class, which keeps them for ever
             # (and an Enum makes members of them): the frame around it is the one that goes.
             or (not code.co_flags & inspect.CO_OPTIMIZED and _is_class_body(frame))

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
@@ -39,19 +39,22 @@ class RopeRegistry(ScopedRegistry[_T]):
         createfunc: makes a session; any callable.
         create_name: makes the name under which a rope is set and looked up.
         listed: where each rope is listed under its name.
+        inside: code whose frames hold no ropes, see `code_of`.
     """
 
-    __slots__ = ("__weakref__", "_create_name", "_here", "_listed", "_ropes")
+    __slots__ = ("__weakref__", "_create_name", "_here", "_inside", "_listed", "_ropes")
 
     def __init__(
         self,
         createfunc: Callable[..., _T],
         create_name: Callable[[], str],
         listed: WeakValueDictionary[str, SessionRope[_T]],
+        inside: frozenset[CodeType] = frozenset(),
     ) -> None:
         super().__init__(createfunc, current_scope)
         self._create_name = create_name
         self._listed = listed
+        self._inside = inside
         self._here = _Here()
         # By owner first: threads and tasks with ropes of the same name must not meet.
         self._ropes: WeakKeyDictionary[object, WeakValueDictionary[str, OwnRope[_T]]] = (
@@ -100,13 +103,13 @@ class RopeRegistry(ScopedRegistry[_T]):
         """Set a new rope in `frame`, by default the first frame outside the facade."""
         name = self._create_name()
         rope = self._list(name, OwnRope(self, self._home()))
-        _hold(frame or calling_frame(), name, rope)
+        _hold(frame or calling_frame(self._inside), name, rope)
         return rope
 
     def rope(self) -> OwnRope[_T]:
         """Return the rope of this thread or task, held by the calling frame from now on."""
         name, home = self._create_name(), self._home()
-        frame = calling_frame()
+        frame = calling_frame(self._inside)
         rope = home.get(name)
         if rope is None or rope.home is None:
             # An inner frame may have had a rope of its own meanwhile, by `tie`.

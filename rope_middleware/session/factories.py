@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any, cast
 
 from sqlalchemy.orm import Session
@@ -11,7 +12,7 @@ from rope_middleware.errors import RopeError, async_engine
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.session.listeners import listen
 
-__all__ = ["check_arguments", "check_session", "listen_to_factory"]
+__all__ = ["check_arguments", "check_session", "class_of_made", "listen_to_factory"]
 
 
 def check_arguments(
@@ -61,6 +62,14 @@ def check_arguments(
     bind: Any = cast("dict[str, Any]", options).get("bind") if isinstance(options, dict) else None
     if not makes_async and hasattr(bind, "sync_engine"):
         raise async_engine(bind)
+
+
+def class_of_made(factory: object) -> type | None:
+    """Return of what class a factory's sessions are, or None where only a session tells."""
+    while isinstance(factory, partial):
+        factory = cast("object", factory.func)
+    made = getattr(factory, "class_", factory)  # of a sessionmaker, or a class itself
+    return made if isinstance(made, type) else None
 
 
 def listen_to_factory(factory: object) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from inspect import Parameter
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from rope_middleware.asgi import ASGIRopeMiddleware
 from rope_middleware.middleware import RopeMiddleware
 from rope_middleware.running.threads import in_thread
 from rope_middleware.scope.context import logger
+from rope_middleware.signature import SignatureOf
 from rope_middleware.testing.desk import Desk, Reply, Visit
 from rope_middleware.testing.sandbox import NAME, Sandbox
 from rope_middleware.testing.whose import named
@@ -46,6 +48,12 @@ class SandboxMiddleware:
 
     app: Any
     _desk: Desk
+    __signature__ = SignatureOf(
+        Parameter("app", Parameter.POSITIONAL_OR_KEYWORD),
+        Parameter("jennies", Parameter.VAR_POSITIONAL),
+        Parameter("path", Parameter.KEYWORD_ONLY, default="/rope-sandbox"),
+        Parameter("idle", Parameter.KEYWORD_ONLY, default=60.0),
+    )
 
     @overload
     def __new__(

@@ -354,6 +354,23 @@ def test_W1_options_are_handed_on(make: Any) -> None:
     assert serve_wsgi(make(wsgi_function, [registry])) == b"GET /"
 
 
+@pytest.mark.parametrize("kind", [RopeMiddleware, ASGIRopeMiddleware, WSGIRopeMiddleware])
+def test_A1_W1_the_signature_tells_the_options(kind: Any) -> None:
+    """For `help()`, editors and frameworks; of a subclass's `__init__` it tells that one's."""
+    told = inspect.signature(kind).parameters
+    assert list(told)[:2] == ["app", "registries"]
+    assert {name: one.default for name, one in list(told.items())[1:]} == {
+        "registries": (), "commit_on_success": False, "commit_veto": None, "on_commit_error": None,
+        "retries": 0, "read_only": (), "max_active": None, "close_timeout": 10.0,
+    }  # fmt: skip
+
+    class Mine(kind):  # type: ignore[misc]
+        def __init__(self, app: Any, *, mine: int = 1) -> None:
+            super().__init__(app)
+
+    assert "retries" not in inspect.signature(Mine).parameters
+
+
 def test_A1_frameworks_add_it_without_being_told() -> None:
     """Starlette and Responder make a middleware with the app alone, by position or by name."""
     testclient = pytest.importorskip("starlette.testclient")

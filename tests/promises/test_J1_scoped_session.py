@@ -7,6 +7,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import factory
@@ -361,6 +362,22 @@ def test_J1_a_name_of_the_session_class_alone(engine: Engine) -> None:
         with pytest.raises(AttributeError, match=r"has no attribute 'exek'$"):
             one.exek  # noqa: B018
         assert not hasattr(copy.copy(one), "exek")
+
+
+@pytest.mark.parametrize("make", [lambda _: WithExec, lambda bind: partial(WithExec, bind)])
+def test_J1_a_name_of_the_session_class_alone_of_any_factory(make: Any, engine: Engine) -> None:
+    """A class and a partial tell it, too; any other function does so by its first session."""
+    known = SessionJenny[Any](make(engine))
+    unknown = SessionJenny[Any](lambda: WithExec(engine))
+    with pytest.raises(AttributeError, match=r"If your session class has it, write"):
+        unknown.exec  # noqa: B018
+    with open_scope():
+        assert unknown.session.exec("SELECT 7").scalar() == 7
+    for one in known, unknown:
+        with pytest.raises(
+            AttributeError, match=r"'exec'\. .* has it: write jenny\.session\.exec$"
+        ):
+            one.exec  # noqa: B018
 
 
 def test_J1_an_attribute_error_of_the_factory_is_what_comes(jenny: Jenny) -> None:

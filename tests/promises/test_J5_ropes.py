@@ -55,6 +55,55 @@ def test_J5_a_function_has_one_session_that_goes_with_it(
     assert checked_out(engine) == 0
 
 
+def logged(method: Any) -> Any:
+    """Decorate a method."""
+
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        return method(*args)
+
+    return call
+
+
+class Database(SessionJenny[Any]):
+    """An application's own jenny, with a shorthand in each form that a class may have."""
+
+    def method(self) -> Session:
+        return self.session
+
+    @property
+    def attribute(self) -> Session:
+        return self.method()
+
+    @functools.cached_property
+    def kept(self) -> Session:
+        return self.session
+
+    @logged
+    def decorated(self) -> Session:
+        return self.session
+
+    def nested(self) -> Session:
+        return (lambda: self.session)()
+
+
+def test_J5_the_methods_of_a_subclass_are_the_jennys(engine: Engine, traced: Any) -> None:
+    """The rope hangs on the function that calls them, and does not go with their own frames."""
+    database = Database(sessionmaker(engine, class_=Seen))
+
+    def view() -> None:
+        session = use(database.method())
+        assert database.session is session
+        assert database.attribute is database.kept is database.decorated() is session
+        assert database.nested() is session
+        assert checked_out(engine) == 1
+        del database.kept
+
+    with traced():
+        view()
+    assert checked_out(engine) == 0
+
+
 def test_J5_a_function_that_raises_ends_its_session(
     jenny: Jenny, engine: Engine, traced: Any
 ) -> None:

@@ -206,6 +206,12 @@ def test_J5_set_rope_ties_in_the_frame_it_is_given(
         assert is_over(view())
 
 
+def test_J5_set_rope_of_what_is_no_frame_is_an_error_in_words(jenny: Jenny) -> None:
+    """It says what a frame is."""
+    with pytest.raises(TypeError, match=r"sys\._getframe.*not 'frame'"):
+        jenny.set_rope("frame")  # type: ignore[arg-type]
+
+
 def test_J5_set_rope_in_a_nested_call_leaves_the_outer_session_alone(
     jenny: Jenny, engine: Engine, traced: Any
 ) -> None:
