@@ -22,6 +22,7 @@ from rope_middleware.scope.order import (
     held,
     open_sessions,
     rolling_back,
+    until_free,
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 from rope_middleware.scope.settling import Settling
@@ -137,7 +138,13 @@ async def aroll_back(scope: Scope, why: str) -> None:
         scope._on_commit = None
         return
     timeout = scope._options.close_timeout
-    await finish(rolling_back(scope, Async(timeout), why), timeout)
+    await finish(_undo(scope, Async(timeout), why), timeout)
+
+
+async def _undo(scope: Scope, hands: Async, why: str) -> None:
+    with Settling(scope):  # as a commit: the application may go on meanwhile (C10)
+        await until_free(open_sessions(scope), hands)
+        await rolling_back(scope, hands, why)
 
 
 async def aend_failed(scope: Scope, error: BaseException) -> None:

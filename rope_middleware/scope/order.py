@@ -27,6 +27,7 @@ __all__ = [
     "invalidate_failed",
     "open_sessions",
     "rolling_back",
+    "until_free",
     "worse",
 ]
 
@@ -71,8 +72,7 @@ async def _commit_all(scope: Scope, hands: Hands, goes_on: bool) -> None:
         work = [one for one in work if one[0] not in told and one[0].kind.has_begun(one[1])]
         if not work:
             return
-        if not _is_free(work):
-            await hands.until(partial(_is_free, work))
+        await until_free(work, hands)
         for key, session in work:
             if key.kind.is_opaque(session):
                 told.add(key)
@@ -93,6 +93,12 @@ async def after_failure(scope: Scope, hands: Hands, error: BaseException) -> Non
     else:
         logger.error("commit of %r failed: %s", scope.name, class_of(error))
     await rolling_back(scope, hands, "its commit failed")
+
+
+async def until_free(work: Work, hands: Hands) -> None:
+    """Wait, not for ever, until nobody is in the middle of something in one of the sessions."""
+    if not _is_free(work):
+        await hands.until(partial(_is_free, work))
 
 
 def _is_free(work: Work) -> bool:

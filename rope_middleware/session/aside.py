@@ -22,10 +22,9 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import calls_of, must_wait_for
 from rope_middleware.session.turns import wait_for_commit
 
-__all__ = ["guard", "is_guarded"]
+__all__ = ["guard", "is_guard", "is_guarded"]
 
-# What begins, uses or ends a transaction. (`close` has to stay as it is: whether it is SQLAlchemy's
-# own is asked for elsewhere.)
+# What begins, uses or ends a transaction.
 _METHODS = (
     "execute",
     "scalar",
@@ -34,6 +33,7 @@ _METHODS = (
     "flush",
     "commit",
     "rollback",
+    "close",
     "begin",
     "begin_nested",
     "refresh",
@@ -90,6 +90,11 @@ def guard(session: Session, scope: Scope) -> None:
         for name in _METHODS:
             if name not in own:  # else the application's own: nobody knows what it does
                 own[name] = _Guard(this, name, scope, calls)
+
+
+def is_guard(method: object) -> bool:
+    """Tell whether `method` of a session is the session's own one behind a guard."""
+    return isinstance(method, _Guard)
 
 
 def is_guarded(session: Session) -> bool:

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from rope_middleware.errors import belongs_to_parent
 from rope_middleware.running.finish import running_loop
 from rope_middleware.scope.options import DEFAULT
+from rope_middleware.session.aside import is_guard
 from rope_middleware.session.begun import call_at_forks
 from rope_middleware.session.connections import (
     connections_out,
@@ -53,7 +54,10 @@ _SESSION_CLOSE = Session.close
 def overrides_close(session: Any, original: Any = _SESSION_CLOSE) -> bool:
     """Tell whether somebody has put another close() in the place of SQLAlchemy's."""
     session_class: Any = type(session)  # pyright: ignore[reportUnknownVariableType]
-    return session_class.close is not original or "close" in session.__dict__
+    if session_class.close is not original:
+        return True
+    own = session.__dict__
+    return "close" in own and not is_guard(own["close"])
 
 
 def has_nothing_open(session: Session) -> bool:

@@ -109,7 +109,8 @@ def test_C10_who_is_on_the_way_to_a_statement_is_waited_for(
     assert rows(engine) == 1
 
 
-def test_C10_a_method_that_a_thread_was_given_waits(make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("method", ["scalar", "close"])
+def test_C10_a_method_that_a_thread_was_given_waits(make_engine: MakeEngine, method: str) -> None:
     """``run_in_threadpool(jenny.session.scalar, ...)``, begun while the commit is under way."""
     engine = make_engine()
     jenny = SessionJenny(sessionmaker(engine))
@@ -122,22 +123,24 @@ def test_C10_a_method_that_a_thread_was_given_waits(make_engine: MakeEngine) -> 
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         jenny.session.add(Row(name="view"))
-        scalar = jenny.session.scalar
+        given = getattr(jenny.session, method)
+        arguments = [COUNT] if method == "scalar" else []
 
         async def beside() -> object:
             await asyncio.to_thread(commits.wait, PATIENCE)
             threading.Timer(0.2, may_go.set).start()
-            return await asyncio.to_thread(scalar, COUNT)
+            return await asyncio.to_thread(given, *arguments)
 
         other = asyncio.create_task(beside())
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        assert await other == 1
+        assert await other == (1 if method == "scalar" else None)
         await send({"type": "http.response.body", "body": b""})
 
     async def send(message: Any) -> None: ...
 
     asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
     assert checked_out(engine) == 0
+    assert rows(engine) == 1
 
 
 def test_C10_what_guards_a_session_keeps_it_not_alive(make_engine: MakeEngine) -> None:
@@ -172,8 +175,14 @@ def database() -> Iterator[Database]:
 
 @pytest.mark.parametrize("keeps", [True, False], ids=["a kept session", "jenny.session"])
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-def test_C10_an_async_stream_on_postgresql(database: Database, driver: str, keeps: bool) -> None:
-    """A driver that allows one operation at a time: every answer is whole, every row is there."""
+@pytest.mark.parametrize("status", [200, 404])
+def test_C10_an_async_stream_on_postgresql(
+    database: Database, status: int, driver: str, keeps: bool
+) -> None:
+    """A driver that allows one operation at a time: every answer is whole, every row is there.
+
+    Or none, where the response is no success: the rollback has the session for itself, too.
+    """
 
     async def main() -> list[tuple[int, str]]:
         engine = create_async_engine(database.url(driver), pool_size=5)
@@ -191,15 +200,16 @@ def test_C10_an_async_stream_on_postgresql(database: Database, driver: str, keep
                     await session.flush()
                     yield str(await session.scalar(text("SELECT 7")))
 
-            return StreamingResponse(chunks())
+            return StreamingResponse(chunks(), status)
 
         answers = await many(stack(view))
         assert checked_out(engine.sync_engine) == 0
+        assert not database.backends("idle in transaction")
         await engine.dispose()
         return answers
 
-    assert asyncio.run(main()) == [(200, "777")] * 20
-    assert database.query("SELECT count(*) FROM row") == [(80,)]
+    assert asyncio.run(main()) == [(status, "777")] * 20
+    assert database.query("SELECT count(*) FROM row") == [(80 if status == 200 else 0,)]
 
 
 @pytest.mark.told
