@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from tests.kit.models import Row
-from tests.kit.shop import MARIA, Answer, Shop, Work, add, send
+from tests.kit.shop import MARIA, Answer, Shop, Work, add, ask_once, send
 from tests.servers.mariadb import MariaDatabase, NoMariaDBError, mariadb_server
 from tests.servers.pgbouncer import MISSING, pgbouncer
 from tests.servers.postgres import postgres_server
@@ -56,10 +56,7 @@ def maria() -> Iterator[MariaDatabase]:
 
 
 def ask_maria(kind: str, database: MariaDatabase, work: Work, **options: object) -> Answer:
-    async def main() -> Answer:
-        return await send(Shop(kind, database.url(MARIA[kind]), work, **options))
-
-    return asyncio.run(main())
+    return ask_once(kind, database.url(MARIA[kind]), work, **options)
 
 
 def kill(session: Session, database: MariaDatabase) -> None:

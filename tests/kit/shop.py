@@ -13,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-from sqlalchemy import URL, create_engine
+from sqlalchemy import URL, create_engine, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -194,3 +196,40 @@ async def send(shop: Shop) -> Answer:
     assert shop.held() == 0
     await shop.close()
     return answer
+
+
+async def load_over_a_restart(
+    shop: Shop, restart: Callable[[], object], clients: int = 16
+) -> dict[int, Answer]:
+    """Have clients write until the database has ended, come again and served; their answers."""
+    # Each client has a thread, and the restart need not wait for one.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(clients + 2))
+    answers: dict[int, Answer] = {}
+    numbers, is_over = count(1), asyncio.Event()
+
+    async def client() -> None:
+        while not is_over.is_set():
+            n = next(numbers)
+            answers[n] = await shop.ask(n)
+
+    async def more(number: int) -> None:
+        enough = len(answers) + number
+        while len(answers) < enough:
+            await asyncio.sleep(0.01)
+
+    async def meanwhile() -> None:
+        await more(50)
+        await asyncio.to_thread(restart)
+        await more(50)
+        is_over.set()
+
+    await asyncio.gather(meanwhile(), *(client() for _ in range(clients)))
+    assert shop.held() == 0
+    await shop.close()
+    return answers
+
+
+def insert(session: Session, n: int) -> int:
+    """Write `n` into a table that would show it twice; answer 201."""
+    session.execute(text("INSERT INTO written (n) VALUES (:n)"), {"n": n})
+    return 201

@@ -6,14 +6,10 @@ import asyncio
 import gc
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.orm import Session
 
-from tests.kit.shop import MARIA, Answer, Shop
+from tests.kit.shop import MARIA, Answer, Shop, insert, load_over_a_restart
 from tests.servers.mariadb import MariaDBServer, NoMariaDBError, start
 
 CLIENTS = 16
@@ -30,11 +26,6 @@ def server() -> Iterator[MariaDBServer]:
     found.stop()
 
 
-def insert(session: Session, n: int) -> int:
-    session.execute(text("INSERT INTO written (n) VALUES (:n)"), {"n": n})
-    return 201
-
-
 # PyMySQL leaves the socket open where it cannot connect.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", MARIA)
@@ -43,38 +34,17 @@ def test_C8_a_restart_of_mariadb_costs_time_and_leaves_what_is_in_doubt(
     kind: str, server: MariaDBServer, how: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each success has its row, once. An error is a commit in doubt: MariaDB cannot be asked."""
-    answers: dict[int, Answer] = {}
-    numbers, is_over = count(1), asyncio.Event()
-
-    async def client(shop: Shop) -> None:
-        while not is_over.is_set():
-            n = next(numbers)
-            answers[n] = await shop.ask(n)
-
-    async def restart() -> None:
-        while len(answers) < 50:
-            await asyncio.sleep(0.01)
-        await asyncio.to_thread(server.restart, how)
-        so_far = len(answers)
-        while len(answers) < so_far + 50:
-            await asyncio.sleep(0.01)
-        is_over.set()
-
     with server.new_database() as database:
         # What a killed process has committed is there: see SETTINGS.
         database.query("SET GLOBAL innodb_flush_log_at_trx_commit = 2")
         database.query("CREATE TABLE written (id INTEGER AUTO_INCREMENT PRIMARY KEY, n INTEGER)")
 
-        async def main() -> None:
-            loop = asyncio.get_running_loop()
-            loop.set_default_executor(ThreadPoolExecutor(CLIENTS + 2))
+        async def main() -> dict[int, Answer]:
             url = database.url(MARIA[kind])
             shop = Shop(kind, url, insert, commit_on_success=True, retries=5)
-            await asyncio.gather(restart(), *(client(shop) for _ in range(CLIENTS)))
-            assert shop.held() == 0
-            await shop.close()
+            return await load_over_a_restart(shop, lambda: server.restart(how), CLIENTS)
 
-        asyncio.run(main())
+        answers = asyncio.run(main())
         found = dict(database.query("SELECT n, count(*) FROM written GROUP BY n"))
     gc.collect()  # here, where such a socket is no error
     failed = {n: answer for n, answer in answers.items() if answer.status != 201}

@@ -10,39 +10,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import trio
 from sqlalchemy import Engine, event, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny
-from tests.kit.asgi import client, http_scope
+from tests.kit.asgi import http_scope
 from tests.kit.engines import rows
 from tests.kit.leaks import checked_out
 from tests.kit.models import Base, Row
 from tests.kit.sessions import Jenny
+from tests.kit.stacks import stack, twenty
 from tests.kit.waiting import PATIENCE, never
 
 pytestmark = pytest.mark.anyio
 
 COUNT = select(func.count()).select_from(Row)
-
-
-class Passing(BaseHTTPMiddleware):
-    """Runs the endpoint in a task of its own, and sends its response from another one."""
-
-    async def dispatch(self, request: Request, call_next: Any) -> Response:
-        response: Response = await call_next(request)
-        return response
 
 
 @pytest.fixture
@@ -62,21 +51,6 @@ async def async_engine(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
         await connection.run_sync(Base.metadata.create_all)
     yield engine
     await engine.dispose()
-
-
-def stack(*routes: Any) -> Any:
-    """A Starlette app with a BaseHTTPMiddleware inside of ours."""
-    rope = Middleware(RopeMiddleware, commit_on_success=True)  # type: ignore[arg-type]
-    return Starlette(routes=list(routes), middleware=[rope, Middleware(Passing)])
-
-
-async def twenty(app: Any) -> list[tuple[int, str]]:
-    answers = []
-    async with client(app) as web:
-        for _ in range(20):
-            answer: httpx.Response = await web.get("/")
-            answers.append((answer.status_code, answer.text))
-    return answers
 
 
 async def test_C10_a_sync_stream_behind_base_http_middleware(jenny: Jenny, engine: Engine) -> None:

@@ -6,54 +6,27 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-import httpx
 import pytest
 from sqlalchemy import event, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny
-from tests.kit.asgi import client, http_scope
+from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.engines import MakeEngine, rows
 from tests.kit.leaks import checked_out
 from tests.kit.models import Row
+from tests.kit.stacks import stack, twenty
 from tests.kit.waiting import PATIENCE, never
 from tests.servers.postgres import Database, postgres_server
 
 COUNT = select(func.count()).select_from(Row)
-
-
-class Passing(BaseHTTPMiddleware):
-    """Runs the endpoint in a task of its own, and sends its response from another one."""
-
-    async def dispatch(self, request: Request, call_next: Any) -> Response:
-        response: Response = await call_next(request)
-        return response
-
-
-def stack(view: Callable[[Request], Any]) -> Any:
-    rope = Middleware(RopeMiddleware, commit_on_success=True)  # type: ignore[arg-type]
-    return Starlette(routes=[Route("/", view)], middleware=[rope, Middleware(Passing)])
-
-
-async def many(app: Any) -> list[tuple[int, str]]:
-    """Ask 20 times, four at a time."""
-    async with client(app) as web:
-
-        async def ask() -> tuple[int, str]:
-            answer: httpx.Response = await web.get("/")
-            return answer.status_code, answer.text
-
-        return [one for _ in range(5) for one in await asyncio.gather(*(ask() for _ in range(4)))]
 
 
 def test_C10_a_stream_that_keeps_the_views_session(make_engine: MakeEngine) -> None:
@@ -74,7 +47,7 @@ def test_C10_a_stream_that_keeps_the_views_session(make_engine: MakeEngine) -> N
 
         return StreamingResponse(chunks())
 
-    assert asyncio.run(many(stack(view))) == [(200, "777")] * 20
+    assert asyncio.run(twenty(stack(Route("/", view)), at_once=4)) == [(200, "777")] * 20
     assert rows(engine) == 80
     assert checked_out(engine) == 0
 
@@ -103,9 +76,7 @@ def test_C10_who_is_on_the_way_to_a_statement_is_waited_for(
         assert await other == 1
         await send({"type": "http.response.body", "body": b""})
 
-    async def send(message: Any) -> None: ...
-
-    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
     assert rows(engine) == 1
 
 
@@ -136,9 +107,7 @@ def test_C10_a_method_that_a_thread_was_given_waits(make_engine: MakeEngine, met
         assert await other == (1 if method == "scalar" else None)
         await send({"type": "http.response.body", "body": b""})
 
-    async def send(message: Any) -> None: ...
-
-    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
     assert checked_out(engine) == 0
     assert rows(engine) == 1
 
@@ -153,11 +122,9 @@ def test_C10_what_guards_a_session_keeps_it_not_alive(make_engine: MakeEngine) -
         seen.append(weakref.ref(jenny.session))
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    async def send(message: Any) -> None: ...
-
     gc.disable()
     try:
-        asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+        asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
         assert seen[0]() is None
     finally:
         gc.enable()
@@ -202,7 +169,7 @@ def test_C10_an_async_stream_on_postgresql(
 
             return StreamingResponse(chunks(), status)
 
-        answers = await many(stack(view))
+        answers = await twenty(stack(Route("/", view)), at_once=4)
         assert checked_out(engine.sync_engine) == 0
         assert not database.backends("idle in transaction")
         await engine.dispose()
@@ -235,10 +202,9 @@ def test_S3_no_connection_goes_back_within_its_transaction(
         async def one(scope: Any, receive: Any, send: Any) -> None:
             assert await jenny.session.scalar(text("SELECT 1")) == 1
 
-        async def send(message: Any) -> None: ...
+        await RopeMiddleware(two)(http_scope(), never, into_nothing)
 
-        await RopeMiddleware(two)(http_scope(), never, send)
-        await RopeMiddleware(one)(http_scope(), never, send)
+        await RopeMiddleware(one)(http_scope(), never, into_nothing)
         await engine.dispose()
 
     asyncio.run(main())

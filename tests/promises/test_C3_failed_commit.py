@@ -114,11 +114,11 @@ def test_C3_an_app_that_swallows_the_error_cannot_turn_it_into_a_success(
         web.close()
 
 
+@pytest.mark.parametrize("web", ["wsgi"], indirect=True)
 def test_C3_a_wsgi_app_that_swallows_the_error_cannot_turn_it_into_a_success(
-    tmp_path: Path,
+    web: Web,
 ) -> None:
     """Whatever a WSGI app does around its start, nobody reads a 2xx without its row."""
-    web = Web("wsgi", tmp_path / "swallow.db")
 
     async def handler(exchange: Exchange) -> None:
         await web.store.add_orphan(1)
@@ -140,8 +140,6 @@ def test_C3_a_wsgi_app_that_swallows_the_error_cannot_turn_it_into_a_success(
     assert answer.seen == 500
     assert answer.whole
     assert web.store.orphans() == 0
-    assert web.store.held() == 0
-    web.close()
 
 
 def test_C3_a_failed_commit_of_the_second_transaction_does_not_hide(
@@ -204,11 +202,11 @@ def test_C3_a_rollback_is_logged_with_its_reason(
 
 
 @pytest.mark.parametrize("retries", [0, 1])
+@pytest.mark.parametrize("web", ["asgi-async"], indirect=True)
 def test_C3_a_commit_that_outlives_a_timeout_is_not_answered_by_an_error(
-    retries: int, tmp_path: Path
+    retries: int, web: Web
 ) -> None:
     """A time limit within the application ends in the middle of the commit, which stands."""
-    web = Web("asgi-async", tmp_path / "late.db")
     event.listen(web.store.engine, "commit", lambda connection: await_only(asyncio.sleep(0.3)))
     tries: list[int] = []
 
@@ -224,75 +222,5 @@ def test_C3_a_commit_that_outlives_a_timeout_is_not_answered_by_an_error(
 
     answer = web.ask(handler, commit_on_success=True, retries=retries)
     held = web.store.held()
-    web.close()
     assert held == 0
     assert (web.store.rows(), answer.seen, len(tries)) in (([1], 200, 1), ([], 504, 1))
-
-
-@pytest.mark.parametrize("which", ["starlette", "fastapi", "responder"])
-def test_C3_the_frameworks_own_error_page_answers(which: str, tmp_path: Path) -> None:
-    """Inside a framework's error handler the failed commit gets the framework's page."""
-    web = Web("asgi-async", tmp_path / "page.db")
-
-    async def show(request: Any, error: Exception) -> Any:
-        from starlette.responses import JSONResponse
-
-        return JSONResponse({"page": type(error).__name__}, status_code=500)
-
-    app: Any
-    if which == "starlette":
-        from starlette.applications import Starlette
-        from starlette.responses import PlainTextResponse
-
-        app = Starlette(exception_handlers={IntegrityError: show})
-
-        async def endpoint(request: Any) -> PlainTextResponse:
-            await web.store.add_orphan(1)
-            return PlainTextResponse("done")
-
-        app.add_route("/thing", endpoint)
-        app.add_middleware(ASGIRopeMiddleware, commit_on_success=True)
-    elif which == "fastapi":
-        from fastapi import FastAPI
-
-        app = FastAPI(exception_handlers={500: show})
-
-        @app.get("/thing")
-        async def fastapi_endpoint() -> str:
-            await web.store.add_orphan(1)
-            return "done"
-
-        app.add_middleware(ASGIRopeMiddleware, commit_on_success=True)
-    else:
-        import responder
-
-        app = responder.API()
-
-        @app.route("/thing")
-        async def responder_endpoint(req: Any, resp: Any) -> None:
-            await web.store.add_orphan(1)
-            resp.text = "done"
-
-        app.add_middleware(ASGIRopeMiddleware, commit_on_success=True)
-
-    async def run() -> tuple[int, str, bytes, int]:
-        import httpx
-
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            found = await client.get("/thing")
-        return found.status_code, found.headers.get("content-type", ""), found.content, 0
-
-    status, kind, body, _ = web.loop.run(run())
-    assert status == 500
-    assert b"done" not in body
-    if which == "starlette":
-        # a handler for a class of errors sits inside the middleware; the error comes from it
-        assert kind.startswith(("application/json", "text/plain"))
-    elif which == "fastapi":
-        assert body == b'{"page":"IntegrityError"}'
-    else:
-        assert kind.startswith("application/problem+json")
-    assert web.store.orphans() == 0
-    assert web.store.held() == 0
-    web.close()

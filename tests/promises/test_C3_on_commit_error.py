@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -222,14 +221,14 @@ def test_C3_of_two_middlewares_the_innermost_answers(web: Web) -> None:
     assert (len(inner.asked), len(outer.asked)) == (1, 0)
 
 
-def test_C3_starlette_says_nothing_untrue(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("web", ["asgi-async"], indirect=True)
+def test_C3_starlette_says_nothing_untrue(web: Web, caplog: pytest.LogCaptureFixture) -> None:
     """Where it has answered, the app hears of no error."""
     from starlette.applications import Starlette
     from starlette.routing import Route
     from starlette.testclient import TestClient
 
     caplog.set_level(logging.INFO)
-    web = Web("asgi-async", tmp_path / "x.db")
 
     async def create(request: Any) -> Any:
         await orphan(web)
@@ -241,4 +240,3 @@ def test_C3_starlette_says_nothing_untrue(tmp_path: Path, caplog: pytest.LogCapt
         answer = client.post("/")
     assert (answer.status_code, answer.json()) == (409, {"detail": "exists already"})
     assert "already started" not in caplog.text
-    web.close()

@@ -152,10 +152,9 @@ def test_C5_sync_functions_run_in_a_thread_under_asgi(web: Web) -> None:
     assert (threads[0] == threading.get_ident()) is web.wsgi
 
 
-@pytest.mark.parametrize("kind", ["asgi-async", "asgi-sync"])
-def test_C5_async_functions_are_awaited_under_asgi(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("web", ["asgi-async", "asgi-sync"], indirect=True)
+def test_C5_async_functions_are_awaited_under_asgi(web: Web) -> None:
     """In the loop, mixed with sync ones in order of registration."""
-    web = Web(kind, tmp_path / "callbacks.db")
     order: list[Any] = []
 
     async def tell(what: str) -> None:
@@ -175,7 +174,6 @@ def test_C5_async_functions_are_awaited_under_asgi(kind: str, tmp_path: Path) ->
 
     web.ask(handler, commit_on_success=True, at_start=order.append)
     assert order == [("async", [1]), ("sync", [1]), 200]
-    web.close()
 
 
 def test_C5_in_a_scope_that_does_not_commit_it_raises(web: Web) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from rope_middleware import ASGIRopeMiddleware, Scope, WSGIRopeMiddleware, current_scope, open_scope
+from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.stores import Lock
-from tests.kit.waiting import PATIENCE
 from tests.kit.web import Exchange, Web
 
 
@@ -82,8 +81,9 @@ def test_C6_sqlalchemys_recipe_for_sqlite_is_run_again(web: Web, lock: Lock) -> 
     assert (len(tries), web.store.rows()) == (2, [1])
 
 
-def test_C6_it_gives_up_after_n_tries(web: Web, lock: Lock) -> None:
-    """The last error is the answer: `retries=2` is three tries in all."""
+@pytest.mark.parametrize("options", [{}, {"retries": 2}], ids=str)
+def test_C6_it_gives_up_after_n_tries(web: Web, lock: Lock, options: dict[str, int]) -> None:
+    """The last error is the answer: `retries=2` is three tries in all, and the default is one."""
     tries: list[int] = []
 
     async def handler(exchange: Exchange) -> None:
@@ -91,25 +91,13 @@ def test_C6_it_gives_up_after_n_tries(web: Web, lock: Lock) -> None:
         await web.store.add(1)
         await exchange.answer(200)
 
-    answer = web.ask(handler, commit_on_success=True, retries=2)
-    assert len(tries) == 3
+    answer = web.ask(handler, commit_on_success=True, **options)
+    assert len(tries) == 1 + options.get("retries", 0)
     assert answer.seen == 500
     assert answer.whole
     if answer.error is not None:
         assert isinstance(answer.error, OperationalError)
     assert web.store.rows() == []
-
-
-def test_C6_without_retries_there_is_one_try(web: Web, lock: Lock) -> None:
-    """The default is not to try again."""
-    tries: list[int] = []
-
-    async def handler(exchange: Exchange) -> None:
-        tries.append(1)
-        await web.store.add(1)
-
-    assert web.ask(handler, commit_on_success=True).seen == 500
-    assert len(tries) == 1
 
 
 def test_C6_the_last_answer_of_the_framework_is_sent_when_the_tries_are_used_up(
@@ -263,44 +251,25 @@ def test_C6_never_after_the_response_started(web: Web, lock: Lock) -> None:
     assert isinstance(answer.error, OperationalError)
 
 
-def test_C6_never_after_a_session_committed(web: Web) -> None:
-    """What is committed cannot be taken back, so nothing is run twice."""
+@pytest.mark.parametrize("writes", [True, False])
+def test_C6_never_after_a_session_committed(web: Web, writes: bool) -> None:
+    """What is committed cannot be taken back: nothing is run twice, whatever the commit wrote."""
     tries: list[int] = []
-    locks: list[Lock] = []
 
     async def handler(exchange: Exchange) -> None:
         tries.append(1)
-        await web.store.add(len(tries))
+        await (web.store.add(1) if writes else web.store.read())
         await web.store.commit()
-        locks.append(Lock(web.store.path))
+        lock = Lock(web.store.path)
         try:
             await web.store.add(100)
         finally:
-            locks[-1].close()
+            lock.close()
 
     answer = web.ask(handler, retries=3)
     assert len(tries) == 1
     assert answer.seen == 500
-    assert web.store.rows() == [1]
-
-
-def test_C6_a_commit_that_only_read_forbids_a_retry_as_well(web: Web) -> None:
-    """ "A session of this scope committed" is told by the commit, not by what it wrote."""
-    tries: list[int] = []
-    locks: list[Lock] = []
-
-    async def handler(exchange: Exchange) -> None:
-        tries.append(1)
-        await web.store.read()
-        await web.store.commit()
-        locks.append(Lock(web.store.path))
-        try:
-            await web.store.add(100)
-        finally:
-            locks[-1].close()
-
-    assert web.ask(handler, retries=3).seen == 500
-    assert len(tries) == 1
+    assert web.store.rows() == ([1] if writes else [])
 
 
 def test_C6_another_scopes_commit_does_not_forbid_a_retry(web: Web, lock: Lock) -> None:
@@ -332,8 +301,11 @@ def test_C6_another_scopes_commit_does_not_forbid_a_retry(web: Web, lock: Lock) 
         web_of_inner.engine.dispose()
 
 
-def test_C6_on_commit_runs_for_the_try_that_committed(web: Web, lock: Lock) -> None:
-    """Callbacks of a try that was given up are gone with it."""
+def test_C6_each_retry_is_logged_and_on_commit_runs_for_the_try_that_committed(
+    web: Web, lock: Lock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line with the request and the error's class; callbacks of a failed try are gone with it."""
+    caplog.set_level(logging.DEBUG, "rope_middleware")
     called: list[int] = []
     tries: list[int] = []
 
@@ -348,21 +320,6 @@ def test_C6_on_commit_runs_for_the_try_that_committed(web: Web, lock: Lock) -> N
 
     assert web.ask(handler, commit_on_success=True, retries=5).status == 200
     assert called == [3]
-
-
-def test_C6_each_retry_is_logged(web: Web, lock: Lock, caplog: pytest.LogCaptureFixture) -> None:
-    """The line says which request, which try and the error's class."""
-    caplog.set_level(logging.DEBUG, "rope_middleware")
-    tries: list[int] = []
-
-    async def handler(exchange: Exchange) -> None:
-        tries.append(1)
-        if len(tries) == 3:
-            lock.release()
-        await web.store.add(1)
-        await exchange.answer(200)
-
-    assert web.ask(handler, commit_on_success=True, retries=5).status == 200
     lines = [
         record.getMessage()
         for record in caplog.records
@@ -404,30 +361,23 @@ def test_C6_a_stream_is_not_held_back(web: Web) -> None:
     assert (answer.body, answer.error) == (b"xy", None)
 
 
-def test_C6_a_disconnect_reaches_an_app_behind_the_replay(tmp_path: Path) -> None:
+def test_C6_a_disconnect_reaches_an_app_behind_the_replay() -> None:
     """After the body `receive` still tells that the client has gone."""
-    for kind in ("asgi-async", "asgi-sync"):
-        web = Web(kind, tmp_path / f"{kind}.db")
-        messages = [
-            {"type": "http.request", "body": b"a", "more_body": False},
-            {"type": "http.disconnect"},
-        ]
-        seen: list[str] = []
+    messages = [
+        {"type": "http.request", "body": b"a", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+    seen: list[str] = []
 
-        async def app(scope: Any, receive: Any, send: Any, seen: list[str] = seen) -> None:
-            seen.append((await receive())["type"])
-            seen.append((await receive())["type"])
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((await receive())["type"])
+        seen.append((await receive())["type"])
 
-        async def receive(messages: list[dict[str, Any]] = messages) -> dict[str, Any]:
-            return messages.pop(0)
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
 
-        async def send(message: Any) -> None: ...
-
-        wrapped: Any = ASGIRopeMiddleware(app, retries=2)
-        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
-        web.loop.run(asyncio.wait_for(wrapped(scope, receive, send), PATIENCE))
-        assert seen == ["http.request", "http.disconnect"]
-        web.close()
+    asyncio.run(ASGIRopeMiddleware(app, retries=2)(http_scope(), receive, into_nothing))
+    assert seen == ["http.request", "http.disconnect"]
 
 
 def test_C6_negative_retries_are_refused() -> None:

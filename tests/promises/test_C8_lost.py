@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 
 import pytest
 from sqlalchemy import text
@@ -13,11 +11,10 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.session.refusal import bridging
 from tests.kit.models import Row
-from tests.kit.shop import SHOPS, Answer, Shop, Work, ask_once
+from tests.kit.shop import SHOPS, Answer, Shop, Work, ask_once, insert, load_over_a_restart
 from tests.servers.postgres import Database, postgres_server
 from tests.servers.replicas import Server, cluster
 
-CLIENTS = 16
 PID = text("SELECT pg_backend_pid()")
 
 
@@ -147,39 +144,18 @@ def test_C8_a_restart_under_load_costs_time_and_no_error(
     """16 clients write while a real PostgreSQL ends, in order or at once, and comes again."""
     with server.running.new_database() as database:
         database.query("CREATE TABLE written (id serial PRIMARY KEY, n int NOT NULL)")
-        answers: dict[int, int] = {}
-        numbers, is_over = count(1), asyncio.Event()
 
-        def work(session: Session, n: int) -> int:
-            session.execute(text("INSERT INTO written (n) VALUES (:n)"), {"n": n})
-            return 201
+        def restart() -> None:
+            getattr(server, how)()
+            server.start()
 
-        async def client(shop: Shop) -> None:
-            while not is_over.is_set():
-                n = next(numbers)
-                answers[n] = (await shop.ask(n)).status
-
-        async def restart() -> None:
-            while len(answers) < 50:
-                await asyncio.sleep(0.01)
-            await asyncio.to_thread(getattr(server, how))
-            await asyncio.to_thread(server.start)
-            so_far = len(answers)
-            while len(answers) < so_far + 50:
-                await asyncio.sleep(0.01)
-            is_over.set()
-
-        async def main() -> None:
-            # Each client has a thread, and the restart need not wait for one.
-            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(CLIENTS + 2))
+        async def main() -> dict[int, Answer]:
             url = database.url(SHOPS[kind])
-            shop = Shop(kind, url, work, commit_on_success=True, retries=5)
-            await asyncio.gather(restart(), *(client(shop) for _ in range(CLIENTS)))
-            assert shop.held() == 0
-            await shop.close()
+            shop = Shop(kind, url, insert, commit_on_success=True, retries=5)
+            return await load_over_a_restart(shop, restart)
 
-        asyncio.run(main())
-        assert set(answers.values()) == {201}
+        answers = asyncio.run(main())
+        assert {answer.status for answer in answers.values()} == {201}
         found = dict(database.query("SELECT n, count(*) FROM written GROUP BY n"))
         assert found == dict.fromkeys(answers, 1)
 

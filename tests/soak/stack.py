@@ -37,7 +37,6 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -45,6 +44,7 @@ from starlette.routing import Mount, Route
 from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny
 from tests.kit.asgi import http_scope
 from tests.kit.leaks import checked_out
+from tests.kit.stacks import Passing
 from tests.kit.waiting import poll
 from tests.servers.postgres import Database, postgres_server
 
@@ -85,14 +85,6 @@ class Outcome:
             f"{seen}\n{self.out} out / {len(self.lost)} lost / {len(self.invented)} invented / "
             f"{len(self.crossed)} crossed / {len(self.wrong)} other"
         )
-
-
-class Passing(BaseHTTPMiddleware):
-    """Sends the response of the endpoint's task from another one."""
-
-    async def dispatch(self, request: Request, call_next: Any) -> Response:
-        response: Response = await call_next(request)
-        return response
 
 
 class Site:
