@@ -10,8 +10,6 @@ The listening socket is made here and handed to the server, so that no port is g
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from sqlalchemy import URL
 
 from tests.servers import wsgi as wsgi_servers
 from tests.servers.asgi import HOST, free_port
-from tests.servers.wsgi import ROOT, WSGIServer
+from tests.servers.wsgi import WSGIServer, serving
 
 APP = "tests.matrix.app:application"
 
@@ -127,35 +125,10 @@ def serve(name: str, framework: str, url: URL, folder: Path) -> Iterator[WSGISer
         folder: an empty folder for its output.
     """
     kind = SERVERS[name]
-    log = folder / "output"
-    with socket.socket() as listener:
-        if kind.takes_port:
-            port = number = free_port()
-        else:
-            listener.bind((HOST, 0))
-            listener.listen(128)
-            port, number = listener.getsockname()[1], listener.fileno()
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                kind.command(number),
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                    "PYTHONUNBUFFERED": "1",
-                    "MATRIX_FRAMEWORK": framework,
-                    "MATRIX_DATABASE_URL": url.render_as_string(hide_password=False),
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[] if kind.takes_port else [number],
-                start_new_session=True,  # so that `kill` reaches its children
-            )
-    server = WSGIServer(f"{framework} on {name}", port, process, log)
-    try:
-        server.wait()
+    port = free_port() if kind.takes_port else 0
+    env = {
+        "MATRIX_FRAMEWORK": framework,
+        "MATRIX_DATABASE_URL": url.render_as_string(hide_password=False),
+    }
+    with serving(f"{framework} on {name}", kind.command, folder, port=port, **env) as server:
         yield server
-        server.stop()
-    finally:
-        server.kill()

@@ -21,9 +21,7 @@ import atexit
 import contextlib
 import functools
 import itertools
-import json
 import os
-import pwd
 import secrets
 import shutil
 import signal
@@ -41,7 +39,7 @@ import pymysql
 from sqlalchemy import URL, make_url
 
 from tests.servers.asgi import HOST, free_port
-from tests.servers.postgres import START_LIMIT, open_folder
+from tests.servers.postgres import START_LIMIT, OwnServer, keep, nobody, open_folder
 
 USER = "rope"
 LOCK_WAIT_TIMEOUT = 1205
@@ -133,12 +131,8 @@ class MariaDatabase:
         )
 
 
-class MariaDBServer:
+class MariaDBServer(OwnServer):
     """A running server. Ask `mariadb_server()` for it."""
-
-    def __init__(self, url: URL, keeper: subprocess.Popen[bytes] | None = None) -> None:
-        self.url = url
-        self._keeper = keeper
 
     @contextlib.contextmanager
     def new_database(self) -> Iterator[MariaDatabase]:
@@ -172,15 +166,6 @@ class MariaDBServer:
             if time.monotonic() > limit:
                 raise RuntimeError("MariaDB did not come again")
             time.sleep(0.005)
-
-    def stop(self) -> None:
-        """Stop the server if it was started here. Safe to call twice."""
-        if self._keeper is None or self._keeper.stdin is None:
-            return
-        with contextlib.suppress(BrokenPipeError):
-            self._keeper.stdin.close()
-        self._keeper.wait(START_LIMIT)
-        self._keeper = None
 
 
 @functools.cache
@@ -221,15 +206,9 @@ def start(port: int | None = None) -> MariaDBServer:
     program = _program()
     password = secrets.token_urlsafe(16)
     base = Path(tempfile.mkdtemp(prefix="rope_maria_", dir=open_folder()))
-    as_user: dict[str, Any] = {}
     try:
         (base / "data").mkdir()
-        if os.geteuid() == 0:  # MariaDB, too, refuses to run as root
-            other = pwd.getpwnam("nobody")
-            as_user = {"user": other.pw_uid, "group": other.pw_gid, "extra_groups": []}
-            for folder in (base, base / "data"):
-                os.chown(folder, other.pw_uid, other.pw_gid)
-            base.chmod(0o755)
+        as_user = nobody(base, base / "data")
         command = [program, "--no-defaults", f"--datadir={base}/data", f"--tmpdir={base}"]
         command += [f"--{name}={value}" for name, value in SETTINGS.items()]
         _bootstrap(program, command, password, as_user)
@@ -241,16 +220,7 @@ def start(port: int | None = None) -> MariaDBServer:
         else:
             command += [f"--bind-address={HOST}", f"--port={port}"]
             url = url.set(port=port)
-        keeper = subprocess.Popen(
-            [
-                *(sys.executable, "-I", "-c", KEEPER),
-                json.dumps({"base": str(base), "command": command, "as_user": as_user}),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            cwd=base,
-            start_new_session=True,  # Ctrl-C is for the tests; the pipe tells the keeper
-        )
+        keeper = keep(KEEPER, base, command, as_user)
     except BaseException:
         shutil.rmtree(base, ignore_errors=True)
         raise

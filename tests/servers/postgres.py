@@ -165,12 +165,50 @@ class Database:
         return len(rows)
 
 
-class PostgresServer:
-    """A running server. Ask `postgres_server()` for it."""
+class OwnServer:
+    """A server that a keeper runs until its pipe is closed, or one that somebody else runs."""
 
     def __init__(self, url: URL, keeper: subprocess.Popen[bytes] | None = None) -> None:
         self.url = url
         self._keeper = keeper
+
+    def stop(self) -> None:
+        """Stop the server if it was started here. Safe to call twice."""
+        if self._keeper is None or self._keeper.stdin is None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            self._keeper.stdin.close()
+        self._keeper.wait(START_LIMIT)
+        self._keeper = None
+
+
+def keep(
+    keeper: str, base: Path, command: list[str], as_user: dict[str, Any], cwd: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Have a keeper run the command, and remove the folder `base` in the end."""
+    told = json.dumps({"base": str(base), "command": command, "as_user": as_user})
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", keeper, told],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        cwd=cwd or base,
+        start_new_session=True,  # Ctrl-C is for the tests; the pipe tells the keeper
+    )
+
+
+def nobody(*folders: Path) -> dict[str, Any]:
+    """As whom a database runs, which refuses to run as root; the first folder is open to all."""
+    if os.geteuid() != 0:
+        return {}
+    other = pwd.getpwnam("nobody")
+    for folder in folders:
+        os.chown(folder, other.pw_uid, other.pw_gid)
+    folders[0].chmod(0o755)
+    return {"user": other.pw_uid, "group": other.pw_gid, "extra_groups": []}
+
+
+class PostgresServer(OwnServer):
+    """A running server. Ask `postgres_server()` for it."""
 
     @property
     def is_own(self) -> bool:
@@ -192,15 +230,6 @@ class PostgresServer:
                 connection.execute(  # type: ignore[call-overload]
                     f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'
                 )
-
-    def stop(self) -> None:
-        """Stop the server if it was started here. Safe to call twice."""
-        if self._keeper is None or self._keeper.stdin is None:
-            return
-        with contextlib.suppress(BrokenPipeError):
-            self._keeper.stdin.close()
-        self._keeper.wait(START_LIMIT)
-        self._keeper = None
 
 
 @functools.cache
@@ -268,14 +297,7 @@ class Home:
         command = [str(self.binaries / "postgres"), "-D", str(data), "-k", str(folder)]
         for name, value in (SETTINGS | settings).items():
             command += ["-c", f"{name}={value}"]
-        told = json.dumps({"base": str(folder), "command": command, "as_user": self.as_user})
-        keeper = subprocess.Popen(
-            [sys.executable, "-I", "-c", KEEPER, told],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            cwd=self.base,
-            start_new_session=True,  # Ctrl-C is for the tests; the pipe tells the keeper
-        )
+        keeper = keep(KEEPER, folder, command, self.as_user, self.base)
         url = make_url("postgresql://postgres@/postgres").update_query_dict({"host": str(folder)})
         server = PostgresServer(url, keeper)
         limit = time.monotonic() + START_LIMIT
@@ -296,13 +318,8 @@ def new_home() -> Home:
     """Make a folder for servers; who makes it removes it, or serves in it."""
     binaries = _binaries()
     base = Path(tempfile.mkdtemp(prefix="rope_pg_", dir=open_folder()))
-    as_user: dict[str, Any] = {}
     try:
-        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-            other = pwd.getpwnam("nobody")
-            as_user = {"user": other.pw_uid, "group": other.pw_gid, "extra_groups": []}
-            os.chown(base, other.pw_uid, other.pw_gid)
-            base.chmod(0o755)
+        as_user = nobody(base)
         if as_user and not _everybody_enters(binaries):
             binaries = _copy(binaries, base / "program")
     except BaseException:

@@ -162,38 +162,41 @@ class WSGIServer:
 
 
 @contextmanager
-def serve_wsgi(name: str, folder: Path) -> Iterator[WSGIServer]:
-    """Run `wsgi_apps` under the server `name` (one of `SERVERS`) for the length of the block.
+def serving(
+    name: str, command: Callable[[int], list[str]], folder: Path, *, port: int = 0, **env: str
+) -> Iterator[WSGIServer]:
+    """Run a server's command for the length of the block.
 
     Args:
-        name: which server.
-        folder: an empty folder for its database and its output.
+        name: what an error calls it.
+        command: makes the command line from the number of the listening socket, or of the port.
+        folder: an empty folder for its output.
+        port: for a server that takes no socket.
+        env: variables added to the test's own environment.
     """
     log = folder / "output"
-    file = folder / "file.txt"
-    file.write_bytes(os.urandom(1 << 17).hex().encode())
     with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((HOST, 0))
-        listener.listen(128)
-        fd, port = listener.fileno(), listener.getsockname()[1]
+        if not port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((HOST, 0))
+            listener.listen(128)
         with log.open("wb") as output:
             process = subprocess.Popen(
-                SERVERS[name].command(fd),
+                command(port or listener.fileno()),
                 cwd=ROOT,
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
                     "PYTHONUNBUFFERED": "1",
-                    "WSGI_APPS_DATABASE": str(folder / "database.sqlite"),
-                    "WSGI_APPS_FILE": str(file),
+                    **env,
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                pass_fds=[fd],
+                pass_fds=[] if port else [listener.fileno()],
                 start_new_session=True,  # so that `kill` reaches its children
             )
+        port = port or listener.getsockname()[1]
     server = WSGIServer(name, port, process, log)
     try:
         server.wait()
@@ -201,6 +204,21 @@ def serve_wsgi(name: str, folder: Path) -> Iterator[WSGIServer]:
         server.stop()
     finally:
         server.kill()
+
+
+@contextmanager
+def serve_wsgi(name: str, folder: Path) -> Iterator[WSGIServer]:
+    """Run `wsgi_apps` under the server `name` (one of `SERVERS`) for the length of the block.
+
+    Args:
+        name: which server.
+        folder: an empty folder for its database and its output.
+    """
+    file = folder / "file.txt"
+    file.write_bytes(os.urandom(1 << 17).hex().encode())
+    env = {"WSGI_APPS_DATABASE": str(folder / "database.sqlite"), "WSGI_APPS_FILE": str(file)}
+    with serving(name, SERVERS[name].command, folder, **env) as server:
+        yield server
 
 
 # -- the server's side ------------------------------------------------------------------------
