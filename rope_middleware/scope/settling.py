@@ -14,10 +14,20 @@ from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any
 
+from rope_middleware.scope.asking import is_thread_of
 from rope_middleware.scope.kind import SessionKey, SessionKind
 from rope_middleware.scope.scope import OPEN, Scope
 
-__all__ = ["Settling", "calls_of", "has_company", "may_begin", "must_wait_for", "settling_of"]
+__all__ = [
+    "Settling",
+    "asks_more",
+    "calls_of",
+    "has_company",
+    "may_begin",
+    "may_begin_plainly",
+    "must_wait_for",
+    "settling_of",
+]
 
 # The scope whose commit the running code is part of: its listeners have the commit's own sessions.
 _committing: ContextVar[Scope | None] = ContextVar("rope_middleware.committing", default=None)
@@ -128,6 +138,11 @@ def has_company(scope: Scope) -> bool:
     return scope._is_async and scope._options.commit_on_success
 
 
+def asks_more(scope: Scope) -> bool:
+    """Tell whether a session of `scope` is more than tied to it: it only reads, or is guarded."""
+    return bool(scope._options.read_only) or has_company(scope)
+
+
 def settling_of(scope: Scope) -> Settling | None:
     """Return the commit that is under way in `scope`, or None."""
     settling: Settling | None = scope._settling
@@ -137,6 +152,15 @@ def settling_of(scope: Scope) -> Settling | None:
 def may_begin(scope: Scope) -> bool:
     """Tell whether a session may begin in `scope` at once: it is open, no commit is under way."""
     return scope._state == OPEN and scope._settling is None
+
+
+def may_begin_plainly(scope: Scope) -> bool:
+    """Tell whether a sync session may, and nothing is to be told of its thread (L2)."""
+    return (
+        scope._state == OPEN
+        and scope._settling is None
+        and not (scope._is_async and is_thread_of(scope, threading.get_ident()))
+    )
 
 
 def must_wait_for(scope: Scope) -> Settling | None:

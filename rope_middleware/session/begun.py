@@ -41,6 +41,7 @@ DEPTH = 6
 
 _ties: set[ref[Tie]] = set()
 _list: Callable[[ref[Tie]], object] = _ties.add
+_unlist: Callable[[ref[Tie]], object] = _ties.discard
 
 
 def note_begin(tie: Tie, depth: int = DEPTH) -> None:
@@ -54,11 +55,11 @@ def note_begin(tie: Tie, depth: int = DEPTH) -> None:
     tie.since = monotonic()
     tie.line = application_line(depth)
     tie.thread = threading.get_ident()
-    kind = tie.kind
-    task = None if kind is None or not kind.is_async else _task()
-    tie.task = None if task is None else ref(task)
+    if tie.kind is not None and tie.kind.is_async:
+        task = _task()
+        tie.task = None if task is None else ref(task)
     if is_new:  # not before all of it is written down: others read the list meanwhile
-        _list(ref(tie, _ties.discard))
+        _list(ref(tie, _unlist))
 
 
 def call_at_begins(func: Callable[[], bool]) -> None:

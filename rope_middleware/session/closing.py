@@ -112,7 +112,7 @@ def end(session: Session) -> None:
         BaseException: as `close`.
     """
     if has_nothing_open(session):
-        session.reset()  # see `_reset`: nobody has put another close() in its place
+        session.reset()  # see `close`
         _forget(session)
     else:
         close(session)
@@ -131,7 +131,12 @@ def close(session: Session) -> None:
         if tie.scope is not None and not tie.is_removed and has_unsaved(tie, session):
             tell_lost(tie, session)
     try:
-        _reset(session)
+        if overrides_close(session):
+            _close_by_its_own(session)
+        else:
+            # close() without "permanently closed" (Session.close_resets_only=False), after which
+            # SQLAlchemy's own error would come before ours.
+            session.reset()
     except BaseException as error:
         if isinstance(error, IllegalStateChangeError) and tie is not None:
             _close_later(session, tie)
@@ -149,7 +154,10 @@ def close(session: Session) -> None:
 
 def discard(session: Session) -> None:
     """`close` for a session that has nothing open: none of its connections can be out."""
-    _reset(session)
+    if overrides_close(session):
+        _close_by_its_own(session)
+    else:
+        session.reset()  # see `close`
     _forget(session)
 
 
@@ -192,15 +200,10 @@ def _leave_to_parent(tie: Tie) -> None:
 call_at_forks(_leave_to_parent)  # sessions of other threads and tasks are the parent's, too
 
 
-def _reset(session: Session) -> None:
-    if overrides_close(session):
-        session.close()
-        if session.get_transaction() is not None:
-            session.reset()  # somebody's close() does something else
-    else:
-        # close() without "permanently closed" (Session.close_resets_only=False), after which
-        # SQLAlchemy's own error would come before ours.
-        session.reset()
+def _close_by_its_own(session: Session) -> None:
+    session.close()
+    if session.in_transaction():
+        session.reset()  # somebody's close() does something else
 
 
 @contextmanager

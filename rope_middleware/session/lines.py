@@ -121,10 +121,11 @@ def application_line(depth: int) -> Line:
     while True:
         while frame is not None:
             code = frame.f_code
-            kind = kinds.get(code.co_filename)
-            if kind == _APPLICATION or (
-                kind is None and _kind_of(code.co_filename) == _APPLICATION
-            ):
+            try:
+                kind = kinds[code.co_filename]
+            except KeyError:
+                kind = _kind_of(code.co_filename)
+            if not kind:  # _APPLICATION
                 return code, frame.f_lasti
             frame = frame.f_back
         greenlet = _current_greenlet() if greenlet is None else greenlet

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import event
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.errors import memory_of_thread
@@ -21,7 +21,7 @@ from rope_middleware.session.waits import put_door
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
-__all__ = ["learn_engines", "notice_begin", "notice_module"]
+__all__ = ["is_known", "learn_engines", "notice_begin", "notice_module"]
 
 
 def _look() -> bool:
@@ -51,13 +51,17 @@ def notice_begin(tie: Tie, session: Session) -> None:
     Raises:
         RopeError: its engine gives each thread a database of its own, and this is another thread's.
     """
-    note_begin(tie, DEPTH + 1)
+    note_begin(tie, DEPTH + 2)
     bind, scope = session.bind, tie.scope
     if bind is None:
         learn_engines(type(session))
     else:
+        pool = bind.engine.pool
         memory = put_door(bind.engine)
-        if memory is not None:
+        if memory is None:
+            if bind.engine.pool is pool:  # it is another one after Engine.dispose()
+                vars(pool)[_KNOWN] = bind.dialect
+        else:
             first = memory.setdefault("thread", tie.thread)
             if first != tie.thread or (scope is not None and is_async(scope)):
                 raise memory_of_thread(is_async=scope is not None and is_async(scope))
@@ -67,6 +71,19 @@ def notice_begin(tie: Tie, session: Session) -> None:
         _tell_blocking(tie, scope.name)
     if _has_modules:
         _look_at_modules()
+
+
+_KNOWN = "_rope_middleware_known"
+
+
+def is_known(bind: Engine | Connection | None) -> bool:
+    """Tell whether nothing is left to be noticed of `bind` where a transaction begins.
+
+    Its statements are watched already, its pool has its door, and no module holds a session.
+    """
+    return (
+        type(bind) is Engine and bind.pool.__dict__.get(_KNOWN) is bind.dialect and not _has_modules
+    )
 
 
 def _look_at_modules() -> None:

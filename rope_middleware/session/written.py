@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 from weakref import ReferenceType, WeakSet, ref
 
@@ -39,20 +39,19 @@ _STREAMS = ("stream_results", "yield_per")  # options of a result that comes bit
 class Notes:
     """The statements that were executed on one connection."""
 
-    __slots__ = ("_dml", "_texts", "executions", "is_gone", "is_whole", "many", "statements")
+    # There are some for each transaction. What most never change has its value on the class.
+    __slots__ = ("__dict__", "executions", "statements")
+
+    _dml: Sequence[str] = ()  # of statements that are not kept any more
+    _texts: Sequence[str] = ()
+    is_whole: bool = True  # False once there were so many that not all of them are kept
+    many: int = _MANY  # executions that are noted before they are looked through
+    is_gone: bool = False  # True once the connection is taken from its session: see `take`
 
     def __init__(self) -> None:
         # Each once: what SQLAlchemy has compiled, or the text that was given to the driver.
         self.statements: dict[Any, None] = {}
         self.executions: list[ReferenceType[ExecutionContext]] = []
-        self._dml: list[str] = []  # of statements that are not kept any more
-        self._texts: list[str] = []
-        self.is_whole: bool = True
-        """False once there were so many that not all of them are kept."""
-        self.many: int = _MANY
-        """How many executions are noted before they are looked through."""
-        self.is_gone: bool = False
-        """True once the connection is taken from its session: see `take`."""
 
     def sql(self) -> list[str]:
         """Return the SQL of what was executed, each once; of all of it where `is_whole`."""
@@ -109,10 +108,11 @@ def _on_execute(_: Any, statement: str, __: Any, context: ExecutionContext) -> N
         notes = attributes[_NOTES] = Notes()
     compiled = context.compiled
     notes.statements[statement if compiled is None else compiled] = None
-    notes.executions.append(ref(context))
+    executions = notes.executions
+    executions.append(ref(context))
     if notes.is_gone:  # after the append: see `take`
         _refuse_gone(notes)
-    if len(notes.executions) > notes.many:
+    if len(executions) > notes.many:
         notes.put_together()
 
 
