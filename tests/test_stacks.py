@@ -60,6 +60,22 @@ def test_every_other_threads_frames_from_the_innermost_on() -> None:
     assert [one() for one in kept] == [None] * 3
 
 
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_collected_meanwhile(collects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within ``sys._current_frames()`` that can wait for ever; afterwards it is as it was."""
+    seen: list[bool] = []
+    take = sys._current_frames
+    monkeypatch.setattr(sys, "_current_frames", lambda: seen.append(gc.isenabled()) or take())
+    if not collects:
+        gc.disable()
+    try:
+        stacks_of_others()
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable()
+    assert seen == [False]
+
+
 @pytest.mark.parametrize("kind", ["calls", "generators", "errors"])
 def test_threads_that_go_on_meanwhile_do_no_harm(kind: str) -> None:
     """The asking thread and the others take turns as often as they can."""
