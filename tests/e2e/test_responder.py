@@ -72,9 +72,14 @@ def app(engine: Engine) -> App:
     return make_app(engine)
 
 
-@pytest.fixture(params=ASYNCIO_SERVERS)
+@pytest.fixture
 def server(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+    """What Responder does between request and response is the same on every server."""
+    return str(getattr(request, "param", "uvicorn"))
+
+
+# Of a client that leaves, a response that breaks off or a time-out each server tells in its way.
+each_server = pytest.mark.parametrize("server", ASYNCIO_SERVERS, indirect=True)
 
 
 def count_of(engine: Engine) -> int:
@@ -85,6 +90,7 @@ def count_of(engine: Engine) -> int:
 # -- views -------------------------------------------------------------------------------------
 
 
+@each_server
 def test_C1_a_sync_view_counts(app: App, server: str) -> None:
     """The documented view, line by line, commits by itself and answers with its number."""
     jenny = app.jenny
@@ -258,6 +264,7 @@ def test_S2_the_session_itself_as_a_dependency(app: App, server: str) -> None:
 # -- WebSockets --------------------------------------------------------------------------------
 
 
+@each_server
 def test_A1_a_websocket_has_one_scope_for_its_connection(app: App, server: str) -> None:
     """Hook and handler of a WebSocket see one session, which ends with the connection."""
 
@@ -285,6 +292,7 @@ def test_A1_a_websocket_has_one_scope_for_its_connection(app: App, server: str) 
         app.all_noted_one_session("before", "one", "two")
 
 
+@each_server
 def test_S3_a_websocket_whose_client_vanishes_leaks_nothing(app: App, server: str) -> None:
     """The connection is torn down without a closing handshake in the middle of the talk."""
 
@@ -303,6 +311,7 @@ def test_S3_a_websocket_whose_client_vanishes_leaks_nothing(app: App, server: st
         app.all_noted_one_session("one")
 
 
+@each_server
 def test_S3_a_websocket_handler_that_raises_leaks_nothing(app: App, server: str) -> None:
     """The client is told that the server failed, and the session is closed."""
 
@@ -321,6 +330,7 @@ def test_S3_a_websocket_handler_that_raises_leaks_nothing(app: App, server: str)
 # -- streams -----------------------------------------------------------------------------------
 
 
+@each_server
 def test_A4_a_stream_uses_the_session_to_its_last_chunk(app: App, server: str) -> None:
     """The body is made after the view has returned, with the view's session."""
 
@@ -338,6 +348,7 @@ def test_A4_a_stream_uses_the_session_to_its_last_chunk(app: App, server: str) -
     app.all_noted_one_session("view", *(f"chunk {number}" for number in range(5)))
 
 
+@each_server
 def test_A4_a_sync_generator_streams_with_the_session(app: App, server: str) -> None:
     """A route that streams lines is stepped in worker threads, each with the same session."""
 
@@ -352,6 +363,7 @@ def test_A4_a_sync_generator_streams_with_the_session(app: App, server: str) -> 
     app.all_noted_one_session(*(f"line {number}" for number in range(5)))
 
 
+@each_server
 def test_A4_server_sent_events_use_the_session(app: App, server: str) -> None:
     """Each event is made with the view's session."""
 
@@ -367,6 +379,7 @@ def test_A4_server_sent_events_use_the_session(app: App, server: str) -> None:
     app.all_noted_one_session(*(f"event {number}" for number in range(3)))
 
 
+@each_server
 def test_S3_a_stream_that_raises_in_the_middle_leaks_nothing(app: App, server: str) -> None:
     """The response breaks off for the client, and the session is closed."""
 
@@ -386,6 +399,7 @@ def test_S3_a_stream_that_raises_in_the_middle_leaks_nothing(app: App, server: s
 # -- after the response ------------------------------------------------------------------------
 
 
+@each_server
 def test_A4_resp_background_runs_in_the_scope(app: App, server: str) -> None:
     """Sync and async tasks after the response use, and may commit, the request's session."""
 
@@ -409,6 +423,7 @@ def test_A4_resp_background_runs_in_the_scope(app: App, server: str) -> None:
     assert count_of(app.engine) == 7
 
 
+@each_server
 def test_S3_a_background_task_that_raises_leaks_nothing(app: App, server: str) -> None:
     """The client has its answer, the task's error goes its way, the session is closed."""
 
@@ -523,6 +538,7 @@ def test_S6_a_mounted_asgi_app_shares_the_scope(app: App, server: str, wrapped: 
 # -- time-outs ---------------------------------------------------------------------------------
 
 
+@each_server
 def test_S4_a_view_that_outlives_its_timeout_gets_scope_closed_error(
     engine: Engine, server: str
 ) -> None:
@@ -566,6 +582,7 @@ def test_S4_a_view_that_outlives_its_timeout_gets_scope_closed_error(
     assert checked_out(engine) == 0
 
 
+@each_server
 def test_S4_a_view_timed_out_within_a_statement_leaves_nothing(
     make_engine: MakeEngine, server: str
 ) -> None:
@@ -603,6 +620,7 @@ def test_S4_a_view_timed_out_within_a_statement_leaves_nothing(
         assert running.get("/fast").text == "1"
 
 
+@each_server
 def test_S4_many_timed_out_views_leave_a_pool_of_five_whole(
     make_engine: MakeEngine, server: str
 ) -> None:

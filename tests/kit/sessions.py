@@ -69,5 +69,5 @@ def run_threads(functions: list[Callable[[], None]]) -> None:
 
 
 def workers(name: str = "rope_middleware") -> list[threading.Thread]:
-    """Return the package's threads, or others whose name begins so."""
-    return [t for t in threading.enumerate() if t.name.startswith(name)]
+    """Return the package's threads for work, or others whose name begins with that word."""
+    return [t for t in threading.enumerate() if f"{t.name} ".startswith(f"{name} ")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
@@ -45,3 +45,14 @@ async def cancel_again_and_again(task: asyncio.Task[Any]) -> None:
             task.cancel()
             await asyncio.sleep(0)
     assert task.cancelled()
+
+
+def turns(most: int = 5_000) -> Iterator[int]:
+    """After how many turns of the loop to cancel a task: every one at first, then every few.
+
+    Most of them wait for the same thread. After `most` it is a task that does not end.
+    """
+    number = 0
+    while number < most:
+        yield number
+        number += 1 + number // 40

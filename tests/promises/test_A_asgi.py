@@ -154,6 +154,14 @@ def test_A3_a_commit_without_changes_never_waits_for_those_that_flush(
     asyncio.run(main())
 
 
+async def ask_view(view: Any, path: str = "/", **options: Any) -> Any:
+    """Serve a view by Starlette inside of ours; return the answer to one request."""
+    app = Starlette(routes=[Route("/", view)])
+    app.add_middleware(ASGIRopeMiddleware, **options)
+    async with client(app) as browser:
+        return await browser.get(path)
+
+
 async def test_A1_lifespan_and_unknown_types_pass_untouched() -> None:
     """The same objects go through, and no scope is open."""
     told: list[Any] = []
@@ -233,11 +241,7 @@ async def test_A4_a_background_task_still_has_the_scope(store: Store, commits: b
             await store.jenny.commit()
         return PlainTextResponse("x", background=BackgroundTask(later, current_scope()))
 
-    app = Starlette()
-    app.add_route("/", view)
-    app.add_middleware(ASGIRopeMiddleware, commit_on_success=commits)
-    async with client(app) as browser:
-        assert (await browser.get("/")).status_code == 200
+    assert (await ask_view(view, commit_on_success=commits)).status_code == 200
     assert seen == [True]
     assert store.rows() == [1, 2]
     assert store.held() == 0
@@ -255,11 +259,7 @@ async def test_A4_a_background_task_that_fails_is_rolled_back(store: Store) -> N
         store.jenny.add(Row(n=1))
         return PlainTextResponse("x", background=BackgroundTask(later))
 
-    app = Starlette()
-    app.add_route("/", view)
-    app.add_middleware(ASGIRopeMiddleware, commit_on_success=True)
-    async with client(app) as browser:
-        assert (await browser.get("/")).status_code == 200
+    assert (await ask_view(view, commit_on_success=True)).status_code == 200
     assert store.rows() == [1]
 
 
@@ -279,11 +279,7 @@ async def test_A4_server_sent_events_use_the_scope_chunk_by_chunk(store: Store) 
         store.jenny.add(Row(n=1))
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    app = Starlette()
-    app.add_route("/", view)
-    app.add_middleware(ASGIRopeMiddleware, commit_on_success=True)
-    async with client(app) as browser:
-        assert (await browser.get("/")).text == "data: 1\n\n" * 3
+    assert (await ask_view(view, commit_on_success=True)).text == "data: 1\n\n" * 3
     assert held == [0, 0, 0]
     assert store.held() == 0
 

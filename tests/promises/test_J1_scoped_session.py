@@ -92,16 +92,6 @@ def test_J1_a_session_that_is_cleared_is_not_closed_at_once(jenny: Jenny, engine
     assert checked_out(engine) == 0
 
 
-def test_J1_a_call_with_arguments_makes_the_session_with_them(jenny: Jenny) -> None:
-    """`jenny(autoflush=False)` is as in SQLAlchemy, and the session is the scope's."""
-    with open_scope():
-        session = jenny(autoflush=False)
-        assert session.autoflush is False
-        assert jenny.session is session
-    with pytest.raises(ScopeClosedError):
-        use(session)
-
-
 SPECIAL = ("__call__", "__contains__", "__iter__")
 
 

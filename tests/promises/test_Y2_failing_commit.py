@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ from sqlalchemy.util import await_only
 
 from rope_middleware import ASGIRopeMiddleware, open_scope
 from tests.kit.asgi import answer, http_scope
-from tests.kit.waiting import PATIENCE, never
+from tests.kit.waiting import PATIENCE, never, turns
 from tests.kit.web import Web
 
 Kinds = pytest.mark.parametrize("web", ["asgi-async", "asgi-sync"], indirect=True)
 Commits = pytest.mark.parametrize("earlier", [False, True], ids=["first commit", "second commit"])
-MOST = 5_000
-"""Turns after which a request that goes on is one that does not end."""
 
 
 class Limited:
@@ -53,14 +51,6 @@ class Limited:
         task.cancel()
         (found,) = await asyncio.gather(task, return_exceptions=True)
         return found  # type: ignore[no-any-return]
-
-
-def turns() -> Iterator[int]:
-    """Every turn at first; then every few, since most of them wait for the same thread."""
-    number = 0
-    while number < MOST:
-        yield number
-        number += 1 + number // 40
 
 
 @Kinds

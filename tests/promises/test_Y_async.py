@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
-from sqlalchemy import create_engine, select, text
+from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import (
     AsyncSession,
@@ -17,7 +17,6 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import (
     AsyncSessionJenny,
@@ -26,16 +25,16 @@ from rope_middleware import (
     RopeError,
     Scope,
     ScopeClosedError,
-    SessionJenny,
     WSGIRopeMiddleware,
     current_scope,
     open_scope,
 )
 from tests.kit.asgi import serve
 from tests.kit.engines import small_async_engine
+from tests.kit.leaks import checked_out
 from tests.kit.models import Row
 from tests.kit.said import Said
-from tests.kit.sessions import SELECT
+from tests.kit.sessions import SELECT, Jenny, touch
 from tests.kit.stores import Store, open_store
 from tests.kit.waiting import poll
 
@@ -93,7 +92,7 @@ async def test_Y1_the_methods_go_to_the_sessions_of_the_scope(store: Store) -> N
 
 
 async def test_Y1_remove_is_awaited_and_the_next_use_makes_a_new_session(store: Store) -> None:
-    """Inside the same scope; what was not committed is gone."""
+    """In the same scope, which does not forget the removed one; what it had written is gone."""
     async with open_scope() as scope:
         first = store.jenny.session
         first.add(Row(n=1))
@@ -107,49 +106,31 @@ async def test_Y1_remove_is_awaited_and_the_next_use_makes_a_new_session(store: 
         await second.commit()
         await store.jenny.remove()
         await store.jenny.remove()  # silent
+        await first.execute(text("SELECT 1"))
+        assert store.held() == 1
+    assert store.held() == 0
     assert store.rows() == [2]
 
 
-async def test_Y1_a_removed_session_that_is_used_on_is_closed_with_its_scope(store: Store) -> None:
-    """`remove()` does not make the scope forget who made the session."""
-    async with open_scope():
-        session = store.jenny.session
-        await store.jenny.remove()
-        await session.execute(text("SELECT 1"))
-        assert store.held() == 1
-    assert store.held() == 0
-
-
 async def test_Y1_sync_and_async_jennies_side_by_side_in_one_scope(
-    store: Store, tmp_path: Path
+    store: Store, jenny: Jenny, engine: Engine, tmp_path: Path
 ) -> None:
-    """Each closes its own, under the middleware and in `async with open_scope():`."""
-    engine = create_engine(f"sqlite:///{tmp_path / 'sync.db'}", pool_size=1, max_overflow=0)
-    jenny = SessionJenny(sessionmaker(engine))
-
-    async def handler() -> None:
-        jenny.execute(text("SELECT 1"))
-        await store.jenny.execute(text("SELECT 1"))
-        assert (engine.pool.checkedout(), store.held()) == (1, 1)  # type: ignore[attr-defined]
-
-    for _ in range(2):
-        await serve(handler)
-        assert (engine.pool.checkedout(), store.held()) == (0, 0)  # type: ignore[attr-defined]
-        async with open_scope():
-            await handler()
-        assert (engine.pool.checkedout(), store.held()) == (0, 0)  # type: ignore[attr-defined]
-    engine.dispose()
-
-
-async def test_Y1_two_async_jennies_have_two_sessions(store: Store, tmp_path: Path) -> None:
-    """Several databases side by side in one scope."""
+    """Each has and closes its own session, in a request and in `async with open_scope():`."""
     async with open_store(tmp_path / "second.db") as second:
-        async with open_scope():
+
+        async def handler() -> None:
+            jenny.execute(text("SELECT 1"))
             await store.jenny.execute(text("SELECT 1"))
             await second.jenny.execute(text("SELECT 1"))
             assert store.jenny.session is not second.jenny.session
-            assert (store.held(), second.held()) == (1, 1)
-        assert (store.held(), second.held()) == (0, 0)
+            assert (checked_out(engine), store.held(), second.held()) == (1, 1, 1)
+
+        for _ in range(2):
+            await serve(handler)
+            assert (checked_out(engine), store.held(), second.held()) == (0, 0, 0)
+            async with open_scope():
+                await handler()
+            assert (checked_out(engine), store.held(), second.held()) == (0, 0, 0)
 
 
 async def test_Y1_open_scope_by_hand_has_a_name_and_its_own_session(store: Store) -> None:
@@ -175,25 +156,17 @@ async def test_Y1_open_scope_by_hand_has_a_name_and_its_own_session(store: Store
 
 
 async def test_Y1_the_first_use_in_a_worker_thread_is_seen_by_the_middleware(
-    store: Store, tmp_path: Path
+    jenny: Jenny, engine: Engine
 ) -> None:
     """A sync session made in a thread of an async request is closed with the request (S2)."""
-    engine = create_engine(f"sqlite:///{tmp_path / 'sync.db'}", pool_size=1, max_overflow=0)
-    jenny = SessionJenny(sessionmaker(engine))
-    sessions: list[Session] = []
-
-    def query() -> None:
-        sessions.append(jenny.session)
-        jenny.execute(text("SELECT 1"))
 
     async def handler() -> None:
-        await anyio.to_thread.run_sync(query)
-        assert jenny.session is sessions[-1]
-        assert engine.pool.checkedout() == 1  # type: ignore[attr-defined]
+        session = await anyio.to_thread.run_sync(touch, jenny)
+        assert jenny.session is session
+        assert checked_out(engine) == 1
 
     await serve(handler)
-    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
-    engine.dispose()
+    assert checked_out(engine) == 0
 
 
 async def test_Y1_a_session_made_in_a_child_task_is_closed_by_the_middleware(
