@@ -78,12 +78,11 @@ def commit(scope: Scope, note: Callable[[], None]) -> None:
     if scope._sessions is None:
         note()
         return
-    with Settling(scope) as settling:
-        if commit_plainly(scope):
-            settling.end()
-            note()
-            return
-        failure = run_now(committing(scope, HERE, note))
+    with Settling(scope):
+        is_done = commit_plainly(scope)
+        failure = None if is_done else run_now(committing(scope, HERE, note))
+    if is_done:
+        note()
     if failure is not None:
         raise failure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware import answer
@@ -172,8 +173,11 @@ class Gate(answer.Gate):
         if self.passes(status):
             self._write_on = self._start_response(*call)
             return
-        settle(self._scope)
-        act = self.decide(status, lambda: list(call[1]))
+        if self.commits_plainly(status):
+            act = Act.COMMIT
+        else:
+            settle(self._scope)
+            act = self.decide(status, partial(_headers, call))
         if act is Act.HOLD:
             self.state = HELD
         elif act is not Act.REPLACE:
@@ -256,6 +260,10 @@ class Gate(answer.Gate):
             ],
         )
         return [] if is_head(self._scope) else [SERVER_ERROR]
+
+
+def _headers(call: Any) -> list[tuple[str, str]]:
+    return list(call[1])
 
 
 def _code(status: object) -> int:
