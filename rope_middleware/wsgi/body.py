@@ -190,7 +190,9 @@ class Body(_Ending):
         inner: Scope | None = scope
         while True:
             # An open_scope() around several chunks is current for each of them.
-            token = _set_current(scope if inner is None or inner._state else inner)
+            if inner is not scope and (inner is None or inner._state):
+                inner = scope
+            token = _set_current(inner)
             try:
                 if chunks is None:
                     chunks = iter(self._body)
