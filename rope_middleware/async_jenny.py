@@ -11,6 +11,7 @@ from inspect import Signature
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
+from rope_middleware.elsewhere import NO_MIDDLEWARE
 from rope_middleware.errors import no_engine, sync_scope
 from rope_middleware.jenny import get_or_make, name_elsewhere
 from rope_middleware.running.finish import finish, within
@@ -213,3 +214,6 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
             await finish(made.run_sync(release), grace=DEFAULT.close_timeout)
         else:
             release(session)
+
+
+vars(AsyncSessionJenny)["__call__"].__qualname__ = "AsyncSessionJenny" + NO_MIDDLEWARE

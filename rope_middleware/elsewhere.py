@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-__all__ = ["Elsewhere", "stand_in"]
+__all__ = ["NO_MIDDLEWARE", "Elsewhere", "stand_in"]
+
+NO_MIDDLEWARE = (
+    ".__call__ [it takes arguments for the session factory, by keyword; around an application goes "
+    "add_middleware(RopeMiddleware), which needs no jenny]"
+)
+"""Ends the name of a jenny's `__call__`: Python's own error has it where that is given an app."""
 
 _Error = Callable[[Any, str], AttributeError]
 

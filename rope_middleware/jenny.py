@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util import ScopedRegistry
 
-from rope_middleware.elsewhere import stand_in
+from rope_middleware.elsewhere import NO_MIDDLEWARE, stand_in
 from rope_middleware.errors import no_engine, no_such_name
 from rope_middleware.rope.frames import code_of
 from rope_middleware.rope.registry import RopeRegistry, owner_name
@@ -262,6 +262,9 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         if isinstance(outside, StrictRegistry):
             outside()  # raises
         return outside if isinstance(outside, RopeRegistry) else None
+
+
+vars(SessionJenny)["__call__"].__qualname__ = "SessionJenny" + NO_MIDDLEWARE
 
 
 def name_elsewhere(jenny: type, made: type | None) -> None:

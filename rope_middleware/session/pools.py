@@ -63,6 +63,10 @@ def is_memory_of_thread(engine: Engine) -> bool:
     database = engine.url.database
     if not database or database == ":memory:":
         return True
-    in_memory = engine.url.query.get("mode") == "memory" or "mode=memory" in database
+    in_memory = (
+        engine.url.query.get("mode") == "memory"
+        or "mode=memory" in database
+        or database.startswith("file::memory:")
+    )
     shared = engine.url.query.get("cache") == "shared" or "cache=shared" in database
     return in_memory and not shared

@@ -85,6 +85,16 @@ class Empty(ASGIRopeMiddleware):
 JENNY: Any = SessionJenny(sessionmaker())
 WRONG: dict[str, tuple[Case, type[Exception], str]] = {
     "with a jenny": (lambda: added(RopeMiddleware, JENNY), TypeError, "needs no mention"),
+    "a jenny itself": (
+        lambda: added(JENNY),
+        TypeError,
+        r"^SessionJenny\..*add_middleware\(RopeMiddleware\), which needs no jenny",
+    ),
+    "an async jenny itself": (
+        lambda: added(AsyncSessionJenny(async_sessionmaker())),
+        TypeError,
+        r"^AsyncSessionJenny\..*add_middleware\(RopeMiddleware\), which needs no jenny",
+    ),
     "with an engine": (
         lambda: added(RopeMiddleware, create_engine("sqlite://")),
         TypeError,

@@ -328,13 +328,14 @@ def test_L2_also_where_the_request_uses_the_jenny(jenny: Jenny, said: Said) -> N
 # -- L3 --------------------------------------------------------------------------------------------
 
 
-def in_memory(**options: Any) -> Any:
-    return SessionJenny(sessionmaker(create_engine("sqlite://", **options)))
+def in_memory(url: str = "sqlite://", **options: Any) -> Any:
+    return SessionJenny(sessionmaker(create_engine(url, **options)))
 
 
-async def test_L3_a_database_for_each_thread_is_refused_in_an_async_scope() -> None:
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///file::memory:?uri=true"])
+async def test_L3_a_database_for_each_thread_is_refused_in_an_async_scope(url: str) -> None:
     """At its first use, with the two arguments that cure it; and again at the next."""
-    jenny = in_memory()
+    jenny = in_memory(url, poolclass=SingletonThreadPool)
     for _ in range(2):
         async with open_scope():
             with pytest.raises(RopeError, match=r"StaticPool.*check_same_thread"):
