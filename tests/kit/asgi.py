@@ -105,7 +105,11 @@ class ASGIClient:
     def body(self) -> bytes:
         return b"".join(message.get("body", b"") for message in self.messages[1:])
 
-    async def __call__(self, app: Any, path: str) -> ASGIClient:
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        return [(name.decode(), value.decode()) for name, value in self.messages[0]["headers"]]
+
+    async def __call__(self, app: Any, path: str, method: str = "GET", **extra: Any) -> ASGIClient:
         first = [{"type": "http.request", "body": b"", "more_body": False}]
 
         async def receive() -> Any:
@@ -116,8 +120,10 @@ class ASGIClient:
         async def send(message: Any) -> None:
             if self.reads is not None and len(self.messages) > self.reads:
                 await asyncio.Future()  # as a server waits for a socket that nobody reads
+            is_second = "status" in message and any("status" in one for one in self.messages)
+            assert not is_second, "a second response"
             self.messages.append(message)
 
         asgi = {"version": "3.0", "spec_version": "2.4"}
-        await app(http_scope(path, asgi=asgi), receive, send)
+        await app(http_scope(path, method, **{"asgi": asgi, **extra}), receive, send)
         return self

@@ -11,7 +11,6 @@ An `AsyncSession` runs it by ``run_sync``::
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,9 +27,9 @@ from rope_middleware import (
     SessionJenny,
     WSGIRopeMiddleware,
 )
-from tests.kit.asgi import http_scope
+from tests.kit.asgi import ASGIClient, answer
 from tests.kit.models import Row
-from tests.kit.wsgi import make_environ
+from tests.kit.wsgi import Server, make_environ
 
 SHOPS = {
     "asgi-asyncpg": "asyncpg",
@@ -50,6 +49,7 @@ MARIA = {
 _ASYNC = {"asgi-asyncpg", "asgi-psycopg", "asgi-asyncmy"}
 
 Work = Callable[[Session, int], int]
+OURS = b"of the app"
 
 
 def add(session: Session, n: int) -> int:
@@ -121,64 +121,29 @@ class Shop:
         """Send one request."""
         if self.kind == "wsgi":
             return await asyncio.to_thread(self._ask_wsgi, n)
-        answer = Answer(0)
-
-        async def receive() -> Any:
-            return {"type": "http.request", "body": b"", "more_body": False}
-
-        async def send(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                assert not answer.status, "a second response"
-                answer.status = message["status"]
-            else:
-                answer.body += message.get("body", b"")
-
+        client, error = ASGIClient(), None
         try:
-            await self.app(http_scope(f"/{n}", "POST"), receive, send)
-        except Exception as error:
-            answer.error = error
-            answer.status = answer.status or 500
-        return answer
+            await client(self.app, f"/{n}", "POST")
+        except Exception as raised:
+            error = raised
+        return Answer(client.status if client.messages else 500, error, client.body)
 
     def _ask_wsgi(self, n: int) -> Answer:
-        answer = Answer(0)
-
-        def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
-            answer.status = int(status[:3])
-            return lambda data: None
-
-        environ = make_environ(
-            f"/{n}", REQUEST_METHOD="POST", CONTENT_LENGTH="0", **{"wsgi.input": io.BytesIO()}
-        )
-        try:
-            body = self.app(environ, start_response)
-            try:
-                answer.body = b"".join(body)
-            finally:
-                if hasattr(body, "close"):
-                    body.close()
-        except Exception as error:
-            answer.error = error
-            answer.status = answer.status or 500
-        return answer
+        seen = Server()(self.app, make_environ(f"/{n}", REQUEST_METHOD="POST", CONTENT_LENGTH="0"))
+        return Answer(int(seen.starts[-1][0][:3]) if seen.starts else 500, seen.raised, seen.body)
 
     async def _in_loop(self, scope: Any, receive: Any, send: Any) -> None:
         n = int(scope["path"][1:])
-        await _answer(send, await self.async_jenny.session.run_sync(self.work, n))
+        await answer(send, await self.async_jenny.session.run_sync(self.work, n), OURS)
 
     async def _in_threads(self, scope: Any, receive: Any, send: Any) -> None:
         n = int(scope["path"][1:])
-        await _answer(send, await asyncio.to_thread(lambda: self.work(self.jenny.session, n)))
+        await answer(send, await asyncio.to_thread(lambda: self.work(self.jenny.session, n)), OURS)
 
     def _wsgi(self, environ: Any, start_response: Any) -> list[bytes]:
         status = self.work(self.jenny.session, int(environ["PATH_INFO"][1:]))
         start_response(f"{status} Told", [("Content-Type", "text/plain")])
-        return [b"of the app"]
-
-
-async def _answer(send: Any, status: int) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": []})
-    await send({"type": "http.response.body", "body": b"of the app"})
+        return [OURS]
 
 
 def ask_once(kind: str, url: URL, work: Work = add, **options: object) -> Answer:

@@ -173,6 +173,7 @@ class Server:
                         result.close()
                 except BaseException as error:
                     seen.close_error = (type(error), str(error))
+                    seen.raised = seen.raised or error
         return seen
 
 

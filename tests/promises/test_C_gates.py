@@ -53,17 +53,10 @@ def refuse_commits(maker: sessionmaker[Session]) -> None:
 
 def asked(app: Any, method: str = "POST") -> list[Any]:
     """Return the messages that the server gets, whatever the app raises."""
-    messages: list[Any] = []
-
-    async def send(message: Any) -> None:
-        messages.append(message)
-
-    async def main() -> None:
-        with contextlib.suppress(RuntimeError):
-            await app(http_scope(method=method), never, send)
-
-    asyncio.run(main())
-    return messages
+    client = ASGIClient()
+    with contextlib.suppress(RuntimeError):
+        asyncio.run(client(app, "/thing", method))
+    return client.messages
 
 
 def test_A2_start_and_body_sent_from_two_tasks_come_in_order(jenny: Jenny, engine: Engine) -> None:

@@ -23,10 +23,11 @@ from rope_middleware import (
     WSGIRopeMiddleware,
     open_scope,
 )
-from tests.kit.asgi import http_scope
+from tests.kit.asgi import ASGIClient, answer, http_scope
 from tests.kit.leaks import checked_out
 from tests.kit.models import Base, Data
 from tests.kit.waiting import eventually
+from tests.kit.wsgi import Server as WSGIServer
 from tests.kit.wsgi import make_environ
 from tests.servers.postgres import Database
 from tests.servers.replicas import Cluster, Delays, Server, cluster, paused, watching
@@ -151,8 +152,6 @@ class Site:
     def _ask_wsgi(
         self, method: str, way: str, number: int | None, headers: Headers, options: Any
     ) -> tuple[str, Headers]:
-        told: list[Headers] = []
-
         def app(environ: Any, start_response: Any) -> list[bytes]:
             handling = self.handle(method, way, number)
             try:
@@ -162,40 +161,27 @@ class Site:
                 return [stop.value.encode()]
             raise AssertionError("it has waited")
 
-        def start_response(status: str, headers: Headers, exc_info: Any = None) -> Any:
-            assert status == "200 OK", status
-            told[:] = [headers]
-            return lambda data: None
-
         environ = make_environ("/", REQUEST_METHOD=method)
         for name, value in headers:
             key = f"HTTP_{name.upper().replace('-', '_')}"
             environ[key] = f"{environ[key]}; {value}" if key in environ else value
-        body = WSGIRopeMiddleware(app, **options)(environ, start_response)
-        try:
-            return b"".join(body).decode(), told[0]
-        finally:
-            if hasattr(body, "close"):
-                body.close()
+        seen = WSGIServer()(WSGIRopeMiddleware(app, **options), environ)
+        if seen.raised is not None:
+            raise seen.raised
+        status, told, _ = seen.starts[-1]
+        assert status == "200 OK"
+        return seen.body.decode(), told
 
     async def _ask_asgi(
         self, method: str, way: str, number: int | None, headers: Headers, options: Any
     ) -> tuple[str, Headers]:
-        sent: list[Any] = []
-
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            body = await self.handle(method, way, number)
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": body.encode()})
-
-        async def send(message: Any) -> None:
-            sent.append(message)
+            await answer(send, body=(await self.handle(method, way, number)).encode())
 
         raw = [(name.lower().encode(), value.encode()) for name, value in headers]
-        request = http_scope("/", method, headers=raw)
-        await ASGIRopeMiddleware(app, **options)(request, anyio.sleep_forever, send)
-        told = [(name.decode(), value.decode()) for name, value in sent[0]["headers"]]
-        return b"".join(message.get("body", b"") for message in sent).decode(), told
+        client = ASGIClient()
+        await client(ASGIRopeMiddleware(app, **options), "/", method, headers=raw)
+        return client.body.decode(), client.headers
 
 
 class _scope:  # noqa: N801 - used like a function
