@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Awaitable
 from typing import Any
 
+import anyio
 import pytest
 from sqlalchemy import Engine, text
 
@@ -71,6 +72,42 @@ def test_Y2_what_cancels_the_work_itself_is_no_timeout() -> None:
             await work
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_Y2_who_waits_for_a_thread_is_cancelled_as_by_a_future_of_asyncios(loop: str) -> None:
+    """By the time-outs of asyncio and of anyio, which tells its own cancellations; places stay."""
+    goes_on = threading.Event()
+
+    def wait(_: None) -> None:
+        assert goes_on.wait(PATIENCE)
+
+    async def main() -> None:
+        with anyio.move_on_after(0.02) as moved:
+            await threads.in_thread(wait, None)
+        assert moved.cancelled_caught
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.02):
+                await threads.finish_in_thread(wait, None, 0.02)
+        tasks = [
+            asyncio.create_task(threads.there_and_back(wait, None, PATIENCE, kind))
+            for kind in (threads.WRITES, threads.COMMITS, threads.NEEDS) * 40
+        ]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.sleep(0)
+        goes_on.set()
+        for task in tasks:
+            result, cancelled = await task
+            assert result is None and cancelled is not None
+        with pytest.raises(ZeroDivisionError):
+            await threads.in_app_thread(lambda _: 1 // 0, None)
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await threads.in_thread(next, iter(()))
+        await asyncio.gather(*(threads.in_thread(wait, None) for _ in range(40)))
+
+    pytest.importorskip(loop).run(main())
 
 
 def test_S3_where_no_thread_can_be_started_the_scope_ends_all_the_same(

@@ -22,6 +22,7 @@ __all__ = [
     "is_async_running",
     "pause",
     "running_loop",
+    "shield",
     "to_end",
     "within",
 ]
@@ -77,7 +78,7 @@ async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _
         loop = asyncio.get_running_loop()
     except RuntimeError:
         # trio: every cancellation comes from a cancel scope, so a shield stops all of them.
-        with _shield():
+        with shield():
             return await work
     task = loop.create_task(work)
     _ending.add(task)
@@ -94,7 +95,7 @@ async def to_end(
         timer = None if grace is None else loop.call_later(grace, work.cancel)
         # anyio cancels a task again at every turn of the loop until it has left the
         # cancelled scope: without the shield this would spin.
-        with _shield():
+        with shield():
             while not work.done():
                 await _wait(loop, work)
         if timer is not None:
@@ -127,7 +128,7 @@ async def _wait(
     return None
 
 
-def _shield() -> AbstractContextManager[object]:
+def shield() -> AbstractContextManager[object]:
     """Return a context in which no anyio or trio cancel scope outside of it is felt."""
     if "anyio" not in sys.modules and "trio" not in sys.modules:
         return nullcontext()

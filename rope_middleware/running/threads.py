@@ -1,17 +1,8 @@
 """Calls in worker threads: what blocks leaves the event loop, at most 40 threads for each loop.
 
-Calls wait for one another: one for the connection that another one has, one for a row that another
-one has locked. So each kind has places of its own, and what ends a wait never stands in line behind
-those who wait:
-
-- RELEASES: gives a connection back without a commit. It ends by itself.
-- COMMITS: sends a COMMIT over the connection that it has, and gives it back.
-- WRITES: has its connection, and may wait for a row's lock.
-- NEEDS: may wait for a connection. So may the application's own functions.
-
-Under asyncio, the first kind goes to threads of our own (`_Worker`): each request that leaves a
-transaction open waits for one such hop, and anyio's own takes more than twice as long (73 us
-against 172 us).
+Under asyncio the threads are our own (`_Worker`): each request that leaves a transaction open, or
+that has it committed, waits for one such hop, and anyio's own takes more than twice as long (73 us
+against 172 us). Under trio they are anyio's. Which call waits for which is told in `places`.
 """
 
 from __future__ import annotations
@@ -22,24 +13,27 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import Context, copy_context
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from rope_middleware.running.finish import finish, to_end
+from rope_middleware.running.anyio_threads import in_anyio_thread, into_anyio_thread
+from rope_middleware.running.call import Call
+from rope_middleware.running.finish import finish
+from rope_middleware.running.places import COMMITS, NEEDS, RELEASES, WRITES, Line, Places
 
-__all__ = ["COMMITS", "NEEDS", "WRITES", "finish_in_thread", "in_app_thread", "in_thread"]
+__all__ = [
+    "COMMITS",
+    "NEEDS",
+    "WRITES",
+    "finish_in_thread",
+    "in_app_thread",
+    "in_thread",
+    "there_and_back",
+]
 
 _T = TypeVar("_T")
-_Call = tuple[Context, Callable[[Any], Any], Any, asyncio.Future[Any]]
 
-# Threads for each event loop, 40 in all. A pool of SQLAlchemy's default size, 15, has a place for
-# each of its connections.
-RELEASES = 10
-NEEDS = (12,)
-COMMITS = (18,)
-WRITES = (18, 15)  # of the places of COMMITS
 IDLE_SECONDS = 10.0  # a worker thread without work is kept so long
 
 
@@ -51,86 +45,71 @@ async def in_thread(func: Callable[[Any], _T], argument: Any) -> _T:
 
     Under asyncio `func` cannot use ``anyio.from_thread``: see `in_app_thread`.
     """
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return await _in_anyio_thread(func, argument, _limiter(RELEASES))
-    return await _start(loop, func, argument)
+    call = _started(func, argument, RELEASES)
+    return await (call or in_anyio_thread(func, argument, RELEASES))
 
 
-async def in_app_thread(
-    func: Callable[[Any], _T], argument: Any, places: tuple[int, ...] = NEEDS
-) -> _T:
+async def in_app_thread(func: Callable[[Any], _T], argument: Any, places: Places = NEEDS) -> _T:
     """`in_thread`, for code of the application: it may wait, and use ``anyio.from_thread``.
 
     Args:
         func: what is called.
         argument: of it.
-        places: COMMITS, WRITES or NEEDS, see above.
+        places: COMMITS, WRITES or NEEDS.
     """
-    all_of_them, *part = map(_limiter, places)
-    if not part:
-        return await _in_anyio_thread(func, argument, all_of_them)
-    (limiter,), who = part, object()
-    if limiter.available_tokens:
-        limiter.acquire_on_behalf_of_nowait(who)  # saves a turn of the loop
-    else:
-        await limiter.acquire_on_behalf_of(who)
-    try:
-        return await _in_anyio_thread(func, argument, all_of_them)
-    finally:
-        limiter.release_on_behalf_of(who)
+    call = _started(func, argument, places)
+    return await (call or in_anyio_thread(func, argument, places))
 
 
-async def finish_in_thread(func: Callable[[Any], _T], argument: Any, grace: float | None) -> _T:
-    """``finish(in_thread(func, argument), grace)``, without the price of a task.
+async def finish_in_thread(
+    func: Callable[[Any], _T], argument: Any, grace: float | None, places: Places = RELEASES
+) -> _T:
+    """Finish `in_thread`, or `in_app_thread`, however often the caller is cancelled meanwhile.
 
-    When the grace is over the caller goes on, and the thread comes to its end without it.
+    It is `finish` without the price of a task. When the grace is over the caller goes on, and the
+    thread comes to its end without it.
     """
+    call = _started(func, argument, places)
+    if call is None:
+        return await finish(in_anyio_thread(func, argument, places), grace)
     try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return await finish(in_thread(func, argument), grace)
-    return await to_end(loop, _start(loop, func, argument), grace)
+        result: _T = await call
+    except asyncio.CancelledError:
+        await call.outlast(grace)
+        raise
+    return result
 
 
-async def _in_anyio_thread(func: Callable[[Any], _T], argument: Any, limiter: Any) -> _T:
-    import anyio.to_thread
+async def there_and_back(
+    func: Callable[[Any], _T], argument: Any, grace: float | None, places: Places
+) -> tuple[_T, asyncio.CancelledError | None]:
+    """`finish_in_thread`, for what raises nothing: its result is not lost to a cancellation.
 
-    return await anyio.to_thread.run_sync(func, argument, limiter=limiter)
+    Only under asyncio.
 
+    Returns:
+        What `func` returned, and the cancellation that came meanwhile.
 
-def _limiter(most: int) -> Any:
-    """Return this event loop's limiter for so many threads."""
-    import anyio
-    from anyio.lowlevel import RunVar
-
-    kept = _limiters.get(most)
-    if kept is None:
-        kept = _limiters.setdefault(most, RunVar(f"rope_middleware.threads.{most}"))
-    limiter = kept.get(None)
-    if limiter is None:
-        limiter = anyio.CapacityLimiter(most)
-        kept.set(limiter)
-    return limiter
-
-
-# Of anyio's RunVar: a value for each event loop, forgotten with it.
-_limiters: dict[int, Any] = {}
+    Raises:
+        asyncio.CancelledError: the grace is over, and nobody knows what becomes of the call.
+        RuntimeError: no thread could be started.
+    """
+    call = _started(func, argument, places)
+    if call is None:
+        return await finish(in_anyio_thread(func, argument, places), grace), None
+    try:
+        return await call, None
+    except asyncio.CancelledError as cancelled:
+        await call.outlast(grace)
+        if not call.has_ended:
+            raise
+        return call.result(), cancelled
 
 
 # -- asyncio: threads of our own -----------------------------------------------------------------
 
 
-class _Line:
-    """The calls of one event loop: under way, and waiting for a place. Used in its thread only."""
-
-    def __init__(self) -> None:
-        self.running = 0
-        self.waiting: deque[_Call] = deque()
-
-
-_lines: WeakKeyDictionary[asyncio.AbstractEventLoop, _Line] = WeakKeyDictionary()
+_lines: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Line[Call]]] = WeakKeyDictionary()
 
 # Threads without work, the last to be free on the right. They hold nothing of a request, so they
 # serve every event loop of the process.
@@ -151,41 +130,34 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_end_idle, after_in_child=_idle.clear)
 
 
-def _start(
-    loop: asyncio.AbstractEventLoop, func: Callable[[Any], _T], argument: Any
-) -> asyncio.Future[_T]:
-    done: asyncio.Future[_T] = loop.create_future()
-    line = _lines.get(loop)
-    if line is None:
-        line = _lines[loop] = _Line()
-    call = copy_context(), func, argument, done
-    if line.running < RELEASES:
-        _hand_over(line, call)
-    else:
-        line.waiting.append(call)
-    return done
+def _started(func: Callable[[Any], Any], argument: Any, places: Places) -> Call | None:
+    """Start a call in a thread of our own; None where anyio's have to make it."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+    if places is not RELEASES:
+        into = into_anyio_thread()
+        if into is None:
+            return None
+        func, argument = into, (loop, func, argument)
+    lines = _lines.get(loop)
+    if lines is None:
+        kinds = RELEASES, NEEDS, COMMITS
+        lines = _lines[loop] = {one.name: Line(one, _hand_over, Call.fail) for one in kinds}
+    line = lines[places.name]
+    call = Call(loop, line, places, func, argument)
+    line.enter(call, places)
+    return call
 
 
-def _hand_over(line: _Line, call: _Call) -> None:
+def _hand_over(call: Call) -> None:
     try:
         worker = _idle.pop()
     except IndexError:
         worker = _Worker()
         worker.start()
-    line.running += 1
     worker.calls.put(call)
-
-
-def _ended(line: _Line) -> None:
-    """A call of the loop has ended: the next one in line takes its place."""
-    line.running -= 1
-    while line.waiting and line.running < RELEASES:
-        call = line.waiting.popleft()
-        try:
-            _hand_over(line, call)
-        except BaseException as error:  # no thread could be started
-            if not call[3].done():
-                call[3].set_exception(error)
 
 
 class _Worker(threading.Thread):
@@ -198,12 +170,13 @@ class _Worker(threading.Thread):
             super().__init__(name="rope_middleware", daemon=True)
         except RuntimeError:  # isolated subinterpreters refuse daemons, and wait for all others
             super().__init__(name="rope_middleware", daemon=False)
-        self.calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self.calls: SimpleQueue[Call | None] = SimpleQueue()
 
     def run(self) -> None:
+        seconds = IDLE_SECONDS if self.daemon else 0.01
         while True:
             try:
-                call = self.calls.get(timeout=IDLE_SECONDS if self.daemon else 0.01)
+                call = self.calls.get(timeout=seconds)
             except Empty:
                 try:
                     _idle.remove(self)
@@ -212,37 +185,7 @@ class _Worker(threading.Thread):
                 return
             if call is None:
                 return
-            self._make(*call)
+            call.make()
+            _idle.append(self)  # before the way back: the woken task may need a worker at once
+            call.go_back()
             del call  # an idle thread keeps nothing alive
-
-    def _make(
-        self,
-        context: Context,
-        func: Callable[[Any], Any],
-        argument: Any,
-        done: asyncio.Future[Any],
-    ) -> None:
-        try:
-            try:
-                result = context.run(func, argument)
-            except StopIteration as error:
-                # In a future it means "done": the waiter would take it for a result, or, where
-                # the future refuses it, wait for ever.
-                raise RuntimeError("a call in a thread raised StopIteration") from error
-        except BaseException as error:
-            self._tell(done, done.set_exception, error)
-            del error, done
-        else:
-            self._tell(done, done.set_result, result)
-
-    def _tell(self, done: asyncio.Future[Any], tell: Callable[[Any], None], outcome: Any) -> None:
-        loop = done.get_loop()
-
-        def wake() -> None:
-            if not done.done():  # the waiter's grace may be over
-                tell(outcome)
-            _ended(_lines[loop])
-
-        _idle.append(self)  # before the wake-up: the woken task may need a worker at once
-        with suppress(RuntimeError):  # the event loop is closed, and nobody waits
-            loop.call_soon_threadsafe(wake)

@@ -14,6 +14,7 @@ from typing import Any
 from rope_middleware.running.finish import finish
 from rope_middleware.scope.context import class_of, current, unbind
 from rope_middleware.scope.hands import CLOSING, HERE, Async, run_now
+from rope_middleware.scope.hop import commit_by_hop, goes_by_hop
 from rope_middleware.scope.kind import SessionKind
 from rope_middleware.scope.order import (
     committing,
@@ -117,11 +118,15 @@ async def acommit(scope: Scope, note: Callable[[], None]) -> None:
         scope: the request's.
         note: called once the commit stands, also where a cancellation is raised then.
     """
-    if scope._sessions is None or not (open_sessions(scope) or scope._on_commit):
+    work = open_sessions(scope)
+    if not (work or scope._on_commit):
         note()
         return
-    timeout = scope._options.close_timeout
-    failure = await finish(_settle(scope, Async(timeout), note), timeout)
+    if goes_by_hop(scope, work):
+        failure = await commit_by_hop(scope, work, note)
+    else:
+        timeout = scope._options.close_timeout
+        failure = await finish(_settle(scope, Async(timeout), note), timeout)
     if failure is not None:
         raise failure
 

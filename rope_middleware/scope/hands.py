@@ -13,12 +13,13 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from rope_middleware.errors import RopeError
 from rope_middleware.running.finish import within
-from rope_middleware.running.threads import COMMITS, NEEDS, WRITES, in_app_thread, in_thread
+from rope_middleware.running.places import COMMITS, NEEDS, WRITES, Places
+from rope_middleware.running.threads import in_app_thread, in_thread
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.kind import SessionKey, SessionKind
 from rope_middleware.scope.options import DEFAULT
 
-__all__ = ["CLOSING", "HERE", "Async", "Hands", "Work", "run_now"]
+__all__ = ["CLOSING", "HERE", "Async", "Hands", "Work", "places_of", "run_now"]
 
 _T = TypeVar("_T")
 Work: TypeAlias = list[tuple[SessionKey, Any]]
@@ -113,7 +114,7 @@ class Async:
         if kind.is_async:
             await call(session)
         else:
-            await in_app_thread(call, session, _places(kind, session, work))
+            await in_app_thread(call, session, places_of(kind, session, work))
 
     async def release(self, kind: SessionKind, call: _Call, session: Any) -> None:
         if kind.is_async:
@@ -127,7 +128,7 @@ class Async:
             await (within(self._close_timeout, result) if limited else result)
 
 
-def _places(kind: SessionKind, session: Any, work: Work) -> tuple[int, ...]:
+def places_of(kind: SessionKind, session: Any, work: Work) -> Places:
     """Tell what the commit of a session may wait for, and what others wait for meanwhile."""
     if kind.holds_connection(session):
         return WRITES if kind.has_changes(session) else COMMITS

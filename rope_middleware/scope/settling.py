@@ -55,10 +55,16 @@ class Settling:
         self._token: Token[Scope | None] | None = None
 
     def __enter__(self) -> Settling:
+        if self._scope._settling is not self:
+            self.begin()
+        self._token = _committing.set(self._scope)
+        return self
+
+    def begin(self) -> None:
+        """Set the sessions aside. `__enter__` does, where nothing has to be done before it."""
         scope = self._scope
         sessions = scope._sessions
         scope._settling = self
-        self._token = _committing.set(scope)
         if sessions is not None:
             registries = scope._registries
             for key in list(sessions):
@@ -70,7 +76,10 @@ class Settling:
             if scope._is_async:
                 for key, session in list(sessions.items()):
                     key.kind.guard(session, scope)
-        return self
+
+    def join(self) -> None:
+        """Let the running code be part of the commit, in a context that is its own."""
+        _committing.set(self._scope)
 
     def __exit__(self, *_: object) -> None:
         self.end()

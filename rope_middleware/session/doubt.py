@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from rope_middleware.running.finish import at_most, pause
-from rope_middleware.running.threads import in_app_thread
+from rope_middleware.running.threads import NEEDS, finish_in_thread
 from rope_middleware.scope.context import current, unbind
 from rope_middleware.session.trial import Attempt, Trace
 
@@ -142,7 +142,7 @@ class AsyncAsking:
 
     async def ask(self, engine: Engine, trace: Trace, seconds: float, /) -> Verdict | None:
         if not engine.dialect.is_async:  # of a sync session in async code
-            return await in_app_thread(lambda _: _ask_over(engine, trace), None)
+            return await finish_in_thread(lambda _: _ask_over(engine, trace), None, seconds, NEEDS)
         from sqlalchemy.ext.asyncio import AsyncEngine
 
         async def ask() -> Verdict | None:

@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import anyio.from_thread
+import anyio.to_thread
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
-from rope_middleware import RopeError, SessionJenny, current_scope, open_scope
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    RopeError,
+    SessionJenny,
+    current_scope,
+    open_scope,
+)
+from tests.kit.asgi import answer, http_scope
 from tests.kit.models import Row
+from tests.kit.stores import Store, open_store
+from tests.kit.waiting import never
 from tests.kit.web import Exchange, Web
 
 
@@ -32,6 +42,36 @@ def test_C5_a_sync_function_may_call_back_into_the_event_loop(jenny: SessionJenn
 
     asyncio.run(main())
     assert told == ["committed", "closed"]
+
+
+def test_C5_C2_a_listener_of_a_sync_commit_awaits_an_async_jenny(tmp_path: Path) -> None:
+    """In its thread ``anyio.from_thread`` works; what is written so is committed with the rest."""
+    first = Store(tmp_path / "first.db", is_async=False)
+    seen: list[list[int]] = []
+
+    async def write(scope: Any, receive: Any, send: Any) -> None:
+        await anyio.to_thread.run_sync(first.jenny.add, Row(n=1))
+        await answer(send)
+
+    async def main() -> None:
+        async with open_store(tmp_path / "second.db") as second:
+
+            def audit(session: Any) -> None:
+                anyio.from_thread.check_cancelled()
+                anyio.from_thread.run(second.add, 2)
+                anyio.run(anyio.sleep, 0)  # no event loop runs in this thread
+
+            async def send(message: Any) -> None:
+                seen.append(first.rows() + second.rows())
+
+            event.listen(first.session_class, "before_commit", audit, once=True)
+            app: Any = ASGIRopeMiddleware(write, commit_on_success=True)
+            await app(http_scope(), never, send)
+            assert (first.held(), second.held()) == (0, 0)
+
+    anyio.run(main)
+    first.engine.dispose()
+    assert seen == [[1, 2]] * 2
 
 
 def test_C5_on_commit_runs_once_after_the_commit_and_before_the_start(web: Web) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from rope_middleware import CommitInDoubtError, current_scope, open_scope
 from tests.kit.asgi import serve
 from tests.kit.models import Row
 from tests.kit.stores import Store
-from tests.kit.waiting import PATIENCE
+from tests.kit.waiting import PATIENCE, cancel_again_and_again, poll
 
 pytestmark = pytest.mark.anyio
 LIMIT = 0.2
@@ -50,6 +52,32 @@ async def test_Y2_a_commit_that_is_not_answered_is_in_doubt(store: Store, where:
                     await handler()
     assert store.held() == 0
     assert store.rows() == []
+
+
+async def test_Y2_a_sync_commit_that_hangs_holds_a_cancelled_request_for_its_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then its connection is back; the thread comes to its end, and commits nothing more."""
+    store = Store(tmp_path / "sync.db", is_async=False)
+    hanging, goes_on = threading.Event(), threading.Event()
+
+    def hang(session: object) -> None:
+        hanging.set()
+        assert goes_on.wait(PATIENCE)
+
+    event.listen(store.session_class, "before_commit", hang, once=True)
+    task = asyncio.create_task(
+        serve(lambda: store.add(1), commit_on_success=True, close_timeout=LIMIT)
+    )
+    await poll(hanging.is_set)
+    async with in_time():
+        await cancel_again_and_again(task)
+    assert "commit of 'GET /thing' failed: asyncio.exceptions.CancelledError" in caplog.text
+    assert store.held() == 0
+    goes_on.set()
+    await serve(lambda: store.add(2), commit_on_success=True)
+    assert (store.held(), store.rows()) == (0, [2])
+    store.engine.dispose()
 
 
 async def test_Y2_a_slow_flush_is_no_commit_without_an_answer(store: Store) -> None:
