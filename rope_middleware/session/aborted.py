@@ -23,7 +23,7 @@ from rope_middleware.scope.outcome import is_committing, suspects_of
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.writes import may_write
 
-__all__ = ["aborted_by", "refuse_aborted", "suspect", "tells_of_aborted"]
+__all__ = ["aborted_by", "ask_for_aborted", "refuse_aborted", "suspect", "tells_of_aborted"]
 
 # https://www.psycopg.org/psycopg3/docs/api/pq.html#psycopg.pq.TransactionStatus, and psycopg2's
 # psycopg2.extensions.TRANSACTION_STATUS_INERROR.
@@ -122,6 +122,20 @@ def refuse_aborted(scope: Scope, connections: Iterable[Connection]) -> None:
             continue
         is_usable = not connection.closed and not connection.invalidated
         if is_usable and _status(connection) == _IN_ERROR:
+            raise aborted_by(scope, connection)
+
+
+def ask_for_aborted(scope: Scope, connections: Iterable[Connection]) -> None:
+    """`refuse_aborted`, also where the driver does not know: the database is asked.
+
+    Raises:
+        RopeError: one of the transactions is aborted.
+    """
+    refuse_aborted(scope, connections)
+    suspects = suspects_of(scope)
+    for connection in connections if suspects else ():
+        is_usable = not connection.closed and not connection.invalidated
+        if is_usable and connection.get_transaction() in suspects and _is_aborted(connection):
             raise aborted_by(scope, connection)
 
 

@@ -58,6 +58,9 @@ class AsyncKind(SyncKind):
     async def commit(self, session: Any, /) -> None:
         await committing.acommit(session)
 
+    async def flush(self, session: Any, /) -> None:
+        await session.run_sync(committing.flush)
+
     def commit_alone(self, _: Any, /) -> bool:
         return False
 
@@ -106,7 +109,10 @@ class ForeignAsyncKind(AsyncKind):
         return isinstance(session, AsyncSession) and super().is_twophase(session)
 
     async def flush(self, session: Any, /) -> None:
-        await _call(session, "flush")
+        if isinstance(session, AsyncSession):
+            await super().flush(session)
+        else:
+            await _call(session, "flush")
 
     async def commit(self, session: Any, /) -> None:
         if isinstance(session, AsyncSession):

@@ -28,7 +28,7 @@ from rope_middleware.scope.outcome import (
 )
 from rope_middleware.scope.reading import tell_unknown
 from rope_middleware.scope.scope import Scope
-from rope_middleware.session.aborted import refuse_aborted
+from rope_middleware.session.aborted import ask_for_aborted, refuse_aborted
 from rope_middleware.session.busy import has_living
 from rope_middleware.session.connections import connections_of, made_connections
 from rope_middleware.session.doubt import HERE, Asking, AsyncAsking, Verdict, verdict_on
@@ -40,7 +40,7 @@ from rope_middleware.session.writes import ends_transaction
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-__all__ = ["acommit", "asettle", "commit", "commit_alone", "settle"]
+__all__ = ["acommit", "asettle", "commit", "commit_alone", "flush", "settle"]
 
 ASYNC = AsyncAsking()
 
@@ -61,6 +61,19 @@ def commit(session: Session) -> None:
     transaction = tie.transaction
     refuse_aborted(scope, made_connections(transaction))
     _commit(session, scope, transaction)
+
+
+def flush(session: Session) -> None:
+    """Write what is pending, and refuse what would be a rollback, before another session commits.
+
+    Raises:
+        RopeError: the database would answer the commit with a rollback.
+        BaseException: what the flush raised.
+    """
+    session.flush()
+    tie = tie_of(session)
+    if tie is not None and tie.scope is not None:
+        ask_for_aborted(tie.scope, made_connections(tie.transaction))
 
 
 def commit_alone(session: Session) -> bool:

@@ -69,7 +69,7 @@ class SyncKind:
         return False
 
     def flush(self, session: Any, /) -> Any:
-        return session.flush()
+        return committing.flush(session)
 
     def prepare(self, session: Any, /) -> Any:
         return session.prepare()
@@ -130,7 +130,7 @@ class ForeignKind(SyncKind):
         return self.inner(session) is None
 
     def flush(self, session: Any, /) -> Any:
-        return _call(session, "flush")
+        return super().flush(session) if isinstance(session, Session) else _call(session, "flush")
 
     def commit(self, session: Any, /) -> Any:
         if isinstance(session, Session):

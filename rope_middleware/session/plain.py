@@ -115,7 +115,9 @@ class PlainSessions:
         return False
 
     def flush(self, _: Any, /) -> Any:
-        return self.registry().flush()
+        if self.is_async:
+            return self.registry().run_sync(committing.flush)
+        return committing.flush(self.registry())
 
     def prepare(self, _: Any, /) -> Any:
         if self.is_async:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
-from rope_middleware import RopeError, SessionJenny, current_scope, open_scope
+from rope_middleware import AsyncSessionJenny, RopeError, SessionJenny, current_scope, open_scope
 from tests.kit.engines import small_engine
 from tests.kit.models import Row
 from tests.kit.shop import SHOPS, Answer, Work, ask_once
@@ -81,6 +83,27 @@ def test_C3_a_swallowed_error_is_no_success(
         assert isinstance(answer.error, RopeError)
         assert "begin_nested" in str(answer.error)
         assert "uplicate" in str(answer.error.__cause__)
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_C3_no_other_session_is_committed_before_one_that_is_aborted(
+    database: Database, driver: str
+) -> None:
+    """What can be known is known before the first of several sessions is committed."""
+    engines = [create_async_engine(database.url(driver)) for _ in range(2)]
+    first, second = [AsyncSessionJenny(async_sessionmaker(engine)) for engine in engines]
+
+    async def serve() -> None:
+        with pytest.raises(RopeError, match="begin_nested"):
+            async with open_scope(commit_on_success=True):
+                first.add(Row(n=1))
+                await first.flush()
+                await second.session.run_sync(swallow, 2)
+        for engine in engines:
+            await engine.dispose()
+
+    asyncio.run(serve())
+    assert rows(database) == []
 
 
 def test_C3_an_error_in_a_savepoint_aborts_nothing(kind: str, database: Database) -> None:
