@@ -5,24 +5,25 @@ the commit's own one: ``session = jenny.session`` in the view, for the body's ge
 scope that commits while its application goes on, the methods of a session are guarded: a call waits
 for a commit that is under way, and the commit waits for calls that are under way.
 
-The guards are put on the session itself, which takes 1.5 us; on its class they would cost every use
-of every session. They do not refer to it: that would be a cycle.
+The guards are put on the session itself, and on what a block begins, which takes 1.5 us; on the
+class they would cost every use of every session. They do not refer to it: that would be a cycle.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 from weakref import ReferenceType, ref
 
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import calls_of, must_wait_for
 from rope_middleware.session.turns import wait_for_commit
 
-__all__ = ["guard", "is_guard", "is_guarded"]
+__all__ = ["guard", "guard_transaction", "in_turn", "is_guard", "is_guarded"]
 
 # What begins, uses or ends a transaction.
 _METHODS = (
@@ -40,37 +41,54 @@ _METHODS = (
 )
 
 
-class _Guard:
-    """A method of a session, in front of the session's own."""
+# What ends the transaction of a `begin()` block, and of a savepoint: by no method of the session.
+_ENDS = ("commit", "rollback", "close")
 
-    __slots__ = ("_calls", "_name", "_scope", "_session")
+
+class _Guard:
+    """A method of a session or of its transaction, in front of its own."""
+
+    __slots__ = ("_name", "_of", "calls", "scope")
 
     def __init__(
-        self, session: ReferenceType[Session], name: str, scope: Scope, calls: list[object]
+        self, of: ReferenceType[Any], name: str, scope: Scope, calls: list[object]
     ) -> None:
-        self._session = session
+        self._of = of
         self._name = name
-        self._scope = scope
-        self._calls = calls
+        self.scope = scope
+        self.calls = calls
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        session = self._session()
-        assert session is not None  # noqa: S101 - who calls its method has it
-        method = getattr(type(session), self._name)
-        calls, who = self._calls, _strand()
+        of = self._of()
+        assert of is not None  # noqa: S101 - who calls its method has it
+        method: Callable[..., Any] = getattr(of.__class__, self._name)
+        calls, who = self.calls, _strand()
         if who in calls:  # a call within a call: the commit waits for the outer one
-            return method(session, *args, **named)
+            return method(of, *args, **named)
         # Order matters. We note the call, then look for a commit; a commit makes itself known, then
         # looks for calls. So one of the two sees the other.
         calls.append(who)
-        if must_wait_for(self._scope) is not None:
-            calls.remove(who)
-            wait_for_commit(self._scope)
-            calls.append(who)
         try:
-            return method(session, *args, **named)
+            if must_wait_for(self.scope) is not None:
+                calls.remove(who)
+                try:
+                    wait_for_commit(self.scope)
+                finally:
+                    calls.append(who)
+                if isinstance(of, SessionTransaction) and _is_over(of):
+                    return None
+            return method(of, *args, **named)
         finally:
             calls.remove(who)
+
+
+def _is_over(transaction: SessionTransaction) -> bool:
+    """Tell whether a transaction has been ended, by the commit that was waited for."""
+    session = transaction.session
+    one = session.get_nested_transaction()
+    while one is not None and one is not transaction:
+        one = one.parent
+    return one is None and session.get_transaction() is not transaction
 
 
 def _strand() -> object:
@@ -90,6 +108,30 @@ def guard(session: Session, scope: Scope) -> None:
         for name in _METHODS:
             if name not in own:  # else the application's own: nobody knows what it does
                 own[name] = _Guard(this, name, scope, calls)
+
+
+def guard_transaction(session: Session, transaction: SessionTransaction) -> None:
+    """Let the end of `transaction`, where its session is guarded, and commits wait, too."""
+    flush = session.__dict__.get("flush")
+    if isinstance(flush, _Guard):
+        this, own = ref(transaction), transaction.__dict__
+        for name in _ENDS:
+            own[name] = _Guard(this, name, flush.scope, flush.calls)
+
+
+def in_turn(session: Session, call: Callable[[Session], None]) -> None:
+    """Make `call`, which uses `session`, as if it were one of its methods."""
+    flush = session.__dict__.get("flush")
+    if not isinstance(flush, _Guard):
+        call(session)
+        return
+    calls, who = flush.calls, _strand()
+    wait_for_commit(flush.scope)
+    calls.append(who)
+    try:
+        call(session)
+    finally:
+        calls.remove(who)
 
 
 def is_guard(method: object) -> bool:

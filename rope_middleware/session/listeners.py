@@ -18,7 +18,7 @@ from rope_middleware.scope.context import current
 from rope_middleware.scope.outcome import note_commit, retries_of
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over, registries_of, require_open
 from rope_middleware.scope.settling import may_begin, may_begin_plainly, settling_of
-from rope_middleware.session.aside import is_guarded
+from rope_middleware.session.aside import guard_transaction, is_guarded
 from rope_middleware.session.begun import note_begin
 from rope_middleware.session.connections import connections_out, has_made, made_connections
 from rope_middleware.session.locks import note_ended
@@ -84,6 +84,10 @@ def listen_to(session: Session) -> bool:
     return True
 
 
+# What is ended by a block of the application's, and by no method of the session.
+_BLOCKS = (SessionTransactionOrigin.BEGIN, SessionTransactionOrigin.BEGIN_NESTED)
+
+
 def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     """Note who begins; refuse to begin in a scope that has ended: nothing is checked out yet."""
     tie: Tie | None = session.__dict__.get(TIE)
@@ -126,6 +130,8 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
     elif not transaction.nested:
         # The transaction within a transaction that SQLAlchemy opens for each flush.
         tie.flush = transaction, threading.get_ident()
+    if transaction.origin in _BLOCKS:
+        guard_transaction(session, transaction)
     kind = tie.kind
     if scope is not None and kind is not None:
         if tie.is_removed:

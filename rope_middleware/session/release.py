@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from rope_middleware.errors import RopeError
 from rope_middleware.scope.context import logger
 from rope_middleware.scope.reading import reads_only
+from rope_middleware.session.aside import in_turn
 from rope_middleware.session.connections import end_transaction, lent_connections, made_connections
 from rope_middleware.session.tie import tie_of
 from rope_middleware.session.written import is_watched, notes_of
@@ -56,6 +57,10 @@ def release(session: Session) -> None:
         RopeError: that would lose something written, or a savepoint, a ``begin()`` block or a
             result is open.
     """
+    in_turn(session, _release)
+
+
+def _release(session: Session) -> None:
     transaction = session.get_transaction()
     made = made_connections(transaction)
     lent = lent_connections(transaction)

@@ -80,7 +80,7 @@ def test_C10_who_is_on_the_way_to_a_statement_is_waited_for(
     assert rows(engine) == 1
 
 
-@pytest.mark.parametrize("method", ["scalar", "close"])
+@pytest.mark.parametrize("method", ["scalar", "close", "end of a begin() block"])
 def test_C10_a_method_that_a_thread_was_given_waits(make_engine: MakeEngine, method: str) -> None:
     """``run_in_threadpool(jenny.session.scalar, ...)``, begun while the commit is under way."""
     engine = make_engine()
@@ -93,8 +93,9 @@ def test_C10_a_method_that_a_thread_was_given_waits(make_engine: MakeEngine, met
         assert may_go.wait(PATIENCE)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        transaction = jenny.session.begin()
         jenny.session.add(Row(name="view"))
-        given = getattr(jenny.session, method)
+        given = getattr(jenny.session, method, transaction.commit)
         arguments = [COUNT] if method == "scalar" else []
 
         async def beside() -> object:
@@ -110,6 +111,31 @@ def test_C10_a_method_that_a_thread_was_given_waits(make_engine: MakeEngine, met
     asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
     assert checked_out(engine) == 0
     assert rows(engine) == 1
+
+
+def test_C10_a_release_under_way_is_waited_for(make_engine: MakeEngine) -> None:
+    """The commit finds the session as release() leaves it."""
+    engine = make_engine()
+    jenny = SessionJenny(sessionmaker(engine))
+    inside, may_go = threading.Event(), threading.Event()
+
+    @event.listens_for(engine, "rollback")
+    def slowly(_: object) -> None:
+        inside.set()
+        assert may_go.wait(PATIENCE)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        jenny.session.scalar(COUNT)
+        other = asyncio.create_task(asyncio.to_thread(jenny.release))
+        await asyncio.to_thread(inside.wait, PATIENCE)
+        threading.Timer(0.2, may_go.set).start()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await other
+
+    async def send(message: Any) -> None: ...
+
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+    assert checked_out(engine) == 0
 
 
 def test_C10_what_guards_a_session_keeps_it_not_alive(make_engine: MakeEngine) -> None:
