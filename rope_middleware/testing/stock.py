@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.engine.base import OptionEngine
-from sqlalchemy.pool import SingletonThreadPool, StaticPool
+from sqlalchemy.pool import Pool, SingletonThreadPool, StaticPool
 
 from rope_middleware.errors import RopeError
 from rope_middleware.testing.database import Database
@@ -52,7 +52,7 @@ class Stock:
         self._database = _database_of(engine)
         # A database in memory is the connection of the application's own pool.
         self._is_own = not isinstance(engine.pool, (StaticPool, SingletonThreadPool))
-        self._pool = engine.pool.recreate() if self._is_own else engine.pool
+        self._pool = self._pool_of(engine)
         self._fairies: dict[Database, Any] = {}
         self.free: list[Database] = []
         self._holder: Holder | None = None
@@ -110,6 +110,14 @@ class Stock:
     def close(self) -> None:
         """Close the connections that idle."""
         _close_all(self._is_async, self.free)
+
+    def begin_anew(self, engine: Engine) -> None:
+        """Close them, and connect as the engine does from now on: it has a new pool."""
+        self.close()
+        self._pool = self._pool_of(engine)
+
+    def _pool_of(self, engine: Engine) -> Pool:
+        return engine.pool.recreate() if self._is_own else engine.pool
 
     def _new(self) -> Database:
         database = self._make()
@@ -174,7 +182,7 @@ def stock_of(engine: Engine) -> Stock:
 def _disposed(engine: Engine) -> None:
     stock: Stock | None = engine.__dict__.get(_STOCK)
     if stock is not None:
-        stock.close()
+        stock.begin_anew(engine)
 
 
 def root_of(engine: Engine) -> Engine:

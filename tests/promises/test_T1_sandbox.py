@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
-from sqlalchemy import create_engine, insert, text
+from sqlalchemy import create_engine, event, insert, text
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import StaticPool
 
 from rope_middleware import (
     AsyncSessionJenny,
@@ -324,6 +326,32 @@ def test_T1_an_in_memory_database_of_one_thread() -> None:
             assert app.test_client().post("/").status_code == 201
             assert jenny.session.scalar(COUNT) == 1
     engine.dispose()
+
+
+MEMORY: dict[str, Any] = {
+    "poolclass": StaticPool,
+    "connect_args": {"check_same_thread": False},
+}
+
+
+SWITCH_ON = "PRAGMA foreign_keys=ON"
+
+
+@pytest.mark.parametrize("options", [MEMORY, {}], ids=["memory", "file"])
+def test_T1_after_a_dispose_a_sandbox_is_on_what_the_engine_is_on(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The engine has a new pool then: another database in memory, listeners that came later."""
+    engine = create_engine("sqlite://" if options else f"sqlite:///{tmp_path}/t.db", **options)
+    jenny = SessionJenny(sessionmaker(engine))
+    for keys in 0, 1:
+        Base.metadata.create_all(engine)
+        with Sandbox(jenny):
+            assert jenny.session.scalar(COUNT) == 0
+            assert jenny.session.scalar(text("PRAGMA foreign_keys")) == keys
+        if not keys:
+            event.listen(engine, "connect", lambda made, _: made.execute(SWITCH_ON))
+        engine.dispose()
 
 
 async def test_T1_a_test_may_use_both_kinds_where_its_loop_runs(jenny: Any, ajenny: Any) -> None:
