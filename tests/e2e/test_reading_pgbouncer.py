@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 from anyio import sleep_forever, to_thread
-from sqlalchemy import create_engine, text, update
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy import text, update
 
-from rope_middleware import ASGIRopeMiddleware, AsyncSessionJenny, ReadOnlyError, SessionJenny
+from rope_middleware import ASGIRopeMiddleware, ReadOnlyError
 from tests.kit.asgi import http_scope
+from tests.kit.either import Either
 from tests.kit.engines import fill
-from tests.kit.leaks import checked_out
 from tests.kit.models import Row
 from tests.servers.pgbouncer import MISSING, PgBouncer, pgbouncer
 from tests.servers.postgres import Database, postgres_server
@@ -51,28 +49,18 @@ def database() -> Iterator[Database]:
         yield found
 
 
-class Site:
+class Site(Either):
     """An application whose primary is reached through PgBouncer; its replica is the same one."""
 
     def __init__(self, bouncer: PgBouncer, database: Database, driver: str) -> None:
         self.loop = asyncio.Runner()
-        self.is_async = driver != "psycopg"
         url = bouncer.url(database, driver.split()[0])
         options: dict[str, Any] = {"pool_size": CLIENTS, "connect_args": SETTINGS[driver]}
-        self.engines: list[Any] = [
-            create_async_engine(url, **options) if self.is_async else create_engine(url, **options)
-            for _ in range(2)
-        ]
-        self.jenny: Any
-        if self.is_async:
-            made: Any = async_sessionmaker(self.engines[0])
-            self.jenny = AsyncSessionJenny(made, replicas=self.engines[1:])
-        else:
-            self.jenny = SessionJenny(sessionmaker(self.engines[0]), replicas=self.engines[1:])
+        super().__init__([url, url], is_async=driver != "psycopg", engine=options)
 
     async def run(self, name: str, *arguments: Any) -> Any:
         if self.is_async:
-            return await getattr(self.jenny.session, name)(*arguments)
+            return await self.do(name, *arguments)
         return await to_thread.run_sync(lambda: getattr(self.jenny.session, name)(*arguments))
 
     async def ask(self, method: str, handler: Any, position: str = "") -> str:
@@ -91,15 +79,6 @@ class Site:
         told = ASGIRopeMiddleware(app, commit_on_success=True, read_only=("GET",))
         await told(http_scope("/", method, headers=headers), sleep_forever, send)
         return dict(sent[0]["headers"]).get(b"Rope-Position", b"").decode()
-
-    async def close(self) -> None:
-        """Nothing may be out."""
-        for engine in self.engines:
-            assert checked_out(getattr(engine, "sync_engine", engine)) == 0
-            if self.is_async:
-                await engine.dispose()
-            else:
-                engine.dispose()
 
 
 class Client:
@@ -142,7 +121,7 @@ def site(request: pytest.FixtureRequest, bouncer: PgBouncer, database: Database)
     """The application, with one of the drivers."""
     found = Site(bouncer, database, request.param)
     yield found
-    found.loop.run(found.close())
+    found.loop.run(found.__aexit__(None))
     found.loop.close()
     assert not database.backends("idle in transaction")
 

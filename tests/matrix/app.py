@@ -36,6 +36,7 @@ from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import AsyncSessionJenny, SessionJenny, current_scope
 from tests.e2e.async_app import Complaints
+from tests.kit.either import now
 from tests.kit.leaks import open_scopes
 from tests.matrix.frameworks import FRAMEWORKS
 
@@ -112,15 +113,6 @@ class Claim:
             self.state.mixed_up.append(
                 f"{self.token} sees {found} and the session of {self.jenny.session.info}"
             )
-
-
-def now(coroutine: Any) -> Any:
-    """Run a coroutine that waits for nothing, as one with a `Session` does not."""
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        return done.value
-    raise AssertionError("it waits")
 
 
 def chunks_now(chunks: AsyncIterator[bytes]) -> Iterator[bytes]:

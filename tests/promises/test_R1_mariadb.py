@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text, update
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy import text, update
 
-from rope_middleware import AsyncSessionJenny, ReadOnlyError, SessionJenny, open_scope
-from tests.kit.leaks import checked_out
+from rope_middleware import ReadOnlyError
+from tests.kit.either import Either
 from tests.kit.models import Row
 from tests.servers.mariadb import MariaDatabase, NoMariaDBError, mariadb_server
 
@@ -26,7 +23,6 @@ WRITES = [
     text("SELECT n FROM `row` FOR UPDATE"),
     text("SELECT n FROM `row` LOCK IN SHARE MODE"),
 ]
-Do = Callable[..., Awaitable[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -44,39 +40,12 @@ def database() -> Iterator[MariaDatabase]:
         yield found
 
 
-def run(database: MariaDatabase, driver: str, body: Callable[[Any, Any, Do], Any]) -> None:
-    """Run `body` with a jenny, a function that opens a scope, and one that calls its session."""
-    options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
-    url, is_async = database.url(driver), driver == "mariadb+asyncmy"
-    made: Any = create_async_engine(url, **options) if is_async else create_engine(url, **options)
-    jenny: Any = (
-        AsyncSessionJenny(async_sessionmaker(made))
-        if is_async
-        else SessionJenny(sessionmaker(made))
-    )
-
-    @asynccontextmanager
-    async def scope(**told: Any) -> Any:
-        if is_async:
-            async with open_scope(**told):
-                yield
-        else:
-            with open_scope(**told):
-                yield
-
-    async def do(name: str, *arguments: Any) -> Any:
-        found = getattr(jenny.session, name)(*arguments)
-        return await found if is_async and name != "add" else found
+def run(database: MariaDatabase, driver: str, body: Callable[[Either], Any]) -> None:
+    """Run `body` with a jenny of the driver's kind, with one connection."""
 
     async def main() -> None:
-        try:
-            await body(jenny, scope, do)
-            assert checked_out(getattr(made, "sync_engine", made)) == 0
-        finally:
-            if is_async:
-                await made.dispose()
-            else:
-                made.dispose()
+        async with Either([database.url(driver)], is_async=driver == "mariadb+asyncmy") as either:
+            await body(either)
 
     asyncio.run(main())
 
@@ -88,16 +57,16 @@ DRIVERS = pytest.mark.parametrize("driver", ["mariadb+pymysql", "mariadb+asyncmy
 def test_R1_it_reads_without_a_transaction(database: MariaDatabase, driver: str) -> None:
     """Autocommit is on for the scope alone, and no transaction stands beside the statement."""
 
-    async def body(jenny: Any, scope: Any, do: Do) -> None:
+    async def body(either: Either) -> None:
         for _ in range(2):
-            async with scope(read_only=True):
-                assert (await do("get", Row, 7)).n == 7
-                assert await do("scalar", AUTOCOMMIT) == 1
+            async with either.scope(read_only=True):
+                assert (await either.do("get", Row, 7)).n == 7
+                assert await either.do("scalar", AUTOCOMMIT) == 1
                 assert not database.in_transaction("`row`")
-                await do("commit")
-            async with scope():
-                assert (await do("get", Row, 7)).n == 7
-                assert await do("scalar", AUTOCOMMIT) == 0
+                await either.do("commit")
+            async with either.scope():
+                assert (await either.do("get", Row, 7)).n == 7
+                assert await either.do("scalar", AUTOCOMMIT) == 0
                 assert database.in_transaction("`row`")
         assert not database.in_transaction("`row`")
 
@@ -109,20 +78,20 @@ def test_R1_nothing_is_written(database: MariaDatabase, driver: str) -> None:
     """A flush and statements that write or lock raise ReadOnlyError, each with nothing written."""
     before = database.query("SELECT n, name FROM `row` ORDER BY n")
 
-    async def body(jenny: Any, scope: Any, do: Do) -> None:
+    async def body(either: Either) -> None:
         for statement in WRITES:
-            async with scope(read_only=True):
+            async with either.scope(read_only=True):
                 with pytest.raises(ReadOnlyError, match="open_scope"):
-                    await do("execute", statement)
-        async with scope(read_only=True):
-            await do("add", Row(n=100))
+                    await either.do("execute", statement)
+        async with either.scope(read_only=True):
+            either.jenny.session.add(Row(n=100))
             with pytest.raises(ReadOnlyError, match=r"test_R1_mariadb\.py:\d+"):
-                await do("flush")
-            await do("rollback")
-        async with scope():
-            await do("add", Row(n=101))
-            await do("flush")
-            await do("rollback")
+                await either.do("flush")
+            await either.do("rollback")
+        async with either.scope():
+            either.jenny.session.add(Row(n=101))
+            await either.do("flush")
+            await either.do("rollback")
 
     run(database, driver, body)
     assert database.query("SELECT n, name FROM `row` ORDER BY n") == before

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, event, func, select, text
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import StaticPool
 
-from rope_middleware import AsyncSessionJenny, ReadOnlyError, SessionJenny, open_scope
+from rope_middleware import ReadOnlyError, SessionJenny, open_scope
 from tests.kit.asgi import serve
+from tests.kit.either import ONE, Either
 from tests.kit.engines import fill
-from tests.kit.leaks import checked_out
 from tests.kit.models import Row
 from tests.kit.waiting import eventually
 from tests.servers.postgres import Database, postgres_server
@@ -33,50 +33,20 @@ def database() -> Iterator[Database]:
         yield found
 
 
-class Reader:
+class Reader(Either):
     """A jenny of one of the drivers, with one connection; a body of either kind from one text."""
 
     def __init__(self, database: Database, driver: str, **more: Any) -> None:
         self.database = database
-        self.is_async = driver != "psycopg"
         url = database.url(driver.split()[0])
-        options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5} | more
-        self.jenny: Any
-        if self.is_async:
-            self.async_engine = create_async_engine(url, **options)
-            self.engine = self.async_engine.sync_engine
-            self.jenny = AsyncSessionJenny(async_sessionmaker(self.async_engine))
-        else:
-            self.engine = create_engine(url, **options)
-            self.jenny = SessionJenny(sessionmaker(self.engine))
+        super().__init__([url], is_async=driver != "psycopg", engine=ONE | more)
 
     def run(self, body: Body) -> None:
-        """Run `body`, which gets a function that awaits what has to be."""
-
         async def main() -> None:
-            try:
+            async with self:
                 await asyncio.wait_for(body(self), 60)
-                assert checked_out(self.engine) == 0
-            finally:
-                if self.is_async:
-                    await self.async_engine.dispose()
-                else:
-                    self.engine.dispose()
 
         asyncio.run(main())
-
-    @asynccontextmanager
-    async def scope(self, **options: Any) -> AsyncIterator[None]:
-        if self.is_async:
-            async with open_scope(**options):
-                yield
-        else:
-            with open_scope(**options):
-                yield
-
-    async def do(self, name: str, *arguments: Any) -> Any:
-        found = getattr(self.jenny.session, name)(*arguments)
-        return await found if self.is_async else found
 
     def state(self) -> list[str | None]:
         """What the server says of our connections."""

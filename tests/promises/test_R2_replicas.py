@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy import Engine, select, text
 from sqlalchemy.ext.asyncio import (
-    AsyncEngine,
-    AsyncSession,
     async_sessionmaker,
     create_async_engine,
 )
@@ -28,8 +26,8 @@ from rope_middleware import (
     open_scope,
 )
 from rope_middleware.testing import Sandbox
+from tests.kit.either import Either, now
 from tests.kit.engines import MakeEngine, fill
-from tests.kit.leaks import checked_out
 from tests.kit.models import Row
 from tests.kit.sessions import Jenny
 from tests.kit.waiting import eventually
@@ -198,72 +196,36 @@ def database(servers: Cluster) -> Iterator[Database]:
         yield found
 
 
-class Sync:
-    """A jenny of sync sessions with two replicas."""
+class Reader(Either):
+    """A jenny with two replicas."""
 
-    def __init__(self, servers: Cluster, database: Database) -> None:
-        urls = [server.database(database).url("psycopg") for server in _all(servers)]
-        self.engines = [create_engine(url, pool_size=2, max_overflow=0) for url in urls]
-        self.jenny: Any = SessionJenny(
-            sessionmaker(self.engines[0], expire_on_commit=False), replicas=self.engines[1:]
-        )
-
-    def run(self, body: Callable[[Session], Any]) -> Any:
-        """Run `body` in a read-only scope."""
-        with open_scope(read_only=True):
-            return body(self.jenny.session)
-
-    def close(self) -> None:
-        """Nothing may be out."""
-        assert [checked_out(engine) for engine in self.engines] == [0, 0, 0]
-        for engine in self.engines:
-            engine.dispose()
-
-
-class Async:
-    """The same with asyncpg."""
-
-    def __init__(self, servers: Cluster, database: Database) -> None:
-        urls = [server.database(database).url("asyncpg") for server in _all(servers)]
-        self.engines = [create_async_engine(url, pool_size=2, max_overflow=0) for url in urls]
-        factory = async_sessionmaker(self.engines[0], expire_on_commit=False)
-        self.jenny: Any = AsyncSessionJenny(factory, replicas=self.engines[1:])
+    def __init__(self, servers: Cluster, database: Database, driver: str) -> None:
+        urls = [
+            server.database(database).url(driver) for server in (servers.primary, *servers.replicas)
+        ]
+        options = {"pool_size": 2, "max_overflow": 0}
+        super().__init__(urls, is_async=driver == "asyncpg", engine=options, expire_on_commit=False)
         self.loop = asyncio.Runner()
 
     def run(self, body: Callable[[Session], Any]) -> Any:
         """Run `body` in a read-only scope."""
 
         async def main() -> Any:
-            async with open_scope(read_only=True):
-                session: AsyncSession = self.jenny.session
-                return await session.run_sync(body)
+            async with self.scope(read_only=True):
+                return await self.run_sync(body)
 
-        return self.loop.run(main())
-
-    def close(self) -> None:
-        """Nothing may be out."""
-        assert [checked_out(engine) for engine in self.engines] == [0, 0, 0]
-
-        async def main(engines: list[AsyncEngine]) -> None:
-            for engine in engines:
-                await engine.dispose()
-
-        self.loop.run(main(self.engines))
-        self.loop.close()
+        return self.loop.run(main()) if self.is_async else now(main())
 
 
-def _all(servers: Cluster) -> list[Any]:
-    return [servers.primary, *servers.replicas]
-
-
-@pytest.fixture(params=[Sync, Async])
+@pytest.fixture(params=["psycopg", "asyncpg"])
 def reader(
     request: pytest.FixtureRequest, servers: Cluster, database: Database
-) -> Iterator[Sync | Async]:
+) -> Iterator[Reader]:
     """A jenny of either kind."""
-    found = request.param(servers, database)
+    found = Reader(servers, database, request.param)
     yield found
-    found.close()
+    found.loop.run(found.__aexit__(None))
+    found.loop.close()
 
 
 def _server(session: Session) -> str:
@@ -279,7 +241,7 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_R2_the_statement_that_found_it_dead_goes_to_another_engine(
-    servers: Cluster, reader: Sync | Async, caplog: pytest.LogCaptureFixture
+    servers: Cluster, reader: Reader, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the middle of a scope: nothing loaded is lost, no error is seen, and it is told once."""
     dead: list[Any] = []
@@ -312,7 +274,7 @@ def test_R2_the_statement_that_found_it_dead_goes_to_another_engine(
 
 
 def test_R2_a_connection_that_broke_while_it_idled_is_no_error(
-    servers: Cluster, reader: Sync | Async
+    servers: Cluster, reader: Reader
 ) -> None:
     """The replica was restarted: its pooled connections are dead, the statement goes elsewhere."""
     for _ in range(20):
@@ -326,7 +288,7 @@ def test_R2_a_connection_that_broke_while_it_idled_is_no_error(
 
 def test_R2_left_out_for_30_seconds_and_tried_again(
     servers: Cluster,
-    reader: Sync | Async,
+    reader: Reader,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -349,7 +311,7 @@ def test_R2_left_out_for_30_seconds_and_tried_again(
 
 
 def test_R2_none_left_is_the_primary(
-    servers: Cluster, reader: Sync | Async, caplog: pytest.LogCaptureFixture
+    servers: Cluster, reader: Reader, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With every replica dead the primary serves; each is told once."""
     for server in servers.replicas:
@@ -362,7 +324,7 @@ def test_R2_none_left_is_the_primary(
             server.start()
 
 
-def test_R2_an_error_of_the_statement_is_the_applications(reader: Sync | Async) -> None:
+def test_R2_an_error_of_the_statement_is_the_applications(reader: Reader) -> None:
     """Only a lost server is a reason to go elsewhere."""
 
     def wrong(session: Session) -> None:

@@ -13,18 +13,14 @@ from typing import Any
 import anyio.to_thread
 import pytest
 from sqlalchemy import create_engine, text
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
 from rope_middleware import (
     ASGIRopeMiddleware,
-    AsyncSessionJenny,
-    SessionJenny,
     WSGIRopeMiddleware,
-    open_scope,
 )
 from tests.kit.asgi import ASGIClient, answer, http_scope
-from tests.kit.leaks import checked_out
+from tests.kit.either import Either, now
 from tests.kit.models import Base, Data
 from tests.kit.waiting import eventually
 from tests.kit.wsgi import Server as WSGIServer
@@ -59,35 +55,22 @@ def prepare(database: Database) -> None:
     engine.dispose()
 
 
-class Site:
+class Site(Either):
     """An application that writes a number by POST and reads it by GET, in one of the ways."""
 
     def __init__(
         self, kind: str, database: Database, servers: list[Server], user: str = "postgres"
     ) -> None:
         self.kind = kind
-        self.is_async = kind == "asgi-async"
-        driver = "asyncpg" if self.is_async else "psycopg"
-        urls = [server.database(database).url(driver).set(username=user) for server in servers]
         self.loop = asyncio.Runner()
-        self.jenny: Any
-        if self.is_async:
-            self.engines: list[Any] = [create_async_engine(url) for url in urls]
-            factory: Any = async_sessionmaker(self.engines[0])
-            self.jenny = AsyncSessionJenny(factory, replicas=self.engines[1:])
-        else:
-            self.engines = [create_engine(url) for url in urls]
-            factory = sessionmaker(self.engines[0])
-            self.jenny = SessionJenny(factory, replicas=self.engines[1:])
+        driver = "asyncpg" if kind == "asgi-async" else "psycopg"
+        urls = [server.database(database).url(driver).set(username=user) for server in servers]
+        super().__init__(urls, is_async=kind == "asgi-async", engine={})
+        self.scopes_are_async = kind != "wsgi"
 
     def close(self) -> None:
         """Nothing may be out."""
-        assert [checked_out(engine) for engine in self.engines] == [0] * len(self.engines)
-        for engine in self.engines:
-            if self.is_async:
-                self.loop.run(engine.dispose())
-            else:
-                engine.dispose()
+        self.loop.run(self.__aexit__(None))
         self.loop.close()
 
     # The application, written once; `run` carries a sync function out in the kind's way.
@@ -103,11 +86,9 @@ class Site:
 
     async def handle(self, method: str, way: str, number: int | None) -> str:
         async def run(body: Any, *arguments: Any) -> Any:
-            if self.is_async:
-                return await self.jenny.session.run_sync(body, *arguments)
             if self.kind == "asgi-sync":
                 return await anyio.to_thread.run_sync(lambda: body(self.jenny.session, *arguments))
-            return body(self.jenny.session, *arguments)
+            return await self.run_sync(body, *arguments)
 
         seen = ""
         if method == "GET" and way == "read":
@@ -115,7 +96,7 @@ class Site:
         if way in ("open_scope", "read, open_scope, read"):
             if way != "open_scope":
                 seen = f"{await run(self.read)} then "
-            async with _scope(self.kind):
+            async with self.scope():
                 await run(self.write, number)
                 await run(lambda session: session.commit())
             if way != "open_scope":
@@ -123,7 +104,7 @@ class Site:
         elif way == "commit, read-only scope":
             await run(self.write, number)
             await run(lambda session: session.commit())
-            async with _scope(self.kind, read_only=True):
+            async with self.scope(read_only=True):
                 return str(await run(self.read))
         else:
             await run(self.write, number)
@@ -153,13 +134,9 @@ class Site:
         self, method: str, way: str, number: int | None, headers: Headers, options: Any
     ) -> tuple[str, Headers]:
         def app(environ: Any, start_response: Any) -> list[bytes]:
-            handling = self.handle(method, way, number)
-            try:
-                handling.send(None)
-            except StopIteration as stop:
-                start_response("200 OK", [("Content-Type", "text/plain")])
-                return [stop.value.encode()]
-            raise AssertionError("it has waited")
+            body = now(self.handle(method, way, number))
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [body.encode()]
 
         environ = make_environ("/", REQUEST_METHOD=method)
         for name, value in headers:
@@ -182,26 +159,6 @@ class Site:
         client = ASGIClient()
         await client(ASGIRopeMiddleware(app, **options), "/", method, headers=raw)
         return client.body.decode(), client.headers
-
-
-class _scope:  # noqa: N801 - used like a function
-    """An open_scope() of the kind that the application's code needs, in a coroutine."""
-
-    def __init__(self, kind: str, **options: Any) -> None:
-        self._is_async = kind != "wsgi"
-        self._scope = open_scope(**options)
-
-    async def __aenter__(self) -> None:
-        if self._is_async:
-            await self._scope.__aenter__()
-        else:
-            self._scope.__enter__()
-
-    async def __aexit__(self, *told: Any) -> None:
-        if self._is_async:
-            await self._scope.__aexit__(*told)
-        else:
-            self._scope.__exit__(*told)
 
 
 class Browser:
