@@ -12,13 +12,16 @@ class they would cost every use of every session. They do not refer to it: that 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import repeat
+from threading import get_ident
+from types import MethodType
 from typing import Any
 from weakref import ReferenceType, ref
 
 from sqlalchemy.orm import Session, SessionTransaction
 
+from rope_middleware.scope.asking import is_thread_of
 from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import calls_of, must_wait_for
 from rope_middleware.session.turns import wait_for_commit
@@ -45,24 +48,21 @@ _METHODS = (
 _ENDS = ("commit", "rollback", "close")
 
 
-class _Guard:
-    """A method of a session or of its transaction, in front of its own."""
+class _Guards:
+    """Stands in front of the methods of a session, or of its transaction: see `_in_front`."""
 
-    __slots__ = ("_name", "_of", "calls", "scope")
+    __slots__ = ("_of", "calls", "scope")
 
-    def __init__(
-        self, of: ReferenceType[Any], name: str, scope: Scope, calls: list[object]
-    ) -> None:
+    def __init__(self, of: ReferenceType[Any], scope: Scope, calls: list[object]) -> None:
         self._of = of
-        self._name = name
         self.scope = scope
         self.calls = calls
 
-    def __call__(self, *args: Any, **named: Any) -> Any:
+    def call(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         of = self._of()
         assert of is not None  # noqa: S101 - who calls its method has it
-        method: Callable[..., Any] = getattr(of.__class__, self._name)
-        calls, who = self.calls, _strand()
+        method: Callable[..., Any] = getattr(of.__class__, name)
+        calls, who = self.calls, _strand(self.scope)
         if who in calls:  # a call within a call: the commit waits for the outer one
             return method(of, *args, **named)
         # Order matters. We note the call, then look for a commit; a commit makes itself known, then
@@ -91,42 +91,65 @@ def _is_over(transaction: SessionTransaction) -> bool:
     return one is None and session.get_transaction() is not transaction
 
 
-def _strand() -> object:
+def _guarded(name: str) -> Callable[..., Any]:
+    def guarded(guards: _Guards, /, *args: Any, **named: Any) -> Any:
+        return guards.call(name, args, named)
+
+    return guarded
+
+
+_GUARDED = {name: _guarded(name) for name in _METHODS}
+
+
+def _in_front(guards: _Guards, names: Iterable[str]) -> Iterable[tuple[str, Any]]:
+    """Bind what stands in the place of these methods.
+
+    Bound methods of one object: an object for each would take four times as long to make.
+    """
+    return zip(
+        names, map(MethodType, map(_GUARDED.__getitem__, names), repeat(guards)), strict=False
+    )
+
+
+def _strand(scope: Scope) -> object:
     """Return who is running: a task of asyncio, or a thread."""
+    thread = get_ident()
+    if not is_thread_of(scope, thread):
+        return thread  # also of another loop's task: no other task runs until its call is over
     try:
         task = asyncio.current_task()
     except RuntimeError:
         task = None
-    return threading.get_ident() if task is None else task
+    return thread if task is None else task
 
 
 def guard(session: Session, scope: Scope) -> None:
     """Let calls on `session` and commits of `scope` wait for each other."""
     own = session.__dict__
     if "flush" not in own:
-        this, calls = ref(session), calls_of(scope)
-        for name in _METHODS:
-            if name not in own:  # else the application's own: nobody knows what it does
-                own[name] = _Guard(this, name, scope, calls)
+        methods = _in_front(_Guards(ref(session), scope, calls_of(scope)), _METHODS)
+        if own.keys().isdisjoint(_METHODS):
+            own.update(methods)
+        else:  # the application has put its own there: nobody knows what it does
+            own.update([one for one in methods if one[0] not in own])
 
 
 def guard_transaction(session: Session, transaction: SessionTransaction) -> None:
     """Let the end of `transaction`, where its session is guarded, and commits wait, too."""
-    flush = session.__dict__.get("flush")
-    if isinstance(flush, _Guard):
-        this, own = ref(transaction), transaction.__dict__
-        for name in _ENDS:
-            own[name] = _Guard(this, name, flush.scope, flush.calls)
+    guards = _guards_of(session)
+    if guards is not None:
+        own = _Guards(ref(transaction), guards.scope, guards.calls)
+        transaction.__dict__.update(_in_front(own, _ENDS))
 
 
 def in_turn(session: Session, call: Callable[[Session], None]) -> None:
     """Make `call`, which uses `session`, as if it were one of its methods."""
-    flush = session.__dict__.get("flush")
-    if not isinstance(flush, _Guard):
+    guards = _guards_of(session)
+    if guards is None:
         call(session)
         return
-    calls, who = flush.calls, _strand()
-    wait_for_commit(flush.scope)
+    calls, who = guards.calls, _strand(guards.scope)
+    wait_for_commit(guards.scope)
     calls.append(who)
     try:
         call(session)
@@ -134,11 +157,16 @@ def in_turn(session: Session, call: Callable[[Session], None]) -> None:
         calls.remove(who)
 
 
-def is_guard(method: object) -> bool:
+def _guards_of(session: Session) -> _Guards | None:
+    flush: Any = session.__dict__.get("flush")
+    return flush.__self__ if is_guard(flush) else None
+
+
+def is_guard(method: Any) -> bool:
     """Tell whether `method` of a session is the session's own one behind a guard."""
-    return isinstance(method, _Guard)
+    return type(method) is MethodType and type(method.__self__) is _Guards
 
 
 def is_guarded(session: Session) -> bool:
     """Tell whether calls on `session` wait for commits."""
-    return isinstance(session.__dict__.get("flush"), _Guard)
+    return is_guard(session.__dict__.get("flush"))
