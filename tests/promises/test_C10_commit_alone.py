@@ -21,7 +21,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny
-from tests.kit.asgi import http_scope
+from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.engines import rows
 from tests.kit.leaks import checked_out
 from tests.kit.models import Base, Row
@@ -37,11 +37,6 @@ COUNT = select(func.count()).select_from(Row)
 @pytest.fixture
 def jenny(engine: Engine) -> Jenny:
     return SessionJenny(sessionmaker(engine, expire_on_commit=False))
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture
@@ -151,10 +146,8 @@ def test_C10_who_asks_meanwhile_gets_a_session_that_begins_after_the_commit(
         await other
         await send({"type": "http.response.body", "body": b""})
 
-    async def send(message: Any) -> None: ...
-
     app = RopeMiddleware(app, commit_on_success=True)
-    asyncio.run(app(http_scope(), never, send))
+    asyncio.run(app(http_scope(), never, into_nothing))
     assert seen["other"] is not seen["first"]
     assert seen["count"] == 1
     assert rows(engine) == 2
@@ -181,9 +174,7 @@ def test_C10_a_listener_of_the_commit_has_the_commits_own_session(
         assert jenny.session is before
         await send({"type": "http.response.body", "body": b""})
 
-    async def send(message: Any) -> None: ...
-
-    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
     assert same == [True]
 
 
@@ -211,9 +202,7 @@ def test_C10_the_commit_waits_for_a_statement_under_way(jenny: Jenny, engine: En
         await other
         await send({"type": "http.response.body", "body": b""})
 
-    async def send(message: Any) -> None: ...
-
-    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
     assert checked_out(engine) == 0
 
 
@@ -234,11 +223,9 @@ def test_C10_the_end_waits_for_a_commit_under_way(
         if how == "is cancelled":
             await never()
 
-    async def send(message: Any) -> None: ...
-
     async def main() -> None:
         call = asyncio.create_task(
-            RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send)
+            RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing)
         )
         await asyncio.to_thread(began.wait, PATIENCE)
         if how == "is cancelled":
@@ -277,8 +264,8 @@ def test_C10_the_event_loop_of_trio_does_not_wait_for_a_commit(
             nursery.start_soon(beside)
             await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    async def send(message: Any) -> None: ...
-
-    trio.run(RopeMiddleware(app, commit_on_success=True), http_scope(), trio.sleep_forever, send)
+    trio.run(
+        RopeMiddleware(app, commit_on_success=True), http_scope(), trio.sleep_forever, into_nothing
+    )
     assert seconds[0] < 2
     assert rows(engine) == 1

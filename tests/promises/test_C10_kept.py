@@ -132,9 +132,7 @@ def test_C10_a_release_under_way_is_waited_for(make_engine: MakeEngine) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await other
 
-    async def send(message: Any) -> None: ...
-
-    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, send))
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
     assert checked_out(engine) == 0
 
 

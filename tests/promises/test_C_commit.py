@@ -360,12 +360,10 @@ def test_C2_a_websocket_that_is_not_accepted_commits_nothing(
         for message in DENIALS[denial]:
             await send(message)
 
-    async def send(message: Any) -> None: ...
-
     wrapped = ASGIRopeMiddleware(app, commit_on_success=True)
     if inner:
         wrapped = ASGIRopeMiddleware(wrapped)
-    web.loop.run(wrapped(websocket_scope(), send, send))
+    web.loop.run(wrapped(websocket_scope(), into_nothing, into_nothing))
     assert web.store.rows() == []
 
 

@@ -15,11 +15,10 @@ import anyio
 import anyio.lowlevel
 import pytest
 from sqlalchemy import Engine, event
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm import Session, scoped_session
 
 from rope_middleware import (
     ASGIRopeMiddleware,
-    SessionJenny,
     WSGIRopeMiddleware,
     current_scope,
 )
@@ -32,18 +31,8 @@ from tests.kit.waiting import never
 from tests.kit.wsgi import HEADERS, Server, make_environ
 
 
-@pytest.fixture
-def maker(engine: Engine) -> sessionmaker[Session]:
-    return sessionmaker(engine)
-
-
-@pytest.fixture
-def jenny(maker: sessionmaker[Session]) -> Jenny:
-    return SessionJenny(maker)
-
-
-def refuse_commits(maker: sessionmaker[Session]) -> None:
-    @event.listens_for(maker, "before_commit")
+def refuse_commits(jenny: Jenny) -> None:
+    @event.listens_for(jenny.session_factory, "before_commit")
     def no(session: Session) -> None:
         raise RuntimeError("a constraint says no")
 
@@ -77,10 +66,10 @@ def test_A2_start_and_body_sent_from_two_tasks_come_in_order(jenny: Jenny, engin
 
 @pytest.mark.parametrize("kind", ["body", "pathsend", "zerocopysend", "trailers"])
 def test_C3_what_follows_a_failed_commit_is_the_plain_500(
-    kind: str, maker: sessionmaker[Session], jenny: Jenny, engine: Engine
+    kind: str, jenny: Jenny, engine: Engine
 ) -> None:
     """An app that swallows the error may go on with any message of a response."""
-    refuse_commits(maker)
+    refuse_commits(jenny)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         jenny.session.add(Row(name="x"))
@@ -95,12 +84,10 @@ def test_C3_what_follows_a_failed_commit_is_the_plain_500(
 
 
 @pytest.mark.parametrize("outer", [{"max_active": 2}, {"retries": 1}, {"registries": True}])
-def test_S6_the_response_passes_one_gate(
-    outer: dict[str, Any], maker: sessionmaker[Session], jenny: Jenny
-) -> None:
+def test_S6_the_response_passes_one_gate(outer: dict[str, Any], jenny: Jenny) -> None:
     """Whatever the outer middleware is for: the inner one's veto is asked once."""
     if "registries" in outer:
-        outer = {"registries": [scoped_session(maker, scopefunc=current_scope)]}
+        outer = {"registries": [scoped_session(jenny.session_factory, scopefunc=current_scope)]}
     asked_for: list[int] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -115,16 +102,14 @@ def test_S6_the_response_passes_one_gate(
     inner = ASGIRopeMiddleware(app, commit_on_success=True, commit_veto=veto)
     both = ASGIRopeMiddleware(inner, **outer)
     assert [m["status"] for m in asked(both)] == asked_for == [200]
-    refuse_commits(maker)  # the app swallows the error and keeps quiet
+    refuse_commits(jenny)  # the app swallows the error and keeps quiet
     assert [m.get("status", m.get("body")) for m in asked(both)] == [500, b"Internal Server Error"]
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_C3_the_plain_500_of_a_head_has_no_body(
-    method: str, maker: sessionmaker[Session], jenny: Jenny
-) -> None:
+def test_C3_the_plain_500_of_a_head_has_no_body(method: str, jenny: Jenny) -> None:
     """RFC 9110 9.3.2: its bytes would be the beginning of the next response."""
-    refuse_commits(maker)
+    refuse_commits(jenny)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         jenny.session.add(Row(name="x"))
@@ -147,11 +132,11 @@ def test_C3_the_plain_500_of_a_head_has_no_body(
 
 
 def test_C3_a_commit_that_fails_while_a_time_limit_cancels_is_no_success(
-    maker: sessionmaker[Session], jenny: Jenny, engine: Engine
+    jenny: Jenny, engine: Engine
 ) -> None:
     """An earlier commit of the application says nothing of this one."""
 
-    @event.listens_for(maker, "before_commit")
+    @event.listens_for(jenny.session_factory, "before_commit")
     def slowly(session: Session) -> None:
         if any(isinstance(row, Row) and row.name == "second" for row in session.new):
             time.sleep(0.3)
@@ -254,12 +239,11 @@ def test_C2_a_stream_is_committed_before_its_first_chunk(jenny: Jenny, engine: E
 
 
 def test_C3_a_stream_whose_commit_fails_is_the_plain_500(
-    maker: sessionmaker[Session],
     jenny: Jenny,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In place of the whole body; the log has the traceback, once."""
-    refuse_commits(maker)
+    refuse_commits(jenny)
 
     def app(environ: Any, start_response: Any) -> Any:
         jenny.session.add(Row(name="x"))

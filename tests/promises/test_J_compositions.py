@@ -32,11 +32,6 @@ from tests.kit.waiting import eventually
 COUNT = text("SELECT 1")
 
 
-@pytest.fixture
-def jenny(engine: Engine) -> Jenny:
-    return SessionJenny(sessionmaker(engine))
-
-
 @pytest.mark.told
 def test_J5_a_method_that_a_thread_is_given_holds_its_session_for_its_call(
     jenny: Jenny, engine: Engine
