@@ -252,6 +252,7 @@ PRIVATE: dict[str, set[str]] = {
     "wsgi": {"_name", "_options", "_sessions", "_state"},
     "jenny": {"_sessions"},
     "answer": {"_options", "_sessions"},
+    "session.connections": {"_connections"},  # SQLAlchemy's: see `made_connections`
     "session.unsaved": {"_is_clean"},  # SQLAlchemy's; the tests of L1 pin it
     "rope.rope": {"_session"},  # its own class's
     "rope.registry": {"_session"},  # of the ropes that it makes

@@ -36,8 +36,8 @@ Strand = object
 """What runs, and can wait for a connection: a task of asyncio, or the ident of a thread."""
 
 # Above `note_begin` and its caller there are always frames of SQLAlchemy's, on 2.0 and 2.1: the
-# event's call, SessionTransaction.__init__, Session._autobegin_t.
-DEPTH = 6
+# event's call, SessionTransaction.__init__, Session._autobegin_t, and who calls that.
+DEPTH = 7
 
 _ties: set[ref[Tie]] = set()
 _list: Callable[[ref[Tie]], object] = _ties.add

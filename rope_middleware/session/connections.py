@@ -28,6 +28,7 @@ __all__ = [
     "end_transaction",
     "has_connection_out",
     "has_made",
+    "has_out",
     "invalidate_all",
     "leave_to_parent",
     "lent_connections",
@@ -82,14 +83,25 @@ def connections_out(tie: Tie) -> list[Connection]:
     return [c for c in (*tie.connections, *made_connections(transaction)) if not c.closed]
 
 
+def has_out(transaction: SessionTransaction) -> bool:
+    """Tell whether `transaction` has taken a connection that has not gone back to its pool.
+
+    Asked several times for each request, and where a transaction begins after another one.
+    """
+    last = None
+    # At once, as in `connections_of`, which would be a call more.
+    for known in (*transaction._connections.values(),):  # noqa: SLF001
+        if known is not last:  # each stands there by its engine, and by itself
+            if known[3] and not known[0].closed:
+                return True
+            last = known
+    return False
+
+
 def has_connection_out(tie: Tie) -> bool:
-    """Tell whether there are `connections_out`: asked several times for each request."""
-    seen = None
-    for connection, _, _, is_made in connections_of(tie.transaction):
-        # It stands there by its engine, and by itself.
-        if is_made and connection is not seen and not connection.closed:
-            return True
-        seen = connection
+    """Tell whether there are `connections_out`."""
+    if tie.transaction is not None and has_out(tie.transaction):
+        return True
     return bool(tie.connections) and any(not connection.closed for connection in tie.connections)
 
 

@@ -64,19 +64,21 @@ _SQLALCHEMY = str(Path(sqlalchemy.__file__).parent) + "/"
 # The standard library, and the scripts of what is installed. (sysconfig takes 5 ms to import.)
 _STANDARD = (f"{Path(os.__file__).parent}/", f"{Path(sys.executable).parent}/")
 
-_kinds: dict[str, int] = {}  # by file name
-_MOST_FILES = 10_000  # a template engine or a notebook may make up names for ever
+
+class _Kinds(dict[str, int]):
+    """Whose code a file holds, by its name."""
+
+    most: int = 10_000  # a template engine or a notebook may make up names for ever
+
+    def __missing__(self, file: str) -> int:
+        if len(self) >= self.most:
+            self.clear()
+        kind = self[file] = _look_at(file.replace("\\", "/"))
+        return kind
 
 
-def _kind_of(file: str) -> int:
-    """Tell whose code `file` holds, and remember it."""
-    known = _kinds.get(file)
-    if known is not None:
-        return known
-    if len(_kinds) >= _MOST_FILES:
-        _kinds.clear()
-    kind = _kinds[file] = _look_at(file.replace("\\", "/"))
-    return kind
+_kinds = _Kinds()
+_getframe = sys._getframe  # noqa: SLF001 - inspect's is slower
 
 
 def _look_at(file: str) -> int:
@@ -113,25 +115,25 @@ def application_line(depth: int) -> Line:
         depth: how many frames, beginning with the caller's, are known not to be the application's.
             They are passed over without a look, which makes the walk cheap.
     """
-    frame: FrameType | None = sys._getframe(depth)  # noqa: SLF001 - inspect's is slower
     kinds = _kinds
     greenlet: Any = None
+    frame: FrameType | None
+    try:
+        frame = _getframe(depth)
+    except ValueError:  # the stack of a greenlet may end before
+        frame = None
     # `line_of(_frames_from(frame))`, without the price of a generator, which is 1.5 us where it
     # goes on beyond a greenlet: the walk belongs to each transaction.
     while True:
         while frame is not None:
             code = frame.f_code
-            try:
-                kind = kinds[code.co_filename]
-            except KeyError:
-                kind = _kind_of(code.co_filename)
-            if not kind:  # _APPLICATION
+            if not kinds[code.co_filename]:  # _APPLICATION
                 return code, frame.f_lasti
             frame = frame.f_back
         greenlet = _current_greenlet() if greenlet is None else greenlet
         greenlet = None if greenlet is None else greenlet.parent
         if greenlet is None:
-            return _line_of_library(sys._getframe(depth))  # noqa: SLF001
+            return _line_of_library(_getframe(1))
         frame = greenlet.gr_frame
 
 
@@ -157,7 +159,7 @@ def line_of(frames: Iterable[FrameType], like: Line | None = None) -> Line | Non
     fallback: Line | None = None
     for frame in frames:
         file = frame.f_code.co_filename
-        kind = _kind_of(file)
+        kind = _kinds[file]
         if kind == _APPLICATION:
             return frame.f_code, frame.f_lasti
         if kind != _LIBRARY or fallback is not None:
@@ -228,14 +230,14 @@ def is_in_database(frames: Iterable[FrameType]) -> bool:
         file = frame.f_code.co_filename
         if file.startswith(_SQLALCHEMY) or _installed_as(file.replace("\\", "/")) in _DRIVERS:
             return True
-        if _kind_of(file) == _APPLICATION:
+        if _kinds[file] == _APPLICATION:
             return False
     return False
 
 
 def is_applications(frame: FrameType) -> bool:
     """Tell whether `frame` runs code of the application's."""
-    return _kind_of(frame.f_code.co_filename) == _APPLICATION
+    return _kinds[frame.f_code.co_filename] == _APPLICATION
 
 
 def is_sqlalchemys(frame: FrameType) -> bool:
