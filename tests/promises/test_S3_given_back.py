@@ -31,7 +31,7 @@ from rope_middleware import (
     open_scope,
 )
 from tests.kit.asgi import asgi_app, ask, serve
-from tests.kit.engines import MakeEngine, rows, small_async_engine, small_engine
+from tests.kit.engines import MakeEngine, rows, small_async_engine
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Data, Row
 from tests.kit.sessions import SELECT, Jenny, errors_in, touch, use
@@ -259,21 +259,16 @@ def test_S3_a_removed_session_that_is_used_on_is_closed_with_its_scope(
     assert checked_out(engine) == 0
 
 
-def test_S3_a_session_that_the_factory_has_begun_is_given_back(engine: Engine) -> None:
-    """A transaction that was open before the scope knew the session ends with the scope."""
-    jenny = SessionJenny(lambda: use(Session(engine)))
-    with open_scope():
-        assert jenny.session.in_transaction()
-        assert checked_out(engine) == 1
-    assert checked_out(engine) == 0
-
-
-def test_S3_a_begun_session_whose_close_fails_is_given_back(engine: Engine) -> None:
-    """Also its connection is known to the scope."""
-    jenny = SessionJenny(lambda: use(CannotClose(engine)))
+@pytest.mark.parametrize("kind", [Session, CannotClose])
+def test_S3_a_session_that_the_factory_has_begun_is_given_back(
+    engine: Engine, kind: type[Session]
+) -> None:
+    """A transaction that was open before the scope knew the session ends, also if close() fails."""
+    jenny = SessionJenny(lambda: use(kind(engine)))
     with open_scope():
         session = jenny.session
         assert session.in_transaction()
+        assert checked_out(engine) == 1
     out = checked_out(engine)
     Session.close(session)
     assert out == 0
@@ -616,11 +611,10 @@ async def test_S3_in_the_end_the_context_is_as_before(store: Store) -> None:
 @served("commit")  # after which there is no connection to invalidate
 @pytest.mark.parametrize("fail", ["", "before start", "chunk 2", "close"])
 def test_S3_a_failing_close_of_a_session_is_logged_only(
-    wrap: Wrap, fail: str, tmp_path: Any, engine: Engine, caplog: pytest.LogCaptureFixture
+    wrap: Wrap, fail: str, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It replaces neither answer nor error, strands no other session, and frees the connection."""
-    first = small_engine(tmp_path / "first.db")
-    last = small_engine(tmp_path / "last.db")
+    first, engine, last = (make_engine() for _ in range(3))
     bad = SessionJenny(sessionmaker(engine, class_=CannotClose))
     invalidated: list[Any] = []
     event.listen(engine, "invalidate", lambda *args: invalidated.append(args))
@@ -646,8 +640,6 @@ def test_S3_a_failing_close_of_a_session_is_logged_only(
     assert [checked_out(each) for each in (first, engine, last)] == [0, 0, 0]
     assert len(invalidated) == 1  # closed, and not used again in an unknown state
     assert any(record.name == "rope_middleware" for record in caplog.records)
-    first.dispose()
-    last.dispose()
 
 
 @served("commit")  # which fails then, and is an error response
@@ -675,9 +667,9 @@ def test_S3_a_lost_connection_is_no_leak(
     assert rows(engine) == 0
 
 
-def test_S3_after_any_path_the_next_request_is_served(wrap: Wrap, tmp_path: Any) -> None:
+def test_S3_after_any_path_the_next_request_is_served(wrap: Wrap, make_engine: MakeEngine) -> None:
     """A pool of one connection survives every way a request can end, one after the other."""
-    engine = small_engine(tmp_path / "one.db", pool_size=1)
+    engine = make_engine(pool_size=1)
     jenny = SessionJenny(sessionmaker(engine))
     fails = ["", "before start", "after start", "chunk 1", "chunk 3", "close"]
     for kind in BODIES:
@@ -693,7 +685,6 @@ def test_S3_after_any_path_the_next_request_is_served(wrap: Wrap, tmp_path: Any)
                 gc.collect()
                 assert probe.scope.closed
                 assert checked_out(engine) == 0
-    engine.dispose()
 
 
 def test_S3_an_error_without_a_text_does_not_keep_the_scope_open(

@@ -20,7 +20,7 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
-from tests.kit.engines import rows, small_engine
+from tests.kit.engines import MakeEngine, rows
 from tests.kit.flask_app import flask_app
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Row
@@ -331,9 +331,9 @@ def test_W3_a_close_that_fails_on_collection(wrap: Wrap, jenny: Jenny, engine: E
     assert checked_out(engine) == 0
 
 
-def test_W4_each_thread_has_a_scope_of_its_own(wrap: Wrap, tmp_path: Any) -> None:
+def test_W4_each_thread_has_a_scope_of_its_own(wrap: Wrap, make_engine: MakeEngine) -> None:
     """Eight requests at once, each with its own session from the first call to close()."""
-    engine = small_engine(tmp_path / "threads.db", pool_size=8)
+    engine = make_engine(pool_size=8)
     jenny = SessionJenny(sessionmaker(engine))
     barrier = threading.Barrier(8)
 
@@ -360,7 +360,6 @@ def test_W4_each_thread_has_a_scope_of_its_own(wrap: Wrap, tmp_path: Any) -> Non
     assert len({id(probe.sessions[0]) for probe in probes}) == 8
     assert all(probe.scope.closed for probe in probes)
     assert checked_out(engine) == 0
-    engine.dispose()
 
 
 def test_W4_greenlets_switched_in_the_middle_of_everything(
