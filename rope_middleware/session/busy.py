@@ -11,14 +11,15 @@ from rope_middleware.session.connections import made_connections
 from rope_middleware.session.tie import tie_of
 from rope_middleware.session.written import notes_of
 
-__all__ = ["has_living", "is_busy"]
+__all__ = ["has_unread", "is_busy"]
 
 
-def has_living(connection: Connection) -> bool:
-    """Tell whether anything that `connection` has executed is in use, or may be."""
-    for one in notes_of(connection).executions:  # noqa: SIM110 - a generator costs double
-        if one() is not None:
-            return True
+def has_unread(connection: Connection) -> bool:
+    """Tell whether a statement on `connection` is under way, or a result is still being read."""
+    notes = notes_of(connection)
+    for one in notes.executions:
+        if one() is not None:  # of most statements nothing is left
+            return notes.has_unread()
     return False
 
 

@@ -29,7 +29,7 @@ from rope_middleware.scope.outcome import (
 from rope_middleware.scope.reading import tell_unknown
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import ask_for_aborted, refuse_aborted
-from rope_middleware.session.busy import has_living
+from rope_middleware.session.busy import has_unread
 from rope_middleware.session.connections import connections_of, made_connections
 from rope_middleware.session.doubt import HERE, Asking, AsyncAsking, Verdict, verdict_on
 from rope_middleware.session.lost import was_sent
@@ -101,7 +101,7 @@ def commit_alone(session: Session) -> bool:
         if connection is before:
             continue
         before = connection
-        if has_living(connection):
+        if has_unread(connection):
             return False
         if is_made:
             refuse_aborted(scope, (connection,))
