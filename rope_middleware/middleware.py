@@ -97,7 +97,7 @@ class RopeMiddleware:
 
     _protocols: ClassVar[dict[str, type[RopeMiddleware]]] = {}
     _protocol: ClassVar[str]
-    __signature__ = SignatureOf(
+    __signature__: ClassVar[SignatureOf] = SignatureOf(
         Parameter("app", Parameter.POSITIONAL_OR_KEYWORD),
         Parameter("registries", Parameter.POSITIONAL_OR_KEYWORD, default=()),
         *parameters_of(Options),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from inspect import Parameter
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, cast, overload
 
 from rope_middleware.asgi import ASGIRopeMiddleware
 from rope_middleware.middleware import RopeMiddleware
@@ -48,7 +48,7 @@ class SandboxMiddleware:
 
     app: Any
     _desk: Desk
-    __signature__ = SignatureOf(
+    __signature__: ClassVar[SignatureOf] = SignatureOf(
         Parameter("app", Parameter.POSITIONAL_OR_KEYWORD),
         Parameter("jennies", Parameter.VAR_POSITIONAL),
         Parameter("path", Parameter.KEYWORD_ONLY, default="/rope-sandbox"),
