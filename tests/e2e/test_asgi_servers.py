@@ -26,7 +26,6 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from rope_middleware import RopeMiddleware, SessionJenny, current_scope
-from rope_middleware.scope import short
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import no_scope_open, nothing_checked_out
 from tests.kit.models import Data
@@ -150,38 +149,6 @@ def test_A3_the_event_loop_never_waits_for_the_database(engine: Engine, server: 
         eventually(lambda: len(ends) == 6, f"{len(ends)} of 6 transactions have ended")
     assert len(loops) == 1
     assert not loops & set(ends)
-
-
-def test_A3_a_session_with_nothing_open_costs_no_thread(
-    engine: Engine, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An async view that has committed is ended without a worker thread."""
-    jenny = jenny_of(engine)
-    threads: list[object] = []
-    finish_in_thread = short.finish_in_thread
-
-    async def counted(func: Any, *args: Any) -> Any:
-        threads.append(func)
-        return await finish_in_thread(func, *args)
-
-    monkeypatch.setattr(short, "finish_in_thread", counted)
-
-    async def ended(request: Request) -> Response:
-        touch(jenny)
-        jenny.session.commit()
-        return PlainTextResponse("done")
-
-    async def left_open(request: Request) -> Response:
-        touch(jenny)
-        return PlainTextResponse("done")
-
-    with serve(app_of(Route("/", ended), Route("/open", left_open)), server) as running:
-        assert running.get().text == "done"
-        no_scope_open()
-        assert not threads
-        assert running.get("/open").text == "done"
-        no_scope_open()
-        assert len(threads) == 1  # the count above can count
 
 
 # -- clients that go away ----------------------------------------------------------------------

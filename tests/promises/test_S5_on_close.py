@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ from rope_middleware import (
     RopeError,
     Scope,
     ScopeClosedError,
-    WSGIRopeMiddleware,
     current_scope,
     open_scope,
 )
@@ -26,9 +24,9 @@ from tests.kit.leaks import checked_out
 from tests.kit.sessions import Jenny, errors_in, in_thread, touch, use
 from tests.kit.stores import Store
 from tests.kit.waiting import cancel_again_and_again, poll
-from tests.kit.ways import Way
+from tests.kit.ways import Way, by_with, by_wsgi_request
 from tests.kit.web import Exchange, Web
-from tests.kit.wsgi import HEADERS, KEY, Server, Wrap, make_environ, scope_of
+from tests.kit.wsgi import HEADERS, Wrap, make_environ, scope_of
 
 pytestmark = pytest.mark.anyio
 
@@ -148,7 +146,8 @@ def test_S5_in_on_close_the_scope_is_over(jenny: Jenny, way: Way) -> None:
     assert outcomes[1] is True
 
 
-def test_S5_async_functions_are_refused_in_a_sync_scope() -> None:
+@pytest.mark.parametrize("way", [by_with, by_wsgi_request])
+def test_S5_async_functions_are_refused_in_a_sync_scope(way: Way) -> None:
     """Nothing could await them; the error says so at registration, as of `on_commit`."""
 
     async def fn() -> None:
@@ -158,11 +157,14 @@ def test_S5_async_functions_are_refused_in_a_sync_scope() -> None:
         async def __call__(self) -> None:
             raise AssertionError("never called")
 
-    with open_scope("the job", commit_on_success=True) as scope:
+    def body() -> None:
+        scope = current_scope()
         for register in (scope.on_close, scope.on_commit):
             for bad in (fn, partial(fn), Callable_(), Callable_().__call__):
-                with pytest.raises(RopeError, match="'the job' is a sync one"):
+                with pytest.raises(RopeError, match="the job' is a sync one"):
                     register(bad)
+
+    way(body, name="the job", commit_on_success=True)
 
 
 def test_S5_async_functions_run_in_an_async_scope() -> None:
@@ -287,27 +289,6 @@ def test_S5_on_close_runs_once_newest_first_after_the_sessions(
     assert any("in on_close" in (record.exc_text or "") for record in caplog.records)
 
 
-def test_S5_async_functions_are_refused_in_a_wsgi_scope() -> None:
-    """Nothing could await them there, and they hear it when they are registered."""
-    texts: list[str] = []
-
-    async def late() -> None: ...
-
-    def app(environ: Any, start_response: Any) -> Any:
-        for method in (environ[KEY].on_close, environ[KEY].on_commit):
-            for fn in (late, functools.partial(late)):
-                with pytest.raises(RopeError) as caught:
-                    method(fn)
-                texts.append(str(caught.value))
-        start_response("200 OK", HEADERS)
-        return [b""]
-
-    seen = Server()(WSGIRopeMiddleware(app, commit_on_success=True))
-    assert seen.error is None
-    assert len(texts) == 4
-    assert all("async" in each for each in texts)
-
-
 @pytest.mark.told
 @pytest.mark.parametrize("outcome", ["success", "client error", "raises"])
 @pytest.mark.parametrize("commits", [False, True])
@@ -338,8 +319,9 @@ def test_S5_commit_on_close_runs_once_newest_first_when_the_sessions_are_closed(
 
 
 @pytest.mark.told
-def test_S5_async_on_close_only_in_async_scopes(web: Web) -> None:
-    """Awaited under ASGI, refused at registration in WSGI and in a sync `open_scope()`."""
+@pytest.mark.parametrize("web", ["asgi-async", "asgi-sync"], indirect=True)
+def test_S5_async_on_close_is_awaited_under_asgi(web: Web) -> None:
+    """Whatever kind of session there was, and when it is closed."""
     order: list[Any] = []
 
     async def later() -> None:
@@ -348,15 +330,9 @@ def test_S5_async_on_close_only_in_async_scopes(web: Web) -> None:
 
     async def handler(exchange: Exchange) -> None:
         await web.store.add(1)
-        if web.wsgi:
-            with pytest.raises((RopeError, TypeError), match="async"):
-                current_scope().on_close(later)
-        else:
-            current_scope().on_close(later)
+        current_scope().on_close(later)
         await exchange.answer(200)
 
     answer = web.ask(handler)
     assert (answer.status, answer.error) == (200, None)
-    assert order == ([] if web.wsgi else [0])
-    with open_scope() as scope, pytest.raises((RopeError, TypeError), match="async"):
-        scope.on_close(later)
+    assert order == [0]
