@@ -258,7 +258,7 @@ def test_C6_never_after_a_session_committed(web: Web, writes: bool) -> None:
 
     async def handler(exchange: Exchange) -> None:
         tries.append(1)
-        await (web.store.add(1) if writes else web.store.read())
+        await (web.store.add(len(tries)) if writes else web.store.read())
         await web.store.commit()
         lock = Lock(web.store.path)
         try:
