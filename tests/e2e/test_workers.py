@@ -233,21 +233,7 @@ def test_a_pool_that_is_disposed_of_at_the_fork_leaves_the_parent_its_connection
     assert told["goes on"]
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        "scope",
-        "nested scopes",
-        pytest.param(
-            "captured session in a scope",
-            marks=pytest.mark.xfail(
-                reason="its transaction is begun, and SQLAlchemy can end it only by a word to the "
-                "database over the parent's socket",
-                strict=True,
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("where", ["scope", "nested scopes", "captured session in a scope"])
 def test_S4_a_scope_that_is_open_at_a_fork_stays_the_parents(
     where: str, database: Database
 ) -> None:
