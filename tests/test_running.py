@@ -110,6 +110,25 @@ def test_Y2_who_waits_for_a_thread_is_cancelled_as_by_a_future_of_asyncios(loop:
     pytest.importorskip(loop).run(main())
 
 
+def test_Y2_a_call_that_is_cancelled_at_every_turn_keeps_its_result() -> None:
+    """Also where it comes back in the turn of a cancellation: a commit that stands, stands."""
+    goes_on = threading.Event()
+
+    async def main() -> None:
+        call = threads.there_and_back(goes_on.wait, PATIENCE, PATIENCE, threads.COMMITS)
+        task = asyncio.create_task(call)
+        await asyncio.sleep(0)
+        goes_on.set()
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+        result, cancelled = task.result()
+        assert result is True
+        assert cancelled is not None
+
+    asyncio.run(main())
+
+
 def test_S3_where_no_thread_can_be_started_the_scope_ends_all_the_same(
     jenny: SessionJenny[Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,7 @@ class Call:
                     if not self.has_ended:
                         raise
                     # else the call's own: cancellation is what the caller has to hear
+        self._is_cancelled = False  # another time, in the turn in which the call came back
         if timer is not None:
             timer.cancel()
 
