@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -205,7 +207,7 @@ def test_R1_listeners_find_a_connection_as_it_always_is(reader: Reader) -> None:
 
 
 def test_R1_who_does_not_read_gets_the_connection_as_it_was(database: Database) -> None:
-    """Whichever way it is taken out of the pool; a new one where it was lost meanwhile."""
+    """Whichever way it is taken out of the pool."""
     engine = create_engine(database.url("psycopg"), pool_size=1, max_overflow=0)
     jenny = SessionJenny(sessionmaker(engine))
     other = engine.execution_options(logging_token="other")
@@ -216,12 +218,32 @@ def test_R1_who_does_not_read_gets_the_connection_as_it_was(database: Database) 
             assert driver.autocommit
         with closing(take()):  # the same one: the pool has no other
             assert not driver.autocommit
-    with open_scope(read_only=True):
-        jenny.session.get(Row, 1)
-    driver.close()
-    with open_scope():
-        assert jenny.session.get(Row, 1) is not None
     engine.dispose()
+
+
+LOST = """
+import sys
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import sessionmaker
+from rope_middleware import SessionJenny, open_scope
+
+jenny = SessionJenny(sessionmaker(create_engine(sys.argv[1], pool_size=1, max_overflow=0)))
+with open_scope(read_only=True):
+    driver = jenny.session.connection().connection.driver_connection
+assert driver.autocommit  # it was left so
+driver.close()
+with open_scope():
+    assert jenny.session.scalar(text("SELECT 1")) == 1
+"""
+
+
+def test_R1_a_connection_that_was_left_in_autocommit_and_is_lost_is_replaced(
+    database: Database,
+) -> None:
+    """In a process of its own: with a listener on every engine (retries) none is left so."""
+    subprocess.run(
+        [sys.executable, "-c", LOST, database.text_url("psycopg")], check=True, timeout=60
+    )
 
 
 def test_R1_for_update_and_ctes_are_refused(reader: Reader) -> None:
