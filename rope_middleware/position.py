@@ -24,7 +24,7 @@ _SECONDS = 60
 _MOST_SYSTEMS = 8
 _LONGEST = 400
 
-_ONE = re.compile(r"([0-9a-f]{1,16})-([0-9a-f]{1,8})-([0-9a-f]{1,16})", re.ASCII)
+_ONE = r"([0-9a-f]{1,16})-([0-9a-f]{1,8})-([0-9a-f]{1,16})"
 
 
 class Position(NamedTuple):
@@ -42,7 +42,7 @@ def parse(value: str) -> dict[int, Position]:
     """Return the position for each system that `value` holds; nothing of what is not in form."""
     positions: dict[int, Position] = {}
     for text in value[:_LONGEST].strip().split(".")[:_MOST_SYSTEMS]:
-        found = _ONE.fullmatch(text)
+        found = re.fullmatch(_ONE, text, re.ASCII)
         if found is not None:
             system, timeline, lsn = (int(number, 16) for number in found.groups())
             positions = highest(positions, {system: Position(timeline, lsn)})

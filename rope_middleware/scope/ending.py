@@ -56,7 +56,7 @@ __all__ = [
 
 
 def end(scope: Scope, commits: bool = False, why: str = "") -> None:
-    """End a sync scope. See `_ending`."""
+    """End a sync scope. See `order.ending`."""
     if not (is_untouched(scope) or end_shortly(scope)):
         run_now(ending(scope, HERE, commits, why))
 
@@ -99,7 +99,7 @@ def roll_back(scope: Scope, why: str) -> None:
 
 
 async def aend(scope: Scope, commits: bool = False, why: str = "") -> None:
-    """End an async scope; finishes under cancellation. See `_ending`."""
+    """End an async scope; finishes under cancellation. See `order.ending`."""
     if is_untouched(scope):
         return
     if is_plain(scope):

@@ -30,7 +30,7 @@ from rope_middleware.session.connections import (
 )
 from rope_middleware.session.listeners import refuse_late
 from rope_middleware.session.tie import Tie, tie_of
-from rope_middleware.session.unsaved import has_unsaved, tell_lost
+from rope_middleware.session.unsaved import has_pending, tell_lost
 from rope_middleware.session.written import notes_of
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "end",
     "ends_at_once",
     "has_begun",
-    "has_changes",
     "has_nothing_open",
     "has_open_result",
     "holds_connection",
@@ -84,11 +83,6 @@ def holds_connection(session: Session) -> bool:
     return tie is not None and has_connection_out(tie)
 
 
-def has_changes(session: Session) -> bool:
-    """Tell whether `session` has something to flush."""
-    return bool(session.new or session.dirty or session.deleted)
-
-
 def ends_at_once(session: Session) -> bool:
     """Tell whether ending `session` needs no I/O although it has a connection: it only reads."""
     ends = getattr(session, "_rope_middleware_ends_at_once", None)  # see `reading`
@@ -128,7 +122,11 @@ def close(session: Session) -> None:
     if tie is not None:
         if tie.flush is not None:
             _wait_for_flush(session, tie)
-        if tie.scope is not None and not tie.is_removed and has_unsaved(tie, session):
+        if (
+            tie.scope is not None
+            and not tie.is_removed
+            and (tie.written is not None or has_pending(session))
+        ):
             tell_lost(tie, session)
     try:
         if overrides_close(session):

@@ -40,7 +40,7 @@ from rope_middleware.session.connections import (
 )
 from rope_middleware.session.lines import variables_of
 from rope_middleware.session.stacks import stacks_of_others
-from rope_middleware.session.statements import READS, effect_of
+from rope_middleware.session.statements import READS, effect_of, late
 from rope_middleware.session.writes import may_write
 from rope_middleware.session.written import notes_of, take
 
@@ -108,7 +108,7 @@ def _has_only_read(connection: Connection) -> bool:
     )
 
 
-_READ = re.compile(r"\s*(select|with|values)\b", re.IGNORECASE)
+_READ = late(r"\s*(select|with|values)\b", re.IGNORECASE)
 
 
 def is_plain_read(sql: str) -> bool:
@@ -118,7 +118,7 @@ def is_plain_read(sql: str) -> bool:
     where it is yes.
     """
     return (
-        _READ.match(sql) is not None
+        _READ().match(sql) is not None
         and ";" not in sql
         and effect_of(sql) == READS
         and not may_write(sql)

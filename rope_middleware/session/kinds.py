@@ -14,6 +14,7 @@ from rope_middleware.session import closing, committing
 from rope_middleware.session.aside import guard
 from rope_middleware.session.busy import is_busy
 from rope_middleware.session.sharing import note_rollback
+from rope_middleware.session.unsaved import has_pending
 
 __all__ = ["FOREIGN", "SYNC", "ForeignKind", "SyncKind"]
 
@@ -44,7 +45,7 @@ class SyncKind:
 
     def has_changes(self, session: Any, /) -> bool:
         inner = self.inner(session)
-        return inner is None or closing.has_changes(inner)
+        return inner is None or has_pending(inner)
 
     def ends_at_once(self, session: Any, /) -> bool:
         return closing.ends_at_once(session) and not closing.overrides_close(session)

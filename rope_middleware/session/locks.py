@@ -6,7 +6,6 @@ the process that it belongs to; elsewhere it is one of those that have written.
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
@@ -19,6 +18,7 @@ from rope_middleware.session.begun import open_ties
 from rope_middleware.session.connections import connections_out, driver_of
 from rope_middleware.session.holders import name_of
 from rope_middleware.session.lines import text_of
+from rope_middleware.session.statements import late
 from rope_middleware.session.where import now
 from rope_middleware.session.written import notes_of
 
@@ -34,7 +34,7 @@ _SECOND = 1.0
 _SQLSTATES = frozenset({"40P01", "55P03"})
 _MYSQL_CODES = frozenset({1205, 1213})  # lock wait time-out, deadlock
 _SQLITE_CODES = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED: https://www.sqlite.org/rescode.html
-_PROCESS = re.compile(r"[Pp]rocess (\d+)")
+_PROCESS = late(r"[Pp]rocess (\d+)")
 
 
 class _Ended(NamedTuple):
@@ -98,7 +98,7 @@ def _processes(error: BaseException) -> set[int]:
     detail = getattr(getattr(error, "diag", None), "message_detail", None)
     if detail is None:
         detail = getattr(error.__cause__, "detail", None)
-    return {int(number) for number in _PROCESS.findall(detail or "")}
+    return {int(number) for number in _PROCESS().findall(detail or "")}
 
 
 def _others(connection: Connection, processes: set[int]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.sharing import tell_cut_off
 from rope_middleware.session.tie import tie_of
+from rope_middleware.session.unsaved import has_pending
 
 __all__ = ["PlainSessions", "kinds_of"]
 
@@ -90,7 +91,7 @@ class PlainSessions:
 
     def has_changes(self, _: Any, /) -> bool:
         session = self.find()
-        return session is not None and closing.has_changes(session)
+        return session is not None and has_pending(session)
 
     def ends_at_once(self, _: Any, /) -> bool:
         return False

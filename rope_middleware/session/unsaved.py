@@ -24,7 +24,7 @@ __all__ = [
     "Written",
     "forget_committed",
     "forget_rolled_back",
-    "has_unsaved",
+    "has_pending",
     "note_flush",
     "tell_lost",
 ]
@@ -104,9 +104,9 @@ def tell_lost(tie: Tie, session: Session) -> None:
     Not where nobody expects them to stay: an error has left the scope, the response was no success,
     the scope was doomed.
     """
-    if not has_unsaved(tie, session):
-        return
     written, tie.written = tie.written, None
+    if written is None and not has_pending(session):
+        return
     line, scope = tie.line, tie.scope
     if line is None or not is_open(tie) or (scope is not None and expects_nothing(scope)):
         return
@@ -138,11 +138,11 @@ def tell_lost(tie: Tie, session: Session) -> None:
     )
 
 
-def has_unsaved(tie: Tie, session: Session) -> bool:
-    """Tell whether the session of `tie` may have changes that are not committed."""
+def has_pending(session: Session) -> bool:
+    """Tell whether `session` has something to flush."""
     # What is public costs more: `Session.dirty` looks at every object, and `Session.new` and
     # `Session.deleted` make a set each time. `Session.flush` asks the same.
-    return tie.written is not None or not session._is_clean()  # noqa: SLF001
+    return not session._is_clean()  # noqa: SLF001
 
 
 def _counted(lost: _Counts) -> list[str]:

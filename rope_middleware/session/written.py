@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.errors import RopeError, async_engine
 from rope_middleware.session.connections import refuse_begun
+from rope_middleware.session.statements import late
 
 __all__ = ["Notes", "is_watched", "notes_of", "take", "watch", "watch_binds", "watch_engine"]
 
@@ -235,7 +236,7 @@ def watch_engine(engine: Engine) -> None:
 
 # -- what a statement is ---------------------------------------------------------------------------
 
-_WRITES = re.compile(r"\s*(?:/\*.*?\*/\s*)*(insert|update|delete|replace|merge)\b", re.I | re.S)
+_WRITES = late(r"\s*(?:/\*.*?\*/\s*)*(insert|update|delete|replace|merge)\b", re.I | re.S)
 
 
 def _sql(statement: Any) -> str:
@@ -254,7 +255,7 @@ _KINDS = (("isinsert", "INSERT INTO"), ("isupdate", "UPDATE"), ("isdelete", "DEL
 
 
 def _textual_dml(statement: Any) -> str | None:
-    if _dml(statement) is None and (match := _WRITES.match(_sql(statement))):
+    if _dml(statement) is None and (match := _WRITES().match(_sql(statement))):
         return f"{match[1].upper()} (text)"
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,18 @@ def begin_as_writer(engine: Engine) -> None:
     @event.listens_for(engine, "begin")
     def _(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def hold_up(target: Any, name: str = "commit") -> tuple[threading.Event, threading.Event]:
+    """Hold an event of `target` up: return what says that it came, and what lets it go on."""
+    came, may_go = threading.Event(), threading.Event()
+
+    @event.listens_for(target, name)
+    def wait(*_: object) -> None:
+        came.set()
+        assert may_go.wait(PATIENCE)
+
+    return came, may_go
 
 
 def trust_the_disk(engine: Engine) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,17 @@ def served(app: Any) -> Iterator[int]:
     try:
         yield int(server.effective_port)
     finally:
-        with suppress(OSError):  # it has ended by itself
-            server.trigger.pull_trigger(lambda: close_all(sockets))
-        thread.join(PATIENCE)
+        # Its threads write to the server's trigger. Once that is closed, with the server, they
+        # would write to the descriptor of whatever was opened since: another way's response.
+        trigger, kept = server.trigger, (server, server.trigger)
+
+        def close_others() -> None:
+            close_all({fd: one for fd, one in sockets.items() if one not in kept})
+
+        trigger.pull_trigger(close_others)
         server.task_dispatcher.shutdown()
+        trigger.pull_trigger(lambda: close_all(sockets))
+        thread.join(PATIENCE)
 
 
 def ask(port: int, method: str, path: str) -> int:

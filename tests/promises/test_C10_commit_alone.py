@@ -22,7 +22,7 @@ from starlette.routing import Mount, Route
 
 from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny
 from tests.kit.asgi import http_scope, into_nothing
-from tests.kit.engines import rows
+from tests.kit.engines import hold_up, rows
 from tests.kit.leaks import checked_out
 from tests.kit.models import Base, Row
 from tests.kit.sessions import Jenny
@@ -111,23 +111,11 @@ async def test_C10_a_wsgi_app_that_is_mounted_inside(jenny: Jenny, engine: Engin
     assert checked_out(engine) == 0
 
 
-def commit_slowly(engine: Engine) -> tuple[threading.Event, threading.Event]:
-    """Hold each commit up: return what says that one has begun, and what lets it go on."""
-    began, may_go = threading.Event(), threading.Event()
-
-    @event.listens_for(engine, "commit")
-    def wait(connection: Any) -> None:
-        began.set()
-        assert may_go.wait(PATIENCE)
-
-    return began, may_go
-
-
 def test_C10_who_asks_meanwhile_gets_a_session_that_begins_after_the_commit(
     jenny: Jenny, engine: Engine
 ) -> None:
     """Another one of the same scope; what it writes is committed at the scope's end."""
-    began, may_go = commit_slowly(engine)
+    began, may_go = hold_up(engine)
     seen: dict[str, Any] = {}
 
     def beside() -> None:
@@ -211,7 +199,7 @@ def test_C10_the_end_waits_for_a_commit_under_way(
     jenny: Jenny, engine: Engine, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The app's call is over while another task of it sends the start: the commit is whole."""
-    began, may_go = commit_slowly(engine)
+    began, may_go = hold_up(engine)
     tasks: list[asyncio.Task[None]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -245,7 +233,7 @@ def test_C10_the_event_loop_of_trio_does_not_wait_for_a_commit(
     jenny: Jenny, engine: Engine
 ) -> None:
     """A sync session that is used on the loop cannot wait there: the commit needs the loop."""
-    began, may_go = commit_slowly(engine)
+    began, may_go = hold_up(engine)
     seconds: list[float] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

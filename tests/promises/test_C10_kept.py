@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import event, func, select, text
+from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.requests import Request
@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny
 from tests.kit.asgi import http_scope, into_nothing
-from tests.kit.engines import MakeEngine, rows
+from tests.kit.engines import MakeEngine, hold_up, rows
 from tests.kit.leaks import checked_out
 from tests.kit.models import Row
 from tests.kit.stacks import stack, twenty
@@ -58,12 +58,7 @@ def test_C10_who_is_on_the_way_to_a_statement_is_waited_for(
     """Another thread that is inside of a call, before its statement begins: the commit is later."""
     engine = make_engine()
     jenny = SessionJenny(sessionmaker(engine))
-    inside, may_go = threading.Event(), threading.Event()
-
-    @event.listens_for(jenny.session_factory, "do_orm_execute")
-    def slowly(_: object) -> None:
-        inside.set()
-        assert may_go.wait(PATIENCE)
+    inside, may_go = hold_up(jenny.session_factory, "do_orm_execute")
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         jenny.session.add(Row(name="view"))
@@ -85,12 +80,7 @@ def test_C10_a_method_that_a_thread_was_given_waits(make_engine: MakeEngine, met
     """``run_in_threadpool(jenny.session.scalar, ...)``, begun while the commit is under way."""
     engine = make_engine()
     jenny = SessionJenny(sessionmaker(engine))
-    commits, may_go = threading.Event(), threading.Event()
-
-    @event.listens_for(engine, "commit")
-    def slowly(_: object) -> None:
-        commits.set()
-        assert may_go.wait(PATIENCE)
+    commits, may_go = hold_up(engine)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         transaction = jenny.session.begin()
@@ -117,12 +107,7 @@ def test_C10_a_release_under_way_is_waited_for(make_engine: MakeEngine) -> None:
     """The commit finds the session as release() leaves it."""
     engine = make_engine()
     jenny = SessionJenny(sessionmaker(engine))
-    inside, may_go = threading.Event(), threading.Event()
-
-    @event.listens_for(engine, "rollback")
-    def slowly(_: object) -> None:
-        inside.set()
-        assert may_go.wait(PATIENCE)
+    inside, may_go = hold_up(engine, "rollback")
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         jenny.session.scalar(COUNT)
