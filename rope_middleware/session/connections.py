@@ -30,6 +30,7 @@ __all__ = [
     "has_made",
     "has_out",
     "invalidate_all",
+    "is_autocommit",
     "leave_to_parent",
     "lent_connections",
     "made_connections",
@@ -110,6 +111,30 @@ def driver_of(connection: Connection) -> Any:
     if connection.closed or connection.invalidated:
         return None
     return connection.connection.driver_connection
+
+
+def is_autocommit(connection: Connection, may_ask: bool = True) -> bool:
+    """Tell whether what is written by a connection that is in use stands at once.
+
+    Args:
+        connection: it is neither closed nor invalidated.
+        may_ask: False where the database may not be asked: what only it can tell counts as no.
+    """
+    option = connection.get_execution_options().get("isolation_level")
+    if option is not None:
+        return bool(option == "AUTOCOMMIT")
+    dialect = connection.dialect
+    if dialect.name == "sqlite":
+        # The driver's autocommit, with a BEGIN by hand: SQLAlchemy's own recipe.
+        driver_connection: Any = connection.connection.driver_connection
+        return driver_connection.isolation_level is None and not driver_connection.in_transaction
+    if dialect.driver == "mysqlconnector" and not may_ask:
+        return False  # its attribute is a query
+    detect: Any = getattr(dialect, "detect_autocommit_setting", None)
+    try:
+        return bool(detect is not None and detect(connection.connection.dbapi_connection))
+    except NotImplementedError:
+        return False
 
 
 def end_transaction(transaction: SessionTransaction, made: Collection[Connection]) -> None:

@@ -25,6 +25,7 @@ from rope_middleware.scope.outcome import (
 )
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import aborted_by, suspect, tells_of_aborted
+from rope_middleware.session.connections import is_autocommit
 from rope_middleware.session.doubt import can_be_asked, trace_of
 from rope_middleware.session.locks import name_other_side
 from rope_middleware.session.lost import is_lost, note_refused_connects, was_sent
@@ -177,24 +178,8 @@ def _on_statement(connection: Connection, _: Any, statement: str, *__: Any) -> N
     trial = None if scope is None else trial_for(scope)
     if scope is not None and trial is not None and may_write(statement):
         trial.writing.add(connection.get_transaction())
-        if _is_autocommit(connection):
+        if is_autocommit(connection):
             note_commit(scope)  # it stands at once
-
-
-def _is_autocommit(connection: Connection) -> bool:
-    option = connection.get_execution_options().get("isolation_level")
-    if option is not None:
-        return bool(option == "AUTOCOMMIT")
-    dbapi_connection = connection.connection.dbapi_connection
-    if connection.dialect.name == "sqlite":
-        # The driver's autocommit, with a BEGIN by hand: SQLAlchemy's own recipe.
-        driver_connection: Any = connection.connection.driver_connection
-        return driver_connection.isolation_level is None and not driver_connection.in_transaction
-    detect: Any = getattr(connection.dialect, "detect_autocommit_setting", None)
-    try:
-        return bool(detect is not None and detect(dbapi_connection))
-    except NotImplementedError:
-        return False
 
 
 def _on_commit(connection: Connection) -> None:

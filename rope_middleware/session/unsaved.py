@@ -14,10 +14,13 @@ from sqlalchemy.orm import Session
 from rope_middleware.scope.asking import expects_nothing
 from rope_middleware.scope.reading import reads_only
 from rope_middleware.session.begun import is_open
+from rope_middleware.session.connections import connections_of, is_autocommit
 from rope_middleware.session.lines import text_of
 from rope_middleware.session.telling import tell_once
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
     from rope_middleware.session.tie import Tie
 
 __all__ = [
@@ -110,7 +113,7 @@ def tell_lost(tie: Tie, session: Session) -> None:
     line, scope = tie.line, tie.scope
     if line is None or not is_open(tie) or (scope is not None and expects_nothing(scope)):
         return
-    lost: _Counts = Counter() if written is None else written.counts
+    lost: _Counts = Counter() if written is None or _stands(tie) else written.counts
     _count_pending(session, lost, 0)
     if not lost:
         return  # set to what it was before
@@ -136,6 +139,26 @@ def tell_lost(tie: Tie, session: Session) -> None:
         what,
         text_of(line),
     )
+
+
+def _stands(tie: Tie) -> bool:
+    """Tell whether what was flushed stands, or is the application's to end: not this session's.
+
+    By AUTOCOMMIT it stands. On a connection that the application has lent, its own transaction
+    goes on. The session is about to end: nothing may fail or wait here.
+    """
+    known = connections_of(tie.transaction)
+    try:
+        return bool(known) and all(
+            not (is_ended or is_made) or _stands_at_once(connection)
+            for connection, _, is_ended, is_made in known
+        )
+    except Exception:  # a driver's connection that is broken: it is said
+        return False
+
+
+def _stands_at_once(connection: Connection) -> bool:
+    return not connection.invalidated and is_autocommit(connection, may_ask=False)
 
 
 def has_pending(session: Session) -> bool:
