@@ -206,6 +206,10 @@ async def _sent(sending: Awaitable[None]) -> None:
 
 
 def _headers(message: Message) -> list[tuple[str, str]]:
-    # Any iterable is allowed, and a generator can be read only once.
-    message["headers"] = headers = list(message.get("headers", ()))
-    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+    headers = message.get("headers", ())
+    if not isinstance(headers, (list, tuple)):
+        # Any iterable is allowed, and a generator can be read only once.
+        message["headers"] = headers = list(headers)
+    return [
+        (bytes(name).decode("latin-1"), bytes(value).decode("latin-1")) for name, value in headers
+    ]

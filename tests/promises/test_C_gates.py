@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import io
 import logging
 import time
@@ -62,6 +63,56 @@ def test_A2_start_and_body_sent_from_two_tasks_come_in_order(jenny: Jenny, engin
     messages = asked(ASGIRopeMiddleware(app, commit_on_success=True))
     assert [m.get("status", m.get("body")) for m in messages] == [201, b"a", b"b"]
     assert rows(engine) == 1
+
+
+START, BODY = "http.response.start", "http.response.body"
+RESPONSES: dict[str, list[Any]] = {
+    "bare": [{"type": START, "status": 201}, {"type": BODY}],
+    "tuples": [
+        {"type": START, "status": 200, "headers": ((b"a", b"1"), (b"a", b"2"))},
+        {"type": BODY, "body": b"x", "more_body": True},
+        {"type": BODY, "body": b"", "more_body": False},
+    ],
+    "extensions": [
+        {"type": "http.response.early_hint", "links": [b"</a>; rel=preload"]},
+        {"type": "http.response.push", "path": "/a", "headers": []},
+        {"type": "http.response.debug", "info": {"template": "a"}},
+        {"type": START, "status": 200, "headers": [], "trailers": True, "reason": b"own key"},
+        {"type": BODY, "body": b"x", "own": 1},
+        {"type": "http.response.trailers", "headers": [(b"b", b"3")], "more_trailers": False},
+    ],
+    "refused": [{"type": START, "status": 404, "own": 1}, {"type": BODY, "body": b"none"}],
+    "path": [{"type": START, "status": 206}, {"type": "http.response.pathsend", "path": "/f"}],
+}
+
+
+@pytest.mark.parametrize("name", RESPONSES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"commit_on_success": True},
+        {"commit_on_success": True, "commit_veto": lambda *_: False},
+        {"commit_on_success": True, "commit_veto": lambda *_: True},
+        {"commit_on_success": True, "retries": 1},
+        {"commit_on_success": True, "max_active": 1},
+    ],
+    ids=["commit", "veto", "vetoed", "retries", "max_active"],
+)
+@pytest.mark.parametrize("writes", [True, False])
+def test_A2_each_message_passes_as_it_came(
+    options: dict[str, Any], name: str, writes: bool, jenny: Jenny
+) -> None:
+    """With every key that it has, and none that it has not; the application's own is untouched."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if writes:
+            jenny.session.add(Row(name="x"))
+        for message in sent:
+            await send(message)
+
+    sent = copy.deepcopy(RESPONSES[name])
+    assert asked(ASGIRopeMiddleware(app, **options)) == RESPONSES[name]
+    assert sent == RESPONSES[name]
 
 
 @pytest.mark.parametrize("kind", ["body", "pathsend", "zerocopysend", "trailers"])
