@@ -206,10 +206,11 @@ async def _sent(sending: Awaitable[None]) -> None:
 
 
 def _headers(message: Message) -> list[tuple[str, str]]:
-    headers = message.get("headers", ())
-    if not isinstance(headers, (list, tuple)):
+    given = message.get("headers", ())
+    headers: list[tuple[bytes, bytes]] = list(given)
+    if not isinstance(given, (list, tuple)):
         # Any iterable is allowed, and a generator can be read only once.
-        message["headers"] = headers = list(headers)
+        message["headers"] = headers
     return [
         (bytes(name).decode("latin-1"), bytes(value).decode("latin-1")) for name, value in headers
     ]
