@@ -25,6 +25,7 @@ from rope_middleware.session.door import LEFT, TAG, Door, deciding, door_of, mar
 from rope_middleware.session.giving_way import give_way
 from rope_middleware.session.holders import Holder, Holders, engine_text, holder_of
 from rope_middleware.session.pools import is_memory_of_thread
+from rope_middleware.session.where import note_greenlet
 
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
@@ -117,6 +118,7 @@ def _refuse_deadlock(door: Door, who: Strand) -> None:
         PoolDeadlockError: every connection of the pool, or of a ring of pools, is held by a thread
             or task that itself waits for another one.
     """
+    note_greenlet()  # whoever closes the circle says where this one is, and at once
     with deciding:
         stuck = _circle(door, who)
         if stuck:

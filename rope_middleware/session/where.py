@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextvars import Context
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from rope_middleware.scope.asking import is_async, loop_of
 from rope_middleware.scope.context import current
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from rope_middleware.scope.scope import Scope
     from rope_middleware.session.tie import Tie
 
-__all__ = ["is_computing", "is_in_call", "now"]
+__all__ = ["is_computing", "is_in_call", "note_greenlet", "now"]
 
 
 def now(tie: Tie) -> Line | None:
@@ -114,15 +115,34 @@ def _thread(ident: int) -> list[FrameType]:
     return _not_ours(stacks_of_others().get(ident, []))
 
 
+# By their ids, which are the idents of such threads.
+_greenlets: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+def note_greenlet() -> None:
+    """Remember the greenlet that runs here, where greenlets of gevent or eventlet are threads.
+
+    Nothing but the garbage collector finds one by its ident, and with many objects that takes long.
+    """
+    if _has_green_threads():
+        greenlet: Any = sys.modules["greenlet"].getcurrent()
+        _greenlets[id(greenlet)] = greenlet
+
+
+def _has_green_threads() -> bool:
+    return "gevent" in sys.modules or "eventlet" in sys.modules
+
+
 def _greenlet(ident: int) -> list[FrameType]:
     """Return the stack of a greenlet of gevent's or eventlet's, whose ident is its id."""
-    if "gevent" not in sys.modules and "eventlet" not in sys.modules:
+    if not _has_green_threads():
         return []
-    greenlet: Any = sys.modules["greenlet"].greenlet
-    for thing in gc.get_objects():
-        if id(thing) == ident and isinstance(thing, greenlet):
-            return _stack(thing.gr_frame)
-    return []
+    if ident not in _greenlets:
+        kind: Any = sys.modules["greenlet"].greenlet
+        found = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+        _greenlets.update((id(thing), thing) for thing in found)
+    greenlet = _greenlets.get(ident)
+    return [] if greenlet is None else _stack(greenlet.gr_frame)
 
 
 def _threads_of(scope: Scope, first: int) -> Iterator[list[FrameType]]:
