@@ -18,11 +18,11 @@ from rope_middleware.middleware import RopeMiddleware
 from rope_middleware.rope.rope import SessionRope
 from rope_middleware.scope.opening import current_scope, open_scope
 from rope_middleware.scope.scope import Scope
-from rope_middleware.session.holders import holders
 
 if TYPE_CHECKING:
     from rope_middleware.asgi import ASGIRopeMiddleware
     from rope_middleware.async_jenny import AsyncSessionJenny
+    from rope_middleware.session.holders import holders
     from rope_middleware.wsgi import WSGIRopeMiddleware
 
 __all__ = [
@@ -61,12 +61,13 @@ _ON_DEMAND = {
     "ASGIRopeMiddleware": "asgi",
     "AsyncSessionJenny": "async_jenny",
     "WSGIRopeMiddleware": "wsgi",
+    "holders": "session.holders",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on demand: SQLAlchemy's asyncio extension needs greenlet and takes its time, and an
-    # application needs one of the two boundaries.
+    # Imported on demand: SQLAlchemy's asyncio extension needs greenlet and takes its time, an
+    # application needs one of the two boundaries, and few ask who holds connections.
     if name in _ON_DEMAND:
         return getattr(import_module(f"rope_middleware.{_ON_DEMAND[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

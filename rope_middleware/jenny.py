@@ -30,7 +30,6 @@ from rope_middleware.session.factories import (
 )
 from rope_middleware.session.kinds import FOREIGN
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
-from rope_middleware.session.release import inner_session, release
 
 __all__ = ["SessionJenny", "get_or_make", "name_elsewhere"]
 
@@ -181,6 +180,8 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
                 ``begin()`` block or a result is open.
         """
         if self.registry.has():
+            from rope_middleware.session.release import inner_session, release
+
             release(inner_session(self.registry))
 
     # SQLAlchemy-Rope's interface

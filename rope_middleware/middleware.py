@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from rope_middleware.apps import NAMES, check_app, is_around_itself, is_wrapped, protocol_of
 from rope_middleware.elsewhere import stand_in
-from rope_middleware.position import following
-from rope_middleware.running.line import Line
 from rope_middleware.scope.context import logger
 from rope_middleware.scope.options import DEFAULT, Options, methods_of, options_of
 from rope_middleware.scope.response import options_now, take_in
 from rope_middleware.scope.scope import Scope
-from rope_middleware.session.plain import kinds_of
-from rope_middleware.session.refusal import listen_for_retries
+from rope_middleware.session.failures import listen_for_retries
 from rope_middleware.signature import SignatureOf, parameters_of
 
 if TYPE_CHECKING:
@@ -30,7 +27,10 @@ if TYPE_CHECKING:
 
     # For type checkers alone: at run time neither is known here.
     from rope_middleware.asgi import ASGIRopeMiddleware
+    from rope_middleware.position import Following
     from rope_middleware.protocols import ASGIApp, CommitError, Veto
+    from rope_middleware.running.line import Line
+    from rope_middleware.scope.kind import PlainKind
     from rope_middleware.wsgi import WSGIRopeMiddleware
 
     class GivenOptions(TypedDict, total=False):
@@ -98,9 +98,11 @@ class RopeMiddleware:
     _protocols: ClassVar[dict[str, type[RopeMiddleware]]] = {}
     _protocol: ClassVar[str]
     __signature__: ClassVar[SignatureOf] = SignatureOf(
-        Parameter("app", Parameter.POSITIONAL_OR_KEYWORD),
-        Parameter("registries", Parameter.POSITIONAL_OR_KEYWORD, default=()),
-        *parameters_of(Options),
+        lambda: [
+            Parameter("app", Parameter.POSITIONAL_OR_KEYWORD),
+            Parameter("registries", Parameter.POSITIONAL_OR_KEYWORD, default=()),
+            *parameters_of(Options),
+        ]
     )
 
     # Of a subclass whose __init__ has not called ours; `_check_set_up` says so.
@@ -137,15 +139,16 @@ class RopeMiddleware:
         who = type(self).__name__
         check_app(who, app, self._protocol)
         self.app = app
-        self._registries = kinds_of(registries)
+        self._registries = _kinds_of(registries)
         if "read_only" in options:
             options["read_only"] = methods_of(options["read_only"])
         self._options = options_of(who, options)
         # Requests of apps without any of these take the short way.
         most = self._options.max_active
-        self._line = None if most is None else Line(most)
+        self._line = None if most is None else _line_of(most)
         self._has_more = bool(self._options.retries or self._registries or self._line)
         self._reads = bool(self._options.read_only)
+        self._following = _following() if self._reads else None
         self._adds = bool(self._registries) or self._options != DEFAULT
         self._has_told = False
         self._is_set_up = True
@@ -180,7 +183,7 @@ class RopeMiddleware:
     @property
     def _follows(self) -> bool:
         """Whether clients are told how far they have written (R3): some of them read replicas."""
-        return self._reads and following.is_on
+        return self._following is not None and self._following.is_on
 
     def _take_in(self, outer: Scope) -> bool:
         """Add our options to the scope of another middleware around this one (S6).
@@ -209,6 +212,30 @@ class RopeMiddleware:
                 " and ".join(f"{name}={getattr(self._options, name)!r}" for name in dropped),
                 outer.name,
             )
+
+
+# What few middlewares need is imported by those: it takes its time.
+
+
+def _kinds_of(registries: Iterable[Any]) -> tuple[PlainKind, ...]:
+    given: object = registries
+    if type(given) is tuple and given == ():
+        return ()
+    from rope_middleware.session.plain import kinds_of
+
+    return kinds_of(registries)
+
+
+def _following() -> Following:
+    from rope_middleware.position import following
+
+    return following
+
+
+def _line_of(most: int) -> Line:
+    from rope_middleware.running.line import Line
+
+    return Line(most)
 
 
 stand_in(RopeMiddleware, NAMES, is_wrapped)

@@ -18,6 +18,7 @@ from rope_middleware.asgi.replay import Replay
 from rope_middleware.middleware import RopeMiddleware
 from rope_middleware.position import Carried, following
 from rope_middleware.protocols import ASGIApp, ASGIScope, Receive, Send
+from rope_middleware.running.finish import pause
 from rope_middleware.running.line import Line, Place
 from rope_middleware.scope.context import SCOPE_KEY, current, printable, unbind
 from rope_middleware.scope.ending import aend, aend_failed
@@ -38,7 +39,6 @@ from rope_middleware.scope.response import (
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, OPEN, AsyncScope, Scope
 from rope_middleware.session.committing import asettle
-from rope_middleware.session.refusal import wait_before_retry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -219,8 +219,6 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         carried: Carried | None,
     ) -> None:
         """Serve a request that may be run again."""
-        import anyio
-
         replay = Replay(receive)
         retries = self._options.retries
         for tried in range(retries):
@@ -228,7 +226,9 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             if failed is None:
                 return
             log_retry(failed, tried + 1, retries)
-            await anyio.sleep(wait_before_retry(failed, tried))
+            from rope_middleware.session.refusal import wait_before_retry
+
+            await pause(wait_before_retry(failed, tried))
             replay.rewind()
         await self._serve_try(_copy(scope), replay, send, None, place, carried)
 

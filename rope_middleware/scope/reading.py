@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rope_middleware.position import UNKNOWN, Carried
 from rope_middleware.scope.kind import SessionKey
 from rope_middleware.scope.options import EVERY
 from rope_middleware.scope.scope import Scope
+
+if TYPE_CHECKING:
+    from rope_middleware.position import Carried
 
 __all__ = ["carried_of", "carry", "choice_of", "reads_only", "tell_unknown"]
 
@@ -56,4 +58,6 @@ def tell_unknown(scope: Scope) -> None:
     """Something was committed, or may be, and nobody could ask how far: only the primary has it."""
     carried = carried_of(scope)
     if carried is not None:
+        from rope_middleware.position import UNKNOWN
+
         carried.tell(UNKNOWN)

@@ -21,7 +21,6 @@ from rope_middleware.errors import RopeError, aborted
 from rope_middleware.scope.context import current
 from rope_middleware.scope.outcome import is_committing, suspects_of
 from rope_middleware.scope.scope import Scope
-from rope_middleware.session.writes import may_write
 
 __all__ = ["aborted_by", "ask_for_aborted", "refuse_aborted", "suspect", "tells_of_aborted"]
 
@@ -63,6 +62,8 @@ def _has_ended(context: ExceptionContext, connection: Connection) -> bool:
     error = context.original_exception
     if connection.dialect.name in ("mysql", "mariadb"):
         return _DEADLOCK in (getattr(error, "errno", None), *error.args[:1])
+    from rope_middleware.session.writes import may_write  # here: it takes its time
+
     code = getattr(error, "sqlite_errorcode", None)
     return (
         isinstance(code, int)

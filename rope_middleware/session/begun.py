@@ -26,6 +26,7 @@ __all__ = [
     "call_at_forks",
     "is_open",
     "listed",
+    "name_of",
     "note_begin",
     "open_ties",
     "strand",
@@ -116,6 +117,11 @@ def is_open(tie: Tie) -> bool:
     """Tell whether the transaction that `tie` has begun last is still open."""
     transaction = tie.transaction
     return transaction is not None and transaction.session.get_transaction() is transaction
+
+
+def name_of(tie: Tie) -> str:
+    """Name what the session of `tie` belongs to, as the subject of a sentence."""
+    return "a session outside of scopes" if tie.scope is None else repr(tie.scope.name)
 
 
 _leave: list[Callable[[Tie], object]] = []

@@ -1,48 +1,29 @@
-"""A commit of ours, of one session: refused where it would be a rollback, asked for where in doubt.
+"""A commit of ours, of one session: refused where it would be a rollback.
 
-What comes after a failure is written once, as a coroutine; for a `Session` it never suspends.
+What is done where its answer is lost, and nobody knows what became of it, stands in `unanswered`.
+It is imported when that happens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, SessionTransaction
 
-from rope_middleware.errors import in_doubt
 from rope_middleware.running.finish import OutOfTimeError, within
-from rope_middleware.scope.context import class_of, logger
-from rope_middleware.scope.hands import run_now
-from rope_middleware.scope.outcome import (
-    begin_commit,
-    end_commit,
-    is_broken,
-    note_commit,
-    note_loss,
-    retries_of,
-    timeout_of,
-)
-from rope_middleware.scope.reading import tell_unknown
+from rope_middleware.scope.outcome import begin_commit, end_commit, timeout_of, trial_of
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import ask_for_aborted, refuse_aborted
 from rope_middleware.session.busy import has_unread
 from rope_middleware.session.connections import connections_of, made_connections
-from rope_middleware.session.doubt import HERE, Asking, AsyncAsking, Verdict, verdict_on
-from rope_middleware.session.lost import was_sent
 from rope_middleware.session.tie import tie_of
-from rope_middleware.session.trial import LOST, Attempt, attempts_lost, find_trial
-from rope_middleware.session.writes import ends_transaction
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
 __all__ = ["acommit", "asettle", "commit", "commit_alone", "flush", "settle"]
-
-ASYNC = AsyncAsking()
 
 
 def commit(session: Session) -> None:
@@ -117,7 +98,9 @@ def _commit(session: Session, scope: Scope, transaction: SessionTransaction | No
     try:
         session.commit()
     except Exception as error:
-        if not _is_lost(scope, error):
+        from rope_middleware.session import unanswered
+
+        if not unanswered.is_lost(scope, error):
             raise
         failure = error
     else:
@@ -125,12 +108,7 @@ def _commit(session: Session, scope: Scope, transaction: SessionTransaction | No
     finally:
         end_commit(scope)
     # Of a transaction that has ended they are still known.
-    connections = made_connections(transaction)
-    run_now(_ask(scope, connections, failure, partial(_adopt_here, session), HERE))
-
-
-async def _adopt_here(session: Session) -> None:
-    _as_committed(session)
+    unanswered.ask_here(scope, made_connections(transaction), failure, session)
 
 
 async def acommit(session: AsyncSession) -> None:
@@ -146,16 +124,18 @@ async def acommit(session: AsyncSession) -> None:
             await session.flush()  # the application's own statements take as long as they take
         await within(timeout_of(scope), session.commit())
     except Exception as error:
+        from rope_middleware.session import unanswered
+
         if isinstance(error, OutOfTimeError):
-            _note_no_answer(scope, connections, error)
-        elif not _is_lost(scope, error):
+            unanswered.note_no_answer(scope, connections, error)
+        elif not unanswered.is_lost(scope, error):
             raise
         failure = error
     else:
         return
     finally:
         end_commit(scope)
-    await _ask(scope, connections, failure, lambda: session.run_sync(_as_committed), ASYNC)
+    await unanswered.ask(scope, connections, failure, session)
 
 
 def _scope_of(session: Session) -> Scope | None:
@@ -172,122 +152,26 @@ def _begin(session: Session, scope: Scope) -> Collection[Connection]:
     return connections
 
 
-def _note_no_answer(
-    scope: Scope, connections: Collection[Connection], error: OutOfTimeError
-) -> None:
-    """The database has not answered in time: the commit was cut off, and may stand."""
-    trial = find_trial(scope)
-    for attempt in () if trial is None else trial.attempts:
-        if attempt.connection in connections:
-            attempt.state = LOST
-            attempt.error = error
-
-
-def _is_lost(scope: Scope, error: Exception) -> bool:
-    """Tell whether the database's answer to the commit was lost."""
-    return is_broken(scope) or bool(attempts_lost(scope)) or _broke_at_commit(error)
-
-
-async def _ask(
-    scope: Scope,
-    connections: Collection[Connection],
-    failure: Exception,
-    adopt: Callable[[], Awaitable[None]],
-    asking: Asking,
-) -> None:
-    """Find out what became of the commit, and act on it."""
-    verdict = await _verdict(scope, connections, asking)
-    if verdict is Verdict.ABORTED:
-        note_loss(scope, failure)
-        raise failure
-    note_commit(scope)
-    tell_unknown(scope)
-    if verdict is Verdict.UNKNOWN:
-        raise in_doubt(scope.name, _why(scope, failure)) from failure
-    logger.warning("the answer to the commit of %r was lost; it stands", scope.name)
-    await adopt()
-
-
-def _broke_at_commit(error: BaseException) -> bool:
-    """Tell it from the error alone, where no event did: a thread without the scope's context."""
-    return (
-        isinstance(error, DBAPIError)
-        and error.connection_invalidated
-        and ends_transaction(error.statement)
-        and was_sent(error)
-    )
-
-
-async def _verdict(scope: Scope, connections: Any, asking: Asking) -> Verdict:
-    """Find out what became of a commit of ours, over one connection or over several."""
-    lost = attempts_lost(scope)
-    if not lost:
-        return Verdict.UNKNOWN  # without `retries` nothing is known of it
-    verdicts = {await _settle_one(scope, one, asking) for one in lost}
-    if len(verdicts) > 1 or Verdict.UNKNOWN in verdicts:
-        return Verdict.UNKNOWN
-    (verdict,) = verdicts
-    trial = find_trial(scope)
-    sent = [] if trial is None else [one.connection for one in trial.attempts]
-    stands = [one for one in connections if one in sent]
-    # Over several connections without two-phase commit, a part of them may stand.
-    is_whole = len(stands) == (len(connections) if verdict is Verdict.COMMITTED else 0)
-    return verdict if is_whole else Verdict.UNKNOWN
-
-
-async def _settle_one(scope: Scope, attempt: Attempt, asking: Asking) -> Verdict:
-    verdict = await verdict_on(attempt, asking, timeout_of(scope))
-    trial = find_trial(scope)
-    if trial is not None:
-        trial.settle(attempt, verdict is Verdict.ABORTED)
-    return verdict
-
-
-def _why(scope: Scope, failure: Exception) -> str:
-    if isinstance(failure, OutOfTimeError):
-        return f"no answer came within {timeout_of(scope):g} seconds (close_timeout)"
-    if not retries_of(scope):
-        return "the database was not asked (that takes retries= and PostgreSQL)"
-    return "the database could not tell"
-
-
-def _as_committed(session: Session) -> None:
-    """Bring the session into the state after a commit: its objects stay in it."""
-    objects = list(session)
-    session.reset()
-    session.add_all(objects)
-    if session.expire_on_commit:
-        session.expire_all()
-
-
 # -- commits of the application's own --------------------------------------------------------------
 
 
 def settle(scope: Scope) -> None:
     """Find out what became of commits of the application's own, before a request is run again."""
-    if attempts_lost(scope):
-        run_now(_settle(scope, HERE))
+    if _has_lost(scope):
+        from rope_middleware.session import unanswered
+
+        unanswered.settle(scope)
 
 
 async def asettle(scope: Scope) -> None:
     """`settle`, on the event loop."""
-    if attempts_lost(scope):
-        await _settle(scope, ASYNC)
+    if _has_lost(scope):
+        from rope_middleware.session import unanswered
+
+        await unanswered.asettle(scope)
 
 
-async def _settle(scope: Scope, asking: Asking) -> None:
-    for attempt in attempts_lost(scope):
-        verdict = await _settle_one(scope, attempt, asking)
-        if verdict is Verdict.ABORTED:
-            if attempt.error is not None:
-                note_loss(scope, attempt.error)
-            continue
-        note_commit(scope)
-        tell_unknown(scope)
-        is_unknown = verdict is Verdict.UNKNOWN
-        logger.error(
-            "a commit of %r, by the application itself, is in doubt%s: %s",
-            scope.name,
-            "" if is_unknown else " no more, and stands",
-            class_of(attempt.error),
-        )
+def _has_lost(scope: Scope) -> bool:
+    """Tell whether the answer to a commit of `scope` was lost."""
+    trial = trial_of(scope)
+    return trial is not None and bool(trial.lost())

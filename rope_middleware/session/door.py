@@ -19,7 +19,6 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, 
 from rope_middleware.scope.asking import with_outer
 from rope_middleware.scope.scope import Scope, is_over
 from rope_middleware.session.begun import Strand, strand_of
-from rope_middleware.session.pools import limit_of
 
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
@@ -56,11 +55,10 @@ class Door:
 
     __slots__ = ("__weakref__", "engine", "is_async", "overflow", "pool", "size", "told")
 
-    def __init__(self, pool: QueuePool, engine: str) -> None:
+    def __init__(self, pool: QueuePool, engine: str, limit: int | None) -> None:
         self.pool: ref[QueuePool] = ref(pool)
         self.engine: str = engine
         self.is_async: bool = isinstance(pool, AsyncAdaptedQueuePool)
-        limit = limit_of(pool)
         self.overflow: float = math.inf if limit is None else limit - pool.size()
         self.size: float = math.inf if limit is None else limit
         self.told: float = -math.inf  # when a time-out was logged last

@@ -17,10 +17,9 @@ from weakref import ref
 from sqlalchemy.engine import Connection
 
 from rope_middleware.scope.scope import is_over
-from rope_middleware.session.begun import is_open, listed
+from rope_middleware.session.begun import is_open, listed, name_of
 from rope_middleware.session.connections import connections_out, driver_of
 from rope_middleware.session.door import mark_of
-from rope_middleware.session.holders import name_of
 from rope_middleware.session.lines import text_of
 from rope_middleware.session.telling import HOUR, tell_hourly
 from rope_middleware.session.where import is_computing, is_in_call, now

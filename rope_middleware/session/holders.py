@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from sqlalchemy.engine import Connection, Engine
-
 from rope_middleware.session.begun import open_ties
 from rope_middleware.session.connections import connections_out
 from rope_middleware.session.door import is_waiting
 from rope_middleware.session.lines import text_of
+from rope_middleware.session.pools import engine_text
 from rope_middleware.session.where import now
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from rope_middleware.session.tie import Tie
 
-__all__ = ["Holder", "Holders", "engine_text", "holder_of", "holders", "name_of"]
+__all__ = ["Holder", "Holders", "holder_of", "holders"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,15 +113,3 @@ def holder_of(tie: Tie) -> Holder | None:
         now=text_of(here or line),
         connection=HELD if out else WAITED_FOR if is_waiting(tie) else NONE_YET,
     )
-
-
-def name_of(tie: Tie) -> str:
-    """Name what the session of `tie` belongs to, as the subject of a sentence."""
-    return "a session outside of scopes" if tie.scope is None else repr(tie.scope.name)
-
-
-def engine_text(bind: Engine | Connection | None) -> str:
-    """Return the URL of an engine without its password and its query, which may hold one, too."""
-    if bind is None:
-        return "?"
-    return bind.engine.url.set(query={}).render_as_string(hide_password=True).replace(":***@", "@")

@@ -10,10 +10,10 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from rope_middleware.scope.ending import explainers
 from rope_middleware.session import closing, committing
 from rope_middleware.session.aside import guard
 from rope_middleware.session.busy import is_busy
-from rope_middleware.session.sharing import note_rollback
 from rope_middleware.session.unsaved import has_pending
 
 __all__ = ["FOREIGN", "SYNC", "ForeignKind", "SyncKind"]
@@ -100,6 +100,8 @@ class SyncKind:
         closing.detach(session)
 
     def explain(self, error: BaseException, /) -> None:
+        from rope_middleware.session.sharing import note_rollback
+
         note_rollback(error)
 
     def tells_why(self, _: Any, __: BaseException, ___: str, /) -> bool:
@@ -163,6 +165,15 @@ def _call(session: Any, method: str) -> Any:
     found = getattr(session, method, None)
     return found() if callable(found) and not inspect.iscoroutinefunction(found) else None
 
+
+def _note_reason(error: BaseException) -> None:
+    # What looks at an error is imported when there is one: it takes its time.
+    from rope_middleware.session.sharing import note_reason
+
+    note_reason(error)
+
+
+explainers.append(_note_reason)
 
 SYNC = SyncKind()
 FOREIGN = ForeignKind()

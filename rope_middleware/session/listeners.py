@@ -21,7 +21,7 @@ from rope_middleware.scope.settling import may_begin, may_begin_plainly, settlin
 from rope_middleware.session.aside import guard_transaction, is_guarded
 from rope_middleware.session.begun import note_begin
 from rope_middleware.session.connections import connections_out, has_made, has_out, made_connections
-from rope_middleware.session.locks import note_ended
+from rope_middleware.session.ended import note_ended
 from rope_middleware.session.notice import is_known, learn_engines, notice_begin
 from rope_middleware.session.tie import TIE, Tie, check_loop, keep_also, tie_to
 from rope_middleware.session.turns import wait_for_commit

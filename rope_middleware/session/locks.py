@@ -1,33 +1,27 @@
 """Who holds the lock: deadlocks, lock time-outs and "database is locked" name the other side (H5).
 
 The other side is a transaction of this process that is open, or was a second ago. PostgreSQL tells
-the process that it belongs to; elsewhere it is one of those that have written.
+the process that it belongs to; elsewhere it is one of those that have written. Imported at the
+first error of a database.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from sqlalchemy.engine import Connection, Engine, ExceptionContext
+from sqlalchemy.engine import Connection, ExceptionContext
 
-from rope_middleware.session.begun import open_ties
+from rope_middleware.session.begun import name_of, open_ties
 from rope_middleware.session.connections import connections_out, driver_of
-from rope_middleware.session.holders import name_of
+from rope_middleware.session.ended import database_of, ended_now, process_of
 from rope_middleware.session.lines import text_of
 from rope_middleware.session.statements import late
 from rope_middleware.session.where import now
 from rope_middleware.session.written import notes_of
 
-if TYPE_CHECKING:
-    from rope_middleware.session.tie import Tie
-
-__all__ = ["name_other_side", "note_ended"]
-
-_SECOND = 1.0
+__all__ = ["name_other_side"]
 
 # 40P01 deadlock_detected, 55P03 lock_not_available:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -35,33 +29,6 @@ _SQLSTATES = frozenset({"40P01", "55P03"})
 _MYSQL_CODES = frozenset({1205, 1213})  # lock wait time-out, deadlock
 _SQLITE_CODES = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED: https://www.sqlite.org/rescode.html
 _PROCESS = late(r"[Pp]rocess (\d+)")
-
-
-class _Ended(NamedTuple):
-    """A transaction that has written and has just ended."""
-
-    at: float
-    name: str
-    line: str
-    database: tuple[Any, ...]
-    process: int | None  # of the server
-
-
-_ended: deque[_Ended] = deque(maxlen=250)
-
-
-def note_ended(tie: Tie, connections: Collection[Connection]) -> None:
-    """Write down that a transaction which has written ends now."""
-    time = monotonic()
-    while _ended and time - _ended[0].at > _SECOND:
-        _ended.popleft()
-    if tie.line is None:
-        return
-    with suppress(Exception):  # a driver's own: no commit fails for a note
-        for connection in connections:
-            process = _process(driver_of(connection))
-            database = _database(connection.engine)
-            _ended.append(_Ended(time, name_of(tie), text_of(tie.line), database, process))
 
 
 def name_other_side(context: ExceptionContext) -> None:
@@ -102,7 +69,7 @@ def _processes(error: BaseException) -> set[int]:
 
 
 def _others(connection: Connection, processes: set[int]) -> Iterator[str]:
-    database = _database(connection.engine)
+    database = database_of(connection.engine)
     for tie in open_ties():
         out = connections_out(tie)
         if any(one is connection for one in out) or tie.line is None:
@@ -110,37 +77,18 @@ def _others(connection: Connection, processes: set[int]) -> Iterator[str]:
         if any(_is_other(one, database, processes) for one in out):
             began, here = text_of(tie.line), text_of(now(tie) or tie.line)
             yield f"{name_of(tie)} at {here} (its transaction began at {began})"
-    own = _process(driver_of(connection))
-    for ended in [one for one in _ended if monotonic() - one.at <= _SECOND]:
-        if ended.database != database or (own is not None and ended.process == own):
+    own = process_of(driver_of(connection))
+    for name, line, where, process in ended_now():
+        if where != database or (own is not None and process == own):
             continue
-        if not processes or ended.process in processes:
-            yield f"{ended.name}, which has just ended (its transaction began at {ended.line})"
+        if not processes or process in processes:
+            yield f"{name}, which has just ended (its transaction began at {line})"
 
 
 def _is_other(connection: Connection, database: tuple[Any, ...], processes: set[int]) -> bool:
-    if _database(connection.engine) != database:
+    if database_of(connection.engine) != database:
         return False
     if processes:
-        return _process(driver_of(connection)) in processes
+        return process_of(driver_of(connection)) in processes
     notes = notes_of(connection)
     return bool(notes.dml() or notes.textual_dml())
-
-
-def _database(engine: Engine) -> tuple[Any, ...]:
-    url = engine.url
-    return url.get_backend_name(), url.host, url.port, url.database
-
-
-def _process(driver: Any) -> int | None:
-    """Return the server's process that serves a driver's connection."""
-    for found in _ways(driver):
-        if isinstance(found, int):
-            return found
-    return None
-
-
-def _ways(driver: Any) -> Iterable[Any]:
-    yield getattr(getattr(driver, "info", None), "backend_pid", None)  # psycopg, psycopg2
-    ask = getattr(driver, "get_server_pid", None)  # asyncpg
-    yield None if ask is None else ask()

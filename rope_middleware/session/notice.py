@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -10,12 +11,10 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.errors import memory_of_thread
-from rope_middleware.running.ticker import Ticker
 from rope_middleware.scope.asking import is_async, is_request, is_thread_of
 from rope_middleware.scope.context import current
 from rope_middleware.session.begun import DEPTH, call_at_begins, note_begin
 from rope_middleware.session.lines import Line, text_of
-from rope_middleware.session.telling import tell_once
 from rope_middleware.session.waits import put_door
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ __all__ = ["is_known", "learn_engines", "notice_begin", "notice_module"]
 
 
 def _look() -> bool:
-    # In the thread that looks: nobody waits for this import, which takes a millisecond.
+    # In the thread that looks: nobody waits for this import, which takes two milliseconds.
     from rope_middleware.session import held
 
     return held.look()
@@ -37,8 +36,20 @@ def _every() -> float:
     return held.EVERY
 
 
-# H4: twice a second from now on, while there is any session that has had a transaction.
-Ticker(_look, _every, call_at_begins)
+_ticking: dict[str, object] = {}
+
+
+def _begin_to_look() -> bool:
+    """H4: twice a second from now on, while there is any session that has had a transaction."""
+    mine = object()
+    if _ticking.setdefault("", mine) is mine and not sys.is_finalizing():
+        from rope_middleware.running.ticker import Ticker
+
+        Ticker(_look, _every, call_at_begins)
+    return True
+
+
+call_at_begins(_begin_to_look)
 
 _late: WeakSet[type[Session]] = WeakSet()
 _of_modules: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()
@@ -111,6 +122,8 @@ def notice_module(tie: Tie, line: Line) -> None:
 
 
 def _tell_module(line: Line) -> None:
+    from rope_middleware.session.telling import tell_once
+
     tell_once(
         "module",
         line,
@@ -123,6 +136,8 @@ def _tell_module(line: Line) -> None:
 
 def _tell_blocking(tie: Tie, name: str) -> None:
     if tie.line is not None:
+        from rope_middleware.session.telling import tell_once
+
         tell_once(
             "blocking",
             tie.line,

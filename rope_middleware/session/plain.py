@@ -19,8 +19,8 @@ from rope_middleware.scope.opening import current_scope
 from rope_middleware.session import closing, committing
 from rope_middleware.session.aside import guard
 from rope_middleware.session.busy import is_busy
+from rope_middleware.session.failures import listen_for_errors
 from rope_middleware.session.listeners import listen
-from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.sharing import tell_cut_off
 from rope_middleware.session.tie import tie_of

@@ -1,14 +1,17 @@
-"""What a pool is: how many connections it gives, and whether each thread has its own database."""
+"""What a pool is: its name, how many connections it gives, has each thread a database of its own.
+
+Asked once for each pool.
+"""
 
 from __future__ import annotations
 
 import logging
 from typing import Any, cast
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool
 
-__all__ = ["is_memory_of_thread", "limit_of"]
+__all__ = ["engine_text", "is_memory_of_thread", "limit_of"]
 
 
 class _Arguments(Exception):  # noqa: N818 - carries an answer, is no error
@@ -70,3 +73,10 @@ def is_memory_of_thread(engine: Engine) -> bool:
     )
     shared = engine.url.query.get("cache") == "shared" or "cache=shared" in database
     return in_memory and not shared
+
+
+def engine_text(bind: Engine | Connection | None) -> str:
+    """Return the URL of an engine without its password and its query, which may hold one, too."""
+    if bind is None:
+        return "?"
+    return bind.engine.url.set(query={}).render_as_string(hide_password=True).replace(":***@", "@")

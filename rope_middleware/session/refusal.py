@@ -1,17 +1,15 @@
 """What a scope must know of its database's errors: the engine's events tell it.
 
 Frameworks turn an exception into a 5xx before a middleware sees it. The engine's ``handle_error``
-event sees it first.
+event sees it first. Imported by `failures` at the first error, or for `retries`.
 """
 
 from __future__ import annotations
 
 import random
-import threading
 from typing import Any, cast
 
-from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine, ExceptionContext
+from sqlalchemy.engine import Connection, ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
 from rope_middleware.scope.context import current
@@ -27,17 +25,16 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import aborted_by, suspect, tells_of_aborted
 from rope_middleware.session.connections import is_autocommit
 from rope_middleware.session.doubt import can_be_asked, trace_of
-from rope_middleware.session.locks import name_other_side
 from rope_middleware.session.lost import is_lost, note_refused_connects, was_sent
 from rope_middleware.session.trial import LOST, Attempt, find_trial, is_of_session, trial_for
 from rope_middleware.session.writes import ends_transaction, may_write
 
 __all__ = [
+    "RETRY_LISTENERS",
     "backoff",
     "bridging",
     "is_refusal",
-    "listen_for_errors",
-    "listen_for_retries",
+    "note_error",
     "wait_before_retry",
 ]
 
@@ -86,27 +83,9 @@ def is_refusal(error: BaseException | None) -> bool:
 
 # -- errors: always -------------------------------------------------------------------------------
 
-_listening = threading.Lock()
-_listens_to: set[str] = set()
 
-
-def listen_for_errors() -> None:
-    """Note on a scope the errors of its database. Done once."""
-    _listen_once("errors", ("handle_error", _on_error), ("handle_error", name_other_side))
-
-
-def _listen_once(what: str, *listeners: tuple[str, Any]) -> None:
-    if what in _listens_to:
-        return
-    with _listening:
-        if what not in _listens_to:
-            for identifier, listener in listeners:
-                # First: a listener of the application's that raises ends the line.
-                event.listen(Engine, identifier, listener, insert=True)
-            _listens_to.add(what)
-
-
-def _on_error(context: ExceptionContext) -> None:
+def note_error(context: ExceptionContext) -> None:
+    """Note on the scope an error of its database, and of what kind it is."""
     scope = current.get(None)
     if scope is None:
         return
@@ -154,19 +133,6 @@ def _note_failed(scope: Scope, context: ExceptionContext) -> None:
 # -- commits: with `retries` alone -----------------------------------------------------------------
 
 
-def listen_for_retries() -> None:
-    """Note on scopes that may be run again what they have written and committed. Done once."""
-    listen_for_errors()
-    _listen_once(
-        "retries",
-        ("before_cursor_execute", _on_statement),
-        ("commit", _on_commit),
-        ("prepare_twophase", _on_twophase),
-        ("commit_twophase", _on_twophase),
-        ("do_connect", note_refused_connects(_on_refused_connect)),
-    )
-
-
 def _on_refused_connect(error: Exception) -> None:
     scope = current.get(None)
     if scope is not None:
@@ -210,6 +176,16 @@ def _on_twophase(connection: Connection, *_: Any) -> None:
     if trial is not None and trial.of(connection) is None:
         transaction = connection.get_transaction()
         trial.attempts.append(Attempt(connection, transaction, wrote=True))
+
+
+RETRY_LISTENERS = (
+    ("before_cursor_execute", _on_statement),
+    ("commit", _on_commit),
+    ("prepare_twophase", _on_twophase),
+    ("commit_twophase", _on_twophase),
+    ("do_connect", note_refused_connects(_on_refused_connect)),
+)
+"""Note on scopes that may be run again what they have written and committed."""
 
 
 # -- waiting --------------------------------------------------------------------------------------

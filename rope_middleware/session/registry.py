@@ -27,9 +27,9 @@ from rope_middleware.scope.scope import (
 )
 from rope_middleware.scope.settling import asks_more, has_company, may_begin, settling_of
 from rope_middleware.session.aside import guard
+from rope_middleware.session.failures import listen_for_errors
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.listeners import listen_to
-from rope_middleware.session.refusal import listen_for_errors
 from rope_middleware.session.tie import TIE, keep_also, tie_of, tie_to
 
 __all__ = [

@@ -16,7 +16,6 @@ from sqlalchemy.exc import IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.orm import Session
 
 from rope_middleware.scope.context import MOST_CAUSES
-from rope_middleware.scope.ending import explainers
 from rope_middleware.session.lines import Line, application_line, text_of
 from rope_middleware.session.telling import tell_once
 
@@ -171,6 +170,3 @@ def _tells_of_sharing(error: BaseException) -> bool:
     # Only what is short: the text of an error with many bound values takes its time.
     told = error.args[0] if error.args else None
     return isinstance(told, str) and any(text in told for text in _TEXTS)
-
-
-explainers.append(note_reason)

@@ -90,6 +90,10 @@ class Trial:
         transaction = connection.get_transaction()
         return next((one for one in self.attempts if one.transaction is transaction), None)
 
+    def lost(self) -> list[Attempt]:
+        """Return those whose answer was lost, and nobody has asked for yet."""
+        return [one for one in self.attempts if one.state == LOST]
+
     def stands(self, is_lost: bool) -> bool:
         """Tell whether something is committed, so that the request is not run again (C6, C8).
 
@@ -139,4 +143,4 @@ def find_trial(scope: Scope) -> Trial | None:
 def attempts_lost(scope: Scope) -> list[Attempt]:
     """Return the commits of `scope` whose answer was lost, and nobody has asked for yet."""
     trial = find_trial(scope)
-    return [] if trial is None else [one for one in trial.attempts if one.state == LOST]
+    return [] if trial is None else trial.lost()

@@ -16,7 +16,6 @@ from rope_middleware.scope.reading import reads_only
 from rope_middleware.session.begun import is_open
 from rope_middleware.session.connections import connections_of, is_autocommit
 from rope_middleware.session.lines import text_of
-from rope_middleware.session.telling import tell_once
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -117,6 +116,8 @@ def tell_lost(tie: Tie, session: Session) -> None:
     _count_pending(session, lost, 0)
     if not lost:
         return  # set to what it was before
+    from rope_middleware.session.telling import tell_once
+
     what = ", ".join(_counted(lost))
     if scope is not None and reads_only(scope):
         tell_once(

@@ -26,7 +26,6 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.errors import RopeError, async_engine
 from rope_middleware.session.connections import refuse_begun
-from rope_middleware.session.statements import late
 
 __all__ = ["Notes", "is_watched", "notes_of", "take", "watch", "watch_binds", "watch_engine"]
 
@@ -236,8 +235,6 @@ def watch_engine(engine: Engine) -> None:
 
 # -- what a statement is ---------------------------------------------------------------------------
 
-_WRITES = late(r"\s*(?:/\*.*?\*/\s*)*(insert|update|delete|replace|merge)\b", re.I | re.S)
-
 
 def _sql(statement: Any) -> str:
     return statement if isinstance(statement, str) else str(statement.string)
@@ -254,8 +251,11 @@ def _dml(statement: Any) -> str | None:
 _KINDS = (("isinsert", "INSERT INTO"), ("isupdate", "UPDATE"), ("isdelete", "DELETE FROM"))
 
 
+_WRITES = r"\s*(?:/\*.*?\*/\s*)*(insert|update|delete|replace|merge)\b"  # compiled by first use
+
+
 def _textual_dml(statement: Any) -> str | None:
-    if _dml(statement) is None and (match := _WRITES().match(_sql(statement))):
+    if _dml(statement) is None and (match := re.match(_WRITES, _sql(statement), re.I | re.S)):
         return f"{match[1].upper()} (text)"
     return None
 

@@ -49,10 +49,12 @@ class SandboxMiddleware:
     app: Any
     _desk: Desk
     __signature__: ClassVar[SignatureOf] = SignatureOf(
-        Parameter("app", Parameter.POSITIONAL_OR_KEYWORD),
-        Parameter("jennies", Parameter.VAR_POSITIONAL),
-        Parameter("path", Parameter.KEYWORD_ONLY, default="/rope-sandbox"),
-        Parameter("idle", Parameter.KEYWORD_ONLY, default=60.0),
+        lambda: [
+            Parameter("app", Parameter.POSITIONAL_OR_KEYWORD),
+            Parameter("jennies", Parameter.VAR_POSITIONAL),
+            Parameter("path", Parameter.KEYWORD_ONLY, default="/rope-sandbox"),
+            Parameter("idle", Parameter.KEYWORD_ONLY, default=60.0),
+        ]
     )
 
     @overload

@@ -27,7 +27,6 @@ from rope_middleware.scope.response import (
     shared_scope,
 )
 from rope_middleware.scope.scope import OPEN, Scope, SyncScope
-from rope_middleware.session.refusal import wait_before_retry
 from rope_middleware.wsgi.body import Body, ListBody, hand_on
 from rope_middleware.wsgi.commit import AGAIN, Gate
 from rope_middleware.wsgi.files import CLASS_OR_NONE, STREAMS, note_files
@@ -170,6 +169,8 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
                 if response is not AGAIN:
                     return scope, response
                 log_retry(scope, tried + 1, self._options.retries)
+                from rope_middleware.session.refusal import wait_before_retry
+
                 time.sleep(wait_before_retry(scope, tried))
         return self._serve_try(replay.environ() if replay else environ, start_response, carried)
 
