@@ -24,6 +24,7 @@ __all__ = [
     "Strand",
     "call_at_begins",
     "call_at_forks",
+    "is_alone",
     "is_open",
     "listed",
     "name_of",
@@ -111,6 +112,11 @@ def listed() -> list[ref[Tie]]:
             return list(_ties)
         except RuntimeError:  # the list has changed meanwhile
             continue
+
+
+def is_alone() -> bool:
+    """Tell whether no more than one session lives that has had a transaction."""
+    return len(_ties) < 2
 
 
 def is_open(tie: Tie) -> bool:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import SessionTransaction
 
-from rope_middleware.session.begun import name_of
-from rope_middleware.session.connections import driver_of
+from rope_middleware.session.begun import is_alone, name_of
+from rope_middleware.session.connections import connections_of, driver_of, made_connections
 from rope_middleware.session.lines import text_of
+from rope_middleware.session.statements import effect_of
+from rope_middleware.session.written import notes_of
 
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
-__all__ = ["database_of", "ended_now", "note_ended", "process_of"]
+__all__ = ["database_of", "ended_since", "note_ended", "process_of"]
 
 _SECOND = 1.0
 
@@ -27,23 +30,41 @@ _Ended = tuple[str, str, tuple[Any, ...], int | None]
 _ended: deque[tuple[float, _Ended]] = deque(maxlen=250)
 
 
-def note_ended(tie: Tie, connections: Collection[Connection]) -> None:
-    """Write down that a transaction which has written ends now."""
+def note_ended(tie: Tie) -> None:
+    """Write down, where a transaction is committed, that it has written and ends now."""
+    transaction = tie.transaction
+    if tie.line is None or transaction is None:
+        return
+    # Each commit comes by here. Where no other session lives, nobody can have waited for this one.
+    if tie.written is None and (is_alone() or not _has_written(transaction)):
+        return
     time = monotonic()
     while _ended and time - _ended[0][0] > _SECOND:
         _ended.popleft()
-    if tie.line is None:
-        return
     with suppress(Exception):  # a driver's own: no commit fails for a note
-        for connection in connections:
+        for connection in made_connections(transaction):
             process = process_of(driver_of(connection))
             database = database_of(connection.engine)
             _ended.append((time, (name_of(tie), text_of(tie.line), database, process)))
 
 
-def ended_now() -> list[_Ended]:
-    """Return those of the last second."""
-    return [one for at, one in list(_ended) if monotonic() - at <= _SECOND]
+def _has_written(transaction: SessionTransaction) -> bool:
+    """Tell whether a statement of `transaction` has written or locked, in 2 us."""
+    last = None
+    for known in connections_of(transaction):
+        if known is not last:  # each stands there by its engine, and by itself
+            last = known
+            for statement in notes_of(known[0]).statements:
+                sql = statement if type(statement) is str else statement.string
+                if effect_of(sql).writes:
+                    return True
+    return False
+
+
+def ended_since(time: float) -> list[_Ended]:
+    """Return those of the last second that have ended since a time of `monotonic()`."""
+    time = max(time, monotonic() - _SECOND)
+    return [one for at, one in list(_ended) if at >= time]
 
 
 def database_of(engine: Engine) -> tuple[Any, ...]:

@@ -189,9 +189,9 @@ def _on_commit(session: Session) -> None:
     tie: Tie | None = session.__dict__.get(TIE)
     if tie is None:
         return
+    if not session.in_nested_transaction():
+        note_ended(tie)
     if tie.written is not None:
-        if not session.in_nested_transaction():
-            note_ended(tie, made_connections(tie.transaction))
         forget_committed(tie, session)
     scope = tie.scope
     # Whether something has been committed matters to `retries` and to R3 alone.

@@ -1,8 +1,8 @@
 """Who holds the lock: deadlocks, lock time-outs and "database is locked" name the other side (H5).
 
 The other side is a transaction of this process that is open, or was a second ago. PostgreSQL tells
-the process that it belongs to; elsewhere it is one of those that have written. Imported at the
-first error of a database.
+the process that it belongs to; elsewhere it is one of those that have written or locked. Imported
+at the first error of a database.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from sqlalchemy.engine import Connection, ExceptionContext
 
 from rope_middleware.session.begun import name_of, open_ties
 from rope_middleware.session.connections import connections_out, driver_of
-from rope_middleware.session.ended import database_of, ended_now, process_of
+from rope_middleware.session.ended import database_of, ended_since, process_of
 from rope_middleware.session.lines import text_of
-from rope_middleware.session.statements import late
+from rope_middleware.session.statements import effect_of, late
 from rope_middleware.session.where import now
 from rope_middleware.session.written import notes_of
 
@@ -41,7 +41,8 @@ def name_other_side(context: ExceptionContext) -> None:
         found = list(dict.fromkeys(_others(connection, _processes(error))))
     if not found:
         return
-    note = "The other side, in this process: " + "; ".join(found) + "."
+    one_of = "" if len(found) == 1 else ", is one of these"
+    note = f"The other side, in this process{one_of}: " + "; ".join(found) + "."
     for told in (error, context.sqlalchemy_exception):
         if told is not None and note not in getattr(told, "__notes__", ()):
             told.add_note(note)
@@ -70,15 +71,16 @@ def _processes(error: BaseException) -> set[int]:
 
 def _others(connection: Connection, processes: set[int]) -> Iterator[str]:
     database = database_of(connection.engine)
+    since = 0.0
     for tie in open_ties():
         out = connections_out(tie)
-        if any(one is connection for one in out) or tie.line is None:
-            continue
-        if any(_is_other(one, database, processes) for one in out):
+        if any(one is connection for one in out):
+            since = tie.since  # who had ended before that holds nobody up
+        elif tie.line is not None and any(_is_other(one, database, processes) for one in out):
             began, here = text_of(tie.line), text_of(now(tie) or tie.line)
             yield f"{name_of(tie)} at {here} (its transaction began at {began})"
     own = process_of(driver_of(connection))
-    for name, line, where, process in ended_now():
+    for name, line, where, process in ended_since(since):
         if where != database or (own is not None and process == own):
             continue
         if not processes or process in processes:
@@ -91,4 +93,7 @@ def _is_other(connection: Connection, database: tuple[Any, ...], processes: set[
     if processes:
         return process_of(driver_of(connection)) in processes
     notes = notes_of(connection)
-    return bool(notes.dml() or notes.textual_dml())
+    # A flush, UPDATE, FOR UPDATE and their like; names alone, where there were too many to keep.
+    return any(effect_of(sql).writes for sql in notes.sql()) or bool(
+        notes.dml() or notes.textual_dml()
+    )

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, select, text
+from sqlalchemy import URL, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
-from rope_middleware import AsyncSessionJenny, SessionJenny, open_scope
+from rope_middleware import SessionJenny, open_scope
+from tests.kit.either import Either, now
 from tests.kit.engines import fill, small_engine
 from tests.kit.models import Row
 from tests.kit.sessions import run_threads
-from tests.servers.postgres import Database, postgres_server
+from tests.servers.mariadb import NoMariaDBError, mariadb_server
+from tests.servers.postgres import postgres_server
 
 pytestmark = pytest.mark.anyio
 
@@ -75,89 +78,155 @@ def test_H5_who_has_only_read_is_not_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server_database() -> Iterator[Database]:
-    with postgres_server().new_database() as found:
-        fill(found.url("psycopg"), 10)
-        yield found
+def url_of() -> Iterator[Callable[[str], URL]]:
+    """Tell the address of a database with 10 rows, on the server of a driver."""
+    with ExitStack() as stack:
+        yield cache(partial(_filled, stack))
 
 
-def test_H5_a_deadlock_names_the_other_request(server_database: Database) -> None:
+def _filled(stack: ExitStack, driver: str) -> URL:
+    if driver.startswith("postgresql"):
+        url = stack.enter_context(postgres_server().new_database()).url(driver.partition("+")[2])
+        fill(url.set(drivername="postgresql+psycopg"), 10)
+        return url
+    try:
+        database = stack.enter_context(mariadb_server().new_database())
+    except NoMariaDBError as error:
+        pytest.skip(str(error))
+    database.query("CREATE TABLE `row` (n INTEGER PRIMARY KEY, name VARCHAR(9) NOT NULL)")
+    database.query("INSERT INTO `row` SELECT seq, '' FROM seq_0_to_9")
+    return database.url(driver)
+
+
+class Served(Either):
+    """A jenny on a server, with as many connections as are asked for."""
+
+    def __init__(self, driver: str, url: URL) -> None:
+        super().__init__([url], is_async=driver.endswith(("+asyncpg", "+asyncmy")), engine={})
+
+    async def at_once(self, *bodies: Callable[[], Any]) -> None:
+        """Run coroutines in tasks or, with the sync driver, in threads."""
+        if self.is_async:
+            await asyncio.gather(*(body() for body in bodies))
+        else:
+            run_threads([lambda body=body: now(body()) for body in bodies])  # type: ignore[misc]
+
+    def barrier(self) -> Callable[[], Any]:
+        """Make what two of them wait for each other with."""
+        if self.is_async:
+            return asyncio.Barrier(2).wait
+        barrier = threading.Barrier(2)
+
+        async def wait() -> None:
+            barrier.wait(60)
+
+        return wait
+
+
+DRIVERS = ["postgresql+psycopg", "postgresql+asyncpg", "mariadb+pymysql", "mariadb+asyncmy"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("by", ["flush", "Core"])
+async def test_H5_a_deadlock_names_the_other_request(
+    url_of: Callable[[str], URL], driver: str, by: str
+) -> None:
     """Two requests lock two rows in opposite orders; whoever loses reads of the other."""
-    engine = create_engine(server_database.url("psycopg"))
-    jenny = SessionJenny(sessionmaker(engine))
-    together = threading.Barrier(2)
     failed: list[BaseException] = []
+    async with Served(driver, url_of(driver)) as served:
+        together = served.barrier()
 
-    def lock(first: int, second: int) -> None:
-        try:
-            with open_scope(f"{first} then {second}"):
-                jenny.session.get_one(Row, first).name = "x"
-                jenny.session.flush()
-                together.wait(60)
-                jenny.session.get_one(Row, second).name = "x"
-                jenny.session.commit()
-        except DBAPIError as error:
-            failed.append(error)
+        async def change(n: int) -> None:
+            if by == "flush":
+                (await served.do("get_one", Row, n)).name = "x"
+                await served.do("flush")
+            else:
+                await served.do("execute", update(Row).where(Row.n == n).values(name="y"))
 
-    run_threads([lambda: lock(1, 2), lambda: lock(2, 1)])
+        async def lock(first: int, second: int) -> None:
+            try:
+                async with served.scope(name=f"{first} then {second}"):
+                    await change(first)
+                    await together()
+                    await change(second)
+                    await served.do("commit")
+            except DBAPIError as error:
+                failed.append(error)
+
+        await served.at_once(lambda: lock(1, 2), lambda: lock(2, 1))
     (error,) = failed
     others = [name for name in ("1 then 2", "2 then 1") if f"{name!r}" in notes(error)]
     assert len(others) == 1, notes(error)
-    assert "test_H5_locks.py:" in notes(error)
-    engine.dispose()
+    assert "began at either.py:" in notes(error)
 
 
-async def test_H5_a_deadlock_of_tasks_names_the_other_request(server_database: Database) -> None:
-    """The twin, by asyncpg."""
-    engine = create_async_engine(server_database.url("asyncpg"))
-    jenny = AsyncSessionJenny(async_sessionmaker(engine))
-    locked = 0
-
-    async def lock(first: int, second: int) -> None:
-        nonlocal locked
-        async with open_scope(f"{first} then {second}"):
-            (await jenny.session.get_one(Row, first)).name = "x"
-            await jenny.session.flush()
-            locked += 1
-            while locked < 2:
-                await asyncio.sleep(0.01)
-            (await jenny.session.get_one(Row, second)).name = "x"
-            await jenny.session.commit()
-
-    done = await asyncio.gather(lock(3, 4), lock(4, 3), return_exceptions=True)
-    (error,) = [one for one in done if one is not None]
-    others = [name for name in ("3 then 4", "4 then 3") if f"{name!r}" in notes(error)]
-    assert len(others) == 1, notes(error)
-    await engine.dispose()
+NOT_LONG = {
+    "postgresql": text("SET LOCAL lock_timeout = 10"),
+    "mariadb": text("SET SESSION innodb_lock_wait_timeout = 0"),
+}
+HOLD: dict[str, Any] = {
+    "Core": update(Row).where(Row.n == 5).values(name="y"),
+    "text": "UPDATE {} SET name = 'y' WHERE n = 5",
+    "locking": select(Row).where(Row.n == 5).with_for_update(),
+}
 
 
-def test_H5_a_lock_that_is_not_waited_for_names_who_has_written(server_database: Database) -> None:
-    """NOWAIT: of the requests of that engine those that have written are named."""
-    engine = create_engine(server_database.url("psycopg"))
-    jenny: Any = SessionJenny(sessionmaker(engine))
-    with open_scope("has written"):
-        jenny.session.execute(text("UPDATE row SET name = 'y' WHERE n = 5"))
-        with open_scope("wants it"), pytest.raises(OperationalError) as raised:
-            jenny.session.execute(text("SELECT 1 FROM row WHERE n = 5 FOR UPDATE NOWAIT"))
-        assert "'has written' at test_H5_locks.py:" in notes(raised.value)
-        jenny.session.rollback()
-    engine.dispose()
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("by", HOLD)
+async def test_H5_a_lock_that_is_not_waited_for_names_who_holds_it(
+    url_of: Callable[[str], URL], driver: str, by: str
+) -> None:
+    """NOWAIT, or a time-out: the requests of that engine that wrote or locked are named."""
+    wants = [
+        [select(Row).where(Row.n == 5).with_for_update(nowait=True)],
+        [NOT_LONG[driver.partition("+")[0]], update(Row).where(Row.n == 5).values(name="z")],
+    ]
+    async with Served(driver, url_of(driver)) as served:
+        async with served.scope(name="holds it"):
+            quoted = served.engine.dialect.identifier_preparer.quote("row")
+            hold = HOLD[by]
+            await served.do("execute", hold if by != "text" else text(hold.format(quoted)))
+            for statements in wants:
+                async with served.scope(name="wants it"):
+                    with pytest.raises(DBAPIError) as raised:
+                        for statement in statements:
+                            await served.do("execute", statement)
+                assert "'holds it' at either.py:" in notes(raised.value)
+                assert "(its transaction began at either.py:" in notes(raised.value)
+                assert "wants it" not in notes(raised.value)
+            await served.do("rollback")
 
 
-def test_H5_who_has_just_committed_is_named(tmp_path: Path) -> None:
-    """The other side may have ended before the error is here: for a second it is named."""
-    engine = small_engine(
-        tmp_path / "x.sqlite", connect_args={"timeout": 0.01, "check_same_thread": False}
-    )
+@pytest.mark.parametrize("by", ["flush", "Core"])
+def test_H5_who_has_just_committed_is_named(tmp_path: Path, by: str) -> None:
+    """The other side may have ended before the error is here: for a second it is named.
+
+    Here it has written what the loser had read before, which SQLite refuses at once. Who had ended
+    before the loser began is nobody's other side.
+    """
+    engine = small_engine(tmp_path / "x.sqlite")
     jenny = SessionJenny(sessionmaker(engine))
-    with engine.connect() as other:
+
+    def write(n: int) -> None:
+        if by == "flush":
+            jenny.session.add(Row(n=n))
+        else:
+            jenny.session.execute(insert(Row).values(n=n))
+
+    with open_scope("ended before"):
+        jenny.session.connection().exec_driver_sql("PRAGMA journal_mode = WAL")
+        write(1)
+        jenny.session.commit()
+    with open_scope("fails"):
+        jenny.session.connection().exec_driver_sql("BEGIN")
+        jenny.session.scalars(select(Row)).all()
         with open_scope("was here"):
-            jenny.session.add(Row(n=1))
+            write(2)
             jenny.session.commit()
-        other.exec_driver_sql("BEGIN IMMEDIATE")
-        with open_scope("fails"), pytest.raises(OperationalError) as raised:
-            jenny.session.add(Row(n=2))
+        with pytest.raises(OperationalError) as raised:
+            write(3)
             jenny.session.flush()
-        other.rollback()
-    assert "'was here', which has just ended" in notes(raised.value)
+    told = notes(raised.value)
+    assert "side, in this process: 'was here', which has just ended" in told
+    assert "ended before" not in told
     engine.dispose()
