@@ -14,7 +14,6 @@ from sqlalchemy.orm import SessionTransaction
 from rope_middleware.session.begun import is_alone, name_of
 from rope_middleware.session.connections import connections_of, driver_of, made_connections
 from rope_middleware.session.lines import text_of
-from rope_middleware.session.statements import effect_of
 from rope_middleware.session.written import notes_of
 
 if TYPE_CHECKING:
@@ -50,6 +49,8 @@ def note_ended(tie: Tie) -> None:
 
 def _has_written(transaction: SessionTransaction) -> bool:
     """Tell whether a statement of `transaction` has written or locked, in 2 us."""
+    from rope_middleware.session.statements import effect_of  # not before a second session lives
+
     last = None
     for known in connections_of(transaction):
         if known is not last:  # each stands there by its engine, and by itself
