@@ -67,6 +67,7 @@ HOUSE = (
     "session.turns",
     "session.aside",
     "session.tie",
+    "session.closed",
     "session.listeners",
     "session.factories",
     "session.switches",

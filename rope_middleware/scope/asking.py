@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rope_middleware.scope.scope import AsyncScope, Scope
+from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
 
 __all__ = [
     "expects_nothing",
     "is_async",
     "is_request",
     "is_thread_of",
+    "is_to_commit",
     "loop_of",
     "with_outer",
 ]
@@ -22,6 +23,12 @@ def expects_nothing(scope: Scope) -> bool:
     An error has left it, it is doomed, or the database has refused them (and another try follows).
     """
     return scope._doomed or scope._is_refused or scope._has_failed or scope._refused is not None
+
+
+def is_to_commit(scope: Scope) -> bool:
+    """Tell whether `scope` is open and commits at a success, which may still come."""
+    commits = scope._options.commit_on_success and scope._state == OPEN
+    return commits and not expects_nothing(scope)
 
 
 def is_async(scope: Scope) -> bool:

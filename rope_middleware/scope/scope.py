@@ -22,6 +22,7 @@ __all__ = [
     "AsyncScope",
     "Scope",
     "SyncScope",
+    "call_after_commit",
     "forget",
     "is_of_loop",
     "is_over",
@@ -159,9 +160,7 @@ class Scope:
                 "function yourself after your commit."
             )
         self._check_callback(fn, "on_commit")
-        self._begin_use()
-        with _first_use:
-            self._on_commit = [*(self._on_commit or ()), fn]
+        call_after_commit(self, fn)
         self._require_open()
 
     def on_close(self, fn: Callable[[], object]) -> None:
@@ -232,6 +231,13 @@ class AsyncScope(Scope):
 
 
 # -- what the floors above ask of a scope ----------------------------------------------------------
+
+
+def call_after_commit(scope: Scope, fn: Callable[[], Any]) -> None:
+    """Call `fn` once after the next commit of `scope`, and never after a rollback."""
+    scope._begin_use()
+    with _first_use:
+        scope._on_commit = [*(scope._on_commit or ()), fn]
 
 
 def require_open(scope: Scope) -> None:

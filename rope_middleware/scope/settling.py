@@ -19,13 +19,16 @@ from rope_middleware.scope.kind import SessionKey, SessionKind
 from rope_middleware.scope.scope import OPEN, Scope
 
 __all__ = [
+    "GUARDED",
+    "TELLING",
+    "TIED",
     "Settling",
-    "asks_more",
     "calls_of",
     "has_company",
     "may_begin",
     "may_begin_plainly",
     "must_wait_for",
+    "needs",
     "settling_of",
 ]
 
@@ -147,9 +150,19 @@ def has_company(scope: Scope) -> bool:
     return scope._is_async and scope._options.commit_on_success
 
 
-def asks_more(scope: Scope) -> bool:
-    """Tell whether a session of `scope` is more than tied to it: it only reads, or is guarded."""
-    return bool(scope._options.read_only) or has_company(scope)
+# What a session of a scope is besides being tied to it.
+TIED, TELLING, GUARDED = range(3)
+
+
+def needs(scope: Scope) -> int:
+    """Tell what a session of `scope` needs: nothing more, to tell of its close(), or a guard.
+
+    GUARDED, too, where it only reads: its scope's way is not the short one.
+    """
+    options = scope._options
+    if options.read_only or (scope._is_async and options.commit_on_success):
+        return GUARDED
+    return TELLING if options.commit_on_success else TIED
 
 
 def settling_of(scope: Scope) -> Settling | None:

@@ -26,7 +26,16 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import calls_of, must_wait_for
 from rope_middleware.session.turns import wait_for_commit
 
-__all__ = ["guard", "guard_transaction", "in_turn", "is_guard", "is_guarded"]
+__all__ = [
+    "CLOSES",
+    "call_at_close",
+    "guard",
+    "guard_transaction",
+    "in_turn",
+    "is_guard",
+    "is_guarded",
+    "tell_of_close",
+]
 
 # What begins, uses or ends a transaction.
 _METHODS = (
@@ -77,9 +86,20 @@ class _Guards:
                     calls.append(who)
                 if isinstance(of, SessionTransaction) and _is_over(of):
                     return None
+            if name == "close" and not isinstance(of, SessionTransaction):
+                for func in _at_close:
+                    func(of)
             return method(of, *args, **named)
         finally:
             calls.remove(who)
+
+
+_at_close: list[Callable[[Session], None]] = []
+
+
+def call_at_close(func: Callable[[Session], None]) -> None:
+    """Call `func` where the application is about to close a session of a scope that commits."""
+    _at_close.append(func)
 
 
 def _is_over(transaction: SessionTransaction) -> bool:
@@ -132,6 +152,25 @@ def guard(session: Session, scope: Scope) -> None:
             own.update(methods)
         else:  # the application has put its own there: nobody knows what it does
             own.update([one for one in methods if one[0] not in own])
+
+
+def tell_of_close(session: Session) -> None:
+    """Call what waits for a ``close()``, where nothing else of a session has to be guarded."""
+    own = session.__dict__
+    if "close" not in own:
+        own["close"] = MethodType(_tell_and_close, ref(session))
+
+
+def _tell_and_close(of: ReferenceType[Session]) -> None:
+    session = of()
+    assert session is not None  # noqa: S101 - who calls its method has it
+    for func in _at_close:
+        func(session)
+    type(session).close(session)
+
+
+CLOSES = (_GUARDED["close"], _tell_and_close)
+"""What may stand in front of a session's own ``close()``."""
 
 
 def guard_transaction(session: Session, transaction: SessionTransaction) -> None:

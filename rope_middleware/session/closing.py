@@ -19,8 +19,9 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.errors import belongs_to_parent
 from rope_middleware.running.finish import running_loop
+from rope_middleware.scope.asking import is_to_commit
 from rope_middleware.scope.options import DEFAULT
-from rope_middleware.session.aside import is_guard
+from rope_middleware.session.aside import CLOSES, call_at_close
 from rope_middleware.session.begun import call_at_forks
 from rope_middleware.session.connections import (
     connections_out,
@@ -55,8 +56,9 @@ def overrides_close(session: Any, original: Any = _SESSION_CLOSE) -> bool:
     session_class: Any = type(session)  # pyright: ignore[reportUnknownVariableType]
     if session_class.close is not original:
         return True
-    own = session.__dict__
-    return "close" in own and not is_guard(own["close"])
+    # A guard of ours? Asked twice for each request that commits: no call.
+    own = session.__dict__.get("close")
+    return own is not None and getattr(own, "__func__", None) not in CLOSES
 
 
 def has_nothing_open(session: Session) -> bool:
@@ -122,11 +124,9 @@ def close(session: Session) -> None:
     if tie is not None:
         if tie.flush is not None:
             _wait_for_flush(session, tie)
-        if (
-            tie.scope is not None
-            and not tie.is_removed
-            and (tie.written is not None or has_pending(session))
-        ):
+        if tie.is_removed:
+            _note_closed(session, "remove()")
+        elif tie.scope is not None and (tie.written is not None or has_pending(session)):
             tell_lost(tie, session)
     try:
         if overrides_close(session):
@@ -148,6 +148,20 @@ def close(session: Session) -> None:
         if tie.connections:
             invalidate_all([c for c in tie.connections if not c.closed])
         tie.transaction = tie.flush = tie.written = None  # they refer to the session: a cycle
+
+
+def _note_closed(session: Session, how: str = "close()") -> None:
+    """The application is about to close `session`: where that loses something, it may be told."""
+    tie = tie_of(session)
+    if tie is None or tie.scope is None or not (tie.written is not None or has_pending(session)):
+        return
+    if is_to_commit(tie.scope):
+        from rope_middleware.session.closed import note_closed
+
+        note_closed(tie, tie.scope, session, how)
+
+
+call_at_close(_note_closed)
 
 
 def discard(session: Session) -> None:

@@ -25,8 +25,15 @@ from rope_middleware.scope.scope import (
     require_open,
     session_of,
 )
-from rope_middleware.scope.settling import asks_more, has_company, may_begin, settling_of
-from rope_middleware.session.aside import guard
+from rope_middleware.scope.settling import (
+    GUARDED,
+    TELLING,
+    has_company,
+    may_begin,
+    needs,
+    settling_of,
+)
+from rope_middleware.session.aside import guard, tell_of_close
 from rope_middleware.session.failures import listen_for_errors
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.listeners import listen_to
@@ -127,8 +134,14 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         return self._adopt(scope, self.createfunc())
 
     def _adopt(self, scope: Scope, session: Any) -> _T:
-        if type(session) is self._listening and not (TIE in session.__dict__ or asks_more(scope)):
+        if (
+            type(session) is self._listening
+            and TIE not in session.__dict__
+            and (needed := needs(scope)) != GUARDED
+        ):
             tie = tie_to(session, scope, self.kind)  # most of all: 60 instructions less
+            if needed == TELLING:
+                tell_of_close(session)
             if self.replicas is not None:
                 self.replicas.follow(tie, scope)
         else:
@@ -156,6 +169,8 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             tie = tie_to(inner, scope, self.kind)
             if has_company(scope):
                 guard(inner, scope)
+            elif needs(scope) == TELLING:
+                tell_of_close(inner)
             if self.replicas is not None:
                 self.replicas.follow(tie, scope)
 

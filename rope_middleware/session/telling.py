@@ -9,7 +9,7 @@ from time import monotonic
 from rope_middleware.scope.context import logger
 from rope_middleware.session.lines import Line, place_of
 
-__all__ = ["HOUR", "tell_hourly", "tell_once"]
+__all__ = ["HOUR", "tell_hourly", "tell_once", "was_told"]
 
 HOUR = 3600.0
 
@@ -27,9 +27,18 @@ def tell_once(what: str, line: Line, text: str, *arguments: object) -> None:
         text: of the log line, with places for `arguments`.
         arguments: no values of the application's.
     """
-    code, instruction = line
-    if _is_new((what, code.co_filename, code.co_firstlineno, instruction), math.inf):
+    if _is_new(_key(what, line), math.inf):
         logger.warning(text, *arguments)
+
+
+def was_told(what: str, line: Line) -> bool:
+    """Tell whether `tell_once` would be silent."""
+    return _told.get(_key(what, line), -math.inf) > monotonic()
+
+
+def _key(what: str, line: Line) -> Hashable:
+    code, instruction = line
+    return what, code.co_filename, code.co_firstlineno, instruction
 
 
 def tell_hourly(what: str, lines: tuple[Line, ...], text: str, *arguments: object) -> None:

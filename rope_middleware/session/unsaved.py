@@ -27,6 +27,7 @@ __all__ = [
     "forget_committed",
     "forget_rolled_back",
     "has_pending",
+    "lost_by_closing",
     "note_flush",
     "tell_lost",
 ]
@@ -112,13 +113,11 @@ def tell_lost(tie: Tie, session: Session) -> None:
     line, scope = tie.line, tie.scope
     if line is None or not is_open(tie) or (scope is not None and expects_nothing(scope)):
         return
-    lost: _Counts = Counter() if written is None or _stands(tie) else written.counts
-    _count_pending(session, lost, 0)
-    if not lost:
-        return  # set to what it was before
+    what = _lost(tie, session, written)
+    if not what:
+        return
     from rope_middleware.session.telling import tell_once
 
-    what = ", ".join(_counted(lost))
     if scope is not None and reads_only(scope):
         tell_once(
             "lost",
@@ -140,6 +139,21 @@ def tell_lost(tie: Tie, session: Session) -> None:
         what,
         text_of(line),
     )
+
+
+def lost_by_closing(tie: Tie, session: Session) -> str:
+    """Name what a ``close()`` of the application's is about to roll back; "" for nothing."""
+    if (tie.written is None and not has_pending(session)) or not is_open(tie):
+        return ""
+    return _lost(tie, session, tie.written)
+
+
+def _lost(tie: Tie, session: Session, written: Written | None) -> str:
+    lost: _Counts = Counter()
+    if written is not None and not _stands(tie):
+        lost.update(written.counts)
+    _count_pending(session, lost, 0)  # of what was set to what it was before, nothing
+    return ", ".join(_counted(lost))
 
 
 def _stands(tie: Tie) -> bool:

@@ -248,6 +248,7 @@ def test_C2_a_session_first_used_after_the_start_commits_at_the_end(web: Web) ->
     assert web.store.rows() == [1]
 
 
+@pytest.mark.told
 def test_C2_a_removed_session_is_not_committed(web: Web) -> None:
     """`remove()` closes, and so rolls back, what it removes; the next session is committed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import isawaitable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 from sqlalchemy import URL, create_engine, func, make_url, select
 from sqlalchemy.orm import sessionmaker
 
-from rope_middleware import SessionJenny, open_scope
+from rope_middleware import RopeError, SessionJenny, current_scope, open_scope
 from tests.kit.either import ONE, Either
 from tests.kit.engines import create_tables, rows, small_engine
 from tests.kit.models import Base, Row
 from tests.kit.said import Said
+from tests.kit.web import Exchange, Web
 from tests.servers.postgres import postgres_server
 
 pytestmark = [pytest.mark.anyio, pytest.mark.told]
@@ -73,4 +75,102 @@ def test_L1_nothing_is_said_of_rows_in_the_applications_own_transaction(
             jenny.add(Row(n=1))
             jenny.flush()
     assert (rows(engine), len(said.warnings)) == ((0, 1) if is_lost else (1, 0))
+    engine.dispose()
+
+
+# -- close() in a scope that commits ---------------------------------------------------------------
+
+CLOSES: dict[str, str] = {"close": "close()", "remove": "remove()", "with": "close()"}
+
+
+async def closed(web: Web, how: str) -> None:
+    jenny: Any = web.store.jenny
+    if how == "with" and web.store.is_async:
+        async with jenny.session:
+            await web.store.add(1)
+    elif how == "with":
+        with jenny.session:
+            await web.store.add(1)
+    else:
+        await web.store.add(1)
+        await done((jenny.session if how == "close" else jenny), how)
+
+
+async def done(what: Any, name: str) -> None:
+    found = getattr(what, name)()
+    if isawaitable(found):
+        await found
+
+
+@pytest.mark.parametrize("how", CLOSES)
+@pytest.mark.parametrize("flushed", [True, False], ids=["flushed", "pending"])
+def test_L1_a_close_before_the_commit_says_what_it_has_rolled_back(
+    web: Web, said: Said, how: str, flushed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A success without its rows: once for each line, with both lines and the cure."""
+
+    async def pending(n: int) -> None:
+        web.store.jenny.session.add(Row(n=n))
+
+    if not flushed:
+        monkeypatch.setattr(web.store, "add", pending)
+
+    async def handler(exchange: Exchange) -> None:
+        await closed(web, how)
+        await exchange.answer(201)
+
+    for _ in range(2):
+        assert web.ask(handler, commit_on_success=True).seen == 201
+    assert web.store.rows() == []
+    (warning,) = said.warnings
+    assert (
+        "'GET /thing' was a success, and changes are lost: 1 Row added, rolled back by" in warning
+    )
+    assert CLOSES[how] in warning and "call rollback()" in warning
+    assert warning.count(".py:") == (1 if web.store.is_async else 2)
+
+
+@pytest.mark.parametrize("how", CLOSES)
+@pytest.mark.parametrize(
+    "why", ["status", "veto", "doom", "error", "rollback", "commit", "no commit", "read"]
+)
+def test_L1_a_close_is_silent_where_nothing_is_missed(
+    web: Web, said: Said, how: str, why: str
+) -> None:
+    """The outcome was a rollback anyway, or the application has said so, or nothing was written."""
+
+    async def handler(exchange: Exchange) -> None:
+        if why in ("rollback", "commit"):
+            await web.store.add(2)
+            await done(web.store.jenny.session, why)
+        if why in ("rollback", "commit", "read"):
+            await web.store.read()
+            what: Any = web.store.jenny
+            await done(*((what, how) if how == "remove" else (what.session, "close")))
+        else:
+            await closed(web, how)
+        if why == "doom":
+            current_scope().doom()
+        if why == "error":
+            raise RopeError
+        await exchange.answer(404 if why == "status" else 200)
+
+    options: dict[str, Any] = {"commit_on_success": True, "commit_veto": lambda *_: why == "veto"}
+    web.ask(handler, **({} if why == "no commit" else options))
+    assert web.store.rows() == ([2] if why == "commit" else [])
+    assert said.warnings == []
+
+
+def test_L1_a_close_in_a_block_that_commits(tmp_path: Path, said: Said) -> None:
+    """`open_scope(commit_on_success=True)` says the same when it ends."""
+    engine = small_engine(tmp_path / "x.db")
+    jenny = SessionJenny(sessionmaker(engine))
+    with open_scope("job", commit_on_success=True):
+        jenny.add(Row(n=1))
+        jenny.close()
+        assert said.warnings == []
+        jenny.add(Row(n=2))
+    assert rows(engine) == 1
+    (warning,) = said.warnings
+    assert "'job' was a success, and changes are lost: 1 Row added" in warning
     engine.dispose()
