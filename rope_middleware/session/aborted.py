@@ -21,8 +21,16 @@ from rope_middleware.errors import RopeError, aborted
 from rope_middleware.scope.context import current
 from rope_middleware.scope.outcome import is_committing, suspects_of
 from rope_middleware.scope.scope import Scope
+from rope_middleware.session.connections import driver_of
 
-__all__ = ["aborted_by", "ask_for_aborted", "refuse_aborted", "suspect", "tells_of_aborted"]
+__all__ = [
+    "aborted_by",
+    "ask_for_aborted",
+    "refuse_aborted",
+    "suspect",
+    "tells_of_aborted",
+    "transaction_status",
+]
 
 # https://www.psycopg.org/psycopg3/docs/api/pq.html#psycopg.pq.TransactionStatus, and psycopg2's
 # psycopg2.extensions.TRANSACTION_STATUS_INERROR.
@@ -71,7 +79,7 @@ def _has_ended(context: ExceptionContext, connection: Connection) -> bool:
         and context.statement is not None
         and may_write(context.statement)
         and connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT"
-        and getattr(_driver_connection(connection), "in_transaction", True) is False
+        and getattr(driver_of(connection), "in_transaction", True) is False
     )
 
 
@@ -93,7 +101,7 @@ def aborted_by(scope: Scope, connection: Connection) -> RopeError:
 def _is_aborted(connection: Connection) -> bool:
     if connection.dialect.name != "postgresql":
         return True  # rolled back: see `_has_ended`
-    status = _status(connection)
+    status = transaction_status(connection)
     if status is not None:
         return status == _IN_ERROR
     try:  # asyncpg keeps to itself what it knows
@@ -121,8 +129,7 @@ def refuse_aborted(scope: Scope, connections: Iterable[Connection]) -> None:
     for connection in connections:
         if connection.dialect.driver not in _TELLING:
             continue
-        is_usable = not connection.closed and not connection.invalidated
-        if is_usable and _status(connection) == _IN_ERROR:
+        if transaction_status(connection) == _IN_ERROR:
             raise aborted_by(scope, connection)
 
 
@@ -140,11 +147,7 @@ def ask_for_aborted(scope: Scope, connections: Iterable[Connection]) -> None:
             raise aborted_by(scope, connection)
 
 
-def _status(connection: Connection) -> object:
-    """Return what psycopg knows of the transaction; None of another driver."""
-    info = getattr(_driver_connection(connection), "info", None)
+def transaction_status(connection: Connection) -> object:
+    """Return what psycopg knows of the transaction; None where nobody knows."""
+    info = getattr(driver_of(connection), "info", None)
     return getattr(info, "transaction_status", None)
-
-
-def _driver_connection(connection: Connection) -> object:
-    return connection.connection.driver_connection

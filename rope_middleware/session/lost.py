@@ -9,7 +9,9 @@ from typing import Any
 
 from sqlalchemy.engine import Dialect, ExceptionContext
 
-__all__ = ["is_lost", "note_refused_connects", "was_sent"]
+from rope_middleware.session.aborted import transaction_status
+
+__all__ = ["is_lost", "is_unanswered", "note_refused_connects", "was_sent"]
 
 # 57P01 admin_shutdown, 57P02 crash_shutdown, 57P03 cannot_connect_now; class 08 is
 # "connection exception": https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -18,6 +20,10 @@ _SQLSTATES = frozenset({"57P01", "57P02", "57P03"})
 # 1053 server shutdown in progress, 1927 connection was killed; 2006, 2013: gone, lost (the
 # client's): https://mariadb.com/kb/en/mariadb-error-codes/
 _MYSQL_CODES = frozenset({1053, 1927, 2006, 2013})
+
+# https://www.psycopg.org/psycopg3/docs/api/pq.html#psycopg.pq.TransactionStatus, and psycopg2's
+# psycopg2.extensions.TRANSACTION_STATUS_ACTIVE.
+_ACTIVE = 1
 
 # A connection that another password or name would cure, and no other try: SQLSTATEs of classes
 # 28 (authorization) and 3D (no such database), 1044, 1045 and 1049 of MariaDB and MySQL.
@@ -37,19 +43,49 @@ def is_lost(context: ExceptionContext) -> bool:
         return False
     if context.connection is None:
         return not _is_hopeless(error)
-    return context.is_disconnect or isinstance(error, ConnectionError) or _says_so(error)
+    return (
+        context.is_disconnect
+        or isinstance(error, ConnectionError)
+        or _says_so(error)
+        or (isinstance(error, context.dialect.loaded_dbapi.Error) and is_unanswered(context))
+    )
+
+
+def is_unanswered(context: ExceptionContext) -> bool:
+    """Tell whether psycopg has left a statement before its answer: the server may have done it.
+
+    A line may be reset in the instant in which psycopg looks at its socket. psycopg raises
+    "connection socket closed" then, and takes the connection for open. So does SQLAlchemy. Or a
+    signal handler has raised something.
+
+    Args:
+        context: of the engine's ``handle_error`` event.
+    """
+    error, connection = context.original_exception, context.connection
+    if connection is None or _sqlstate(error) is not None:  # that is an answer
+        return False
+    return (
+        transaction_status(connection) == _ACTIVE
+        # This one was not even sent: the application's own COPY is under way, for example.
+        and "another command is already in progress" not in str(error)
+    )
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return state if isinstance(state, str) else None
 
 
 def _says_so(error: Exception) -> bool:
-    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    if isinstance(state, str):
+    state = _sqlstate(error)
+    if state is not None:
         return state in _SQLSTATES or state.startswith("08")
     return _code(error) in _MYSQL_CODES
 
 
 def _is_hopeless(error: Exception) -> bool:
-    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    if isinstance(state, str):
+    state = _sqlstate(error)
+    if state is not None:
         return state.startswith(_HOPELESS_STATES)
     # libpq tells of a connection that was not made by its text alone.
     return _code(error) in _HOPELESS_CODES

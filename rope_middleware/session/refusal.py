@@ -25,7 +25,7 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import aborted_by, suspect, tells_of_aborted
 from rope_middleware.session.connections import is_autocommit
 from rope_middleware.session.doubt import can_be_asked, trace_of
-from rope_middleware.session.lost import is_lost, note_refused_connects, was_sent
+from rope_middleware.session.lost import is_lost, is_unanswered, note_refused_connects, was_sent
 from rope_middleware.session.trial import LOST, Attempt, find_trial, is_of_session, trial_for
 from rope_middleware.session.writes import ends_transaction, may_write
 
@@ -97,7 +97,7 @@ def note_error(context: ExceptionContext) -> None:
             context.is_disconnect = True
         if not _is_of_commit(scope, context):
             note_loss(scope, error)
-    else:
+    elif not (is_unanswered(context) and _is_of_commit(scope, context)):
         if is_refusal(error):
             note_refusal(scope, error)
         _note_failed(scope, context)
@@ -105,7 +105,7 @@ def note_error(context: ExceptionContext) -> None:
 
 
 def _is_of_commit(scope: Scope, context: ExceptionContext) -> bool:
-    """A connection is lost: note whether a commit is in doubt now."""
+    """No answer has come: note whether a commit is in doubt now."""
     error, connection = context.original_exception, context.connection
     if connection is None or not ends_transaction(context.statement) or not was_sent(error):
         return False

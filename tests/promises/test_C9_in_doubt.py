@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.orm import Session
@@ -119,6 +121,43 @@ def test_C9_still_in_progress_is_asked_again(kind: str, database: Database, wire
     wire.cut_next(Cut(UP, COMMIT, part=99))  # the server gets all of it, and nobody waits
     assert ask(kind, database, wire, commit_on_success=True, retries=2).status == 201
     assert rows(database) == 1
+
+
+CUT_OFF = [
+    psycopg.OperationalError("connection socket closed"),
+    RuntimeError("of a signal handler"),
+]
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize("error", CUT_OFF, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("kind", [kind for kind in SHOPS if SHOPS[kind] == "psycopg"])
+def test_C9_psycopg_leaves_its_commit_and_takes_the_line_for_open(
+    kind: str, database: Database, monkeypatch: pytest.MonkeyPatch, error: Exception, retries: int
+) -> None:
+    """A reset in the instant in which psycopg looks at its socket tells nobody of a lost line."""
+    left: list[object] = []
+
+    def leave(wait: Any) -> Any:
+        def waiting(self: Any, work: Any, *args: Any, **named: Any) -> Any:
+            if work.__name__ == "_commit_gen" and not left:
+                left.append(next(work))  # it is sent
+                raise error
+            return wait(self, work, *args, **named)
+
+        return waiting
+
+    for made in (psycopg.Connection, psycopg.AsyncConnection):
+        monkeypatch.setattr(made, "wait", leave(made.wait))
+    url = database.url("psycopg")
+    answer = ask_once(kind, url, commit_on_success=True, retries=retries)
+    assert left
+    if retries:
+        assert answer.status == 201
+        assert rows(database) == 1
+    else:
+        assert answer.status == 500
+        assert kind == "wsgi" or isinstance(answer.error, CommitInDoubtError)
 
 
 def test_C9_what_has_only_read_is_not_asked_for(kind: str, database: Database, wire: Wire) -> None:
