@@ -121,6 +121,25 @@ class Sync:
             thread.start()
             thread.join()
 
+    def job(self) -> None:
+        @open_scope()
+        def work() -> None:
+            self.jenny.session.execute(SELECT)  # begun by job
+            self._hold()
+
+        work()
+
+    def background_in_thread(self) -> None:
+        def work() -> None:
+            self.jenny.session.execute(SELECT)  # begun by background_in_thread
+            self._hold()
+
+        async def handler(request: Any) -> PlainTextResponse:
+            return PlainTextResponse("done", background=BackgroundTask(work))
+
+        app = RopeMiddleware(Starlette(routes=[Route("/background", handler)]))
+        asyncio.run(app(http_scope("/background"), never, into_nothing))
+
 
 class Async:
     """Holds connections of an `AsyncSessionJenny`; each method goes on until it is cancelled."""

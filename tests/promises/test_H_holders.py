@@ -281,25 +281,63 @@ def test_H2_the_time_out_names_every_holder(tmp_path: Path, seed: int, said: Sai
 async def test_H2_the_time_out_names_every_async_holder(
     tmp_path: Path, seed: int, said: Said
 ) -> None:
-    """The twin, for AsyncSessions of one loop."""
+    """The twin, for AsyncSessions of one loop, while others hold connections of a sync engine.
+
+    Once in 200 runs, too.
+    """
     choose = random.Random(seed)
-    for _ in range(4):
-        size = choose.randint(1, 15)
-        engine = small_async_engine(tmp_path / "a.sqlite", pool_size=size, pool_timeout=0.01)
-        jenny = AsyncSessionJenny(async_sessionmaker(engine))
-        ready: list[int] = []
-        ways = Async(jenny, lambda: ready.append(1)).kinds()  # noqa: B023
-        planted = [choose.choice(sorted(ways)) for _ in range(size)]
-        tasks = [asyncio.create_task(ways[kind]()) for kind in planted]
-        await poll(lambda: len(ready) == size)  # noqa: B023
+    for _ in range(RUNS):
+        await plant_both_kinds(tmp_path, choose)
+    assert len(said.warnings) == 2 * RUNS
+
+
+RUNS = 4
+
+
+async def plant_both_kinds(path: Path, choose: random.Random) -> None:
+    """Plant up to 15 holders of any kind; check that each pool's time-out names its own."""
+    size = choose.randint(2, 15)
+    sizes = [own := choose.randint(1, size - 1), size - own]
+    engine = small(path, sizes[0], 0.01)
+    asynchronous = small_async_engine(path / "a.sqlite", pool_size=sizes[1], pool_timeout=0.01)
+    jenny = SessionJenny(sessionmaker(engine))
+    other = AsyncSessionJenny(async_sessionmaker(asynchronous))
+    ready: list[int] = []
+    leave = threading.Event()
+    ways = Sync(jenny, lambda: ready.append(1), leave).kinds()
+    async_ways = Async(other, lambda: ready.append(1)).kinds()
+    planted, async_planted = (
+        [choose.choice(sorted(known)) for _ in range(number)]
+        for known, number in zip((ways, async_ways), sizes, strict=True)
+    )
+    threads = [threading.Thread(target=ways[kind]) for kind in planted]
+    for thread in threads:
+        thread.start()
+    tasks = [asyncio.create_task(async_ways[kind]()) for kind in async_planted]
+    try:
+        await poll(lambda: len(ready) == size)
+        lines = [line_of(kind) for kind in planted]
+        async_lines = [line_of(kind) for kind in async_planted]
+        assert sorted(one.began for one in holders()) == sorted(lines + async_lines)
+        with pytest.raises(PoolTimeout) as raised:
+            await asyncio.to_thread(in_scope, jenny)
+        assert sorted(began_in(raised.value.__notes__[0])) == sorted(lines)
         with pytest.raises(PoolTimeout) as raised:
             async with open_scope("too late"):
-                await jenny.session.execute(SELECT)
-        (note,) = raised.value.__notes__
-        assert sorted(began_in(note)) == sorted(line_of(kind) for kind in planted)
+                await other.session.execute(SELECT)
+        assert sorted(began_in(raised.value.__notes__[0])) == sorted(async_lines)
+    finally:
+        leave.set()
         await cancelled(tasks)
-        await engine.dispose()
-    assert len(said.warnings) == 4
+        for thread in threads:
+            await asyncio.to_thread(thread.join)
+        engine.dispose()
+        await asynchronous.dispose()
+
+
+def in_scope(jenny: Jenny) -> None:
+    with open_scope("too late"):
+        touch(jenny)
 
 
 @pytest.mark.told
