@@ -95,7 +95,8 @@ ON_DEMAND = [
     *("anyio", "sqlalchemy.ext.asyncio", "trio"),
     *("rope_middleware.asgi", "rope_middleware.wsgi", "rope_middleware.async_jenny"),
     "rope_middleware.position",
-    *(f"rope_middleware.running.{name}" for name in ("line", "ticker")),
+    *(f"rope_middleware.running.{name}" for name in ("call", "line", "threads", "ticker")),
+    *(f"rope_middleware.scope.{name}" for name in ("async_ending", "hop")),
     *(
         f"rope_middleware.session.{name}"
         # Errors, retries, refusals.

@@ -20,8 +20,8 @@ from rope_middleware.position import Carried, following
 from rope_middleware.protocols import ASGIApp, ASGIScope, Receive, Send
 from rope_middleware.running.finish import pause
 from rope_middleware.running.line import Line, Place
+from rope_middleware.scope.async_ending import aend, aend_failed
 from rope_middleware.scope.context import SCOPE_KEY, current, printable, unbind
-from rope_middleware.scope.ending import aend, aend_failed
 from rope_middleware.scope.reading import carried_of, carry
 from rope_middleware.scope.response import (
     count,

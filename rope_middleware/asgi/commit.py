@@ -10,7 +10,7 @@ from rope_middleware import answer
 from rope_middleware.answer import FAILED, HELD, REPLACED, SERVER_ERROR, SETTLING, STARTED, WAITING
 from rope_middleware.protocols import ASGIApp, ASGIScope, Message, Receive, Send
 from rope_middleware.running.finish import finish, running_loop
-from rope_middleware.scope.ending import acommit, aend, aroll_back
+from rope_middleware.scope.async_ending import acommit, aend, aroll_back
 from rope_middleware.scope.response import doom_rest, is_head, options_now
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.committing import asettle

@@ -9,7 +9,7 @@ Every later frame that uses the session holds the same rope: then a frame that i
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from weakref import WeakSet, WeakValueDictionary
 
 from sqlalchemy.orm import Session
@@ -26,31 +26,34 @@ from rope_middleware.session.unsaved import tell_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
-__all__ = ["OwnRope", "RopeHome", "ScopeRope", "SessionRope"]
+__all__ = ["OwnRope", "ScopeRope", "SessionRope"]
 
 _T = TypeVar("_T", bound=Any)
 
 
-class RopeHome(Protocol[_T]):
-    """Where a jenny's own ropes are made and found: see `RopeRegistry`."""
+if TYPE_CHECKING:
 
-    @property
-    def createfunc(self) -> Callable[..., _T]:
-        """Makes a session."""
-        ...
+    class RopeHome(Protocol[_T]):
+        """Where a jenny's own ropes are made and found: see `RopeRegistry`."""
 
-    def find(self, name: str | None = None) -> OwnRope[_T] | None:
-        """Return the living rope of that name here, or None."""
-        ...
+        @property
+        def createfunc(self) -> Callable[..., _T]:
+            """Makes a session."""
+            ...
 
-    def living(self) -> OwnRope[_T]:
-        """Return the rope of this thread or task."""
-        ...
+        def find(self, name: str | None = None) -> OwnRope[_T] | None:
+            """Return the living rope of that name here, or None."""
+            ...
 
-    def cut(self, rope: OwnRope[_T]) -> None:
-        """Close the session of `rope` and forget it."""
-        ...
+        def living(self) -> OwnRope[_T]:
+            """Return the rope of this thread or task."""
+            ...
+
+        def cut(self, rope: OwnRope[_T]) -> None:
+            """Close the session of `rope` and forget it."""
+            ...
 
 
 class SessionRope(Generic[_T]):

@@ -1,46 +1,38 @@
-"""Ending, committing and rolling back a scope: from sync code, from async code, after a fork.
+"""Ending, committing and rolling back a scope: from sync code, and after a fork.
 
 What happens in which order is told in `order`. In a sync scope nothing of it ever suspends, so
-`run_now` runs it in one go. The way of most requests is shorter: see `short`.
+`run_now` runs it in one go. The way of most requests is shorter: see `short`. What async code calls
+is in `async_ending`.
 """
 
 from __future__ import annotations
 
-import asyncio
+import os
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rope_middleware.running.finish import finish
 from rope_middleware.scope.context import class_of, current, unbind
-from rope_middleware.scope.hands import CLOSING, HERE, Async, run_now
-from rope_middleware.scope.hop import commit_by_hop, goes_by_hop
-from rope_middleware.scope.kind import SessionKind
+from rope_middleware.scope.hands import CLOSING, HERE, run_now
 from rope_middleware.scope.order import (
     committing,
     each,
     ending,
     held,
-    open_sessions,
     rolling_back,
-    until_free,
 )
-from rope_middleware.scope.scope import CLOSED, ENDED, Scope
+from rope_middleware.scope.scope import CLOSED, ENDED, OPEN, Scope
 from rope_middleware.scope.settling import Settling
 from rope_middleware.scope.short import (
-    aend_plainly,
     commit_plainly,
-    end_plainly,
     end_shortly,
-    is_plain,
     is_untouched,
 )
 
+if TYPE_CHECKING:
+    from rope_middleware.scope.kind import SessionKind
+
 __all__ = [
-    "acommit",
-    "aend",
-    "aend_failed",
-    "aroll_back",
     "commit",
     "detach",
     "end",
@@ -52,18 +44,10 @@ __all__ = [
 ]
 
 
-# -- sync scopes -----------------------------------------------------------------------------------
-
-
 def end(scope: Scope, commits: bool = False, why: str = "") -> None:
     """End a sync scope. See `order.ending`."""
     if not (is_untouched(scope) or end_shortly(scope)):
         run_now(ending(scope, HERE, commits, why))
-
-
-def _is_settled(scope: Scope) -> bool:
-    """Tell whether a scope that commits has done so before, and left nothing open."""
-    return not (scope._on_commit or scope._on_close or scope._registries or open_sessions(scope))
 
 
 def commit(scope: Scope, note: Callable[[], None]) -> None:
@@ -93,79 +77,6 @@ def roll_back(scope: Scope, why: str) -> None:
     if scope._sessions is None:
         return
     run_now(rolling_back(scope, HERE, why))
-
-
-# -- async scopes ----------------------------------------------------------------------------------
-
-
-async def aend(scope: Scope, commits: bool = False, why: str = "") -> None:
-    """End an async scope; finishes under cancellation. See `order.ending`."""
-    if is_untouched(scope):
-        return
-    if is_plain(scope):
-        await aend_plainly(scope)
-    elif _is_settled(scope):
-        end_plainly(scope)  # nothing waits
-    else:
-        timeout = scope._options.close_timeout
-        await finish(ending(scope, Async(timeout), commits, why), timeout)
-
-
-async def acommit(scope: Scope, note: Callable[[], None]) -> None:
-    """Commit an async scope that goes on; finishes under cancellation. See `commit`.
-
-    Args:
-        scope: the request's.
-        note: called once the commit stands, also where a cancellation is raised then.
-    """
-    work = open_sessions(scope)
-    if not (work or scope._on_commit):
-        note()
-        return
-    if goes_by_hop(scope, work):
-        failure = await commit_by_hop(scope, work, note)
-    else:
-        timeout = scope._options.close_timeout
-        failure = await finish(_settle(scope, Async(timeout), note), timeout)
-    if failure is not None:
-        raise failure
-
-
-async def _settle(scope: Scope, hands: Async, note: Callable[[], None]) -> BaseException | None:
-    with Settling(scope):
-        return await committing(scope, hands, note)
-
-
-async def aroll_back(scope: Scope, why: str) -> None:
-    """Roll back an async scope that goes on; finishes under cancellation."""
-    if scope._sessions is None or not open_sessions(scope):
-        scope._on_commit = None
-        return
-    timeout = scope._options.close_timeout
-    await finish(_undo(scope, Async(timeout), why), timeout)
-
-
-async def _undo(scope: Scope, hands: Async, why: str) -> None:
-    with Settling(scope):  # as a commit: the application may go on meanwhile (C10)
-        await until_free(open_sessions(scope), hands)
-        await rolling_back(scope, hands, why)
-
-
-async def aend_failed(scope: Scope, error: BaseException) -> None:
-    """End the scope of a call that `error` has left; it commits nothing any more.
-
-    The caller raises `error` again: a cancellation that arrives meanwhile does not replace it.
-    """
-    explain(scope, error)
-    if scope.closed:
-        return  # the error came from its end
-    if isinstance(error, GeneratorExit):
-        end_closing(scope)
-        return
-    try:
-        await aend(scope, why=class_of(error))
-    except asyncio.CancelledError:
-        pass
 
 
 def end_failed(scope: Scope, error: BaseException) -> None:
@@ -224,3 +135,19 @@ def detach(scope: Scope) -> None:
     scope._sessions = scope._on_close = scope._on_commit = None
     scope._registries = ()
     scope._state = CLOSED
+
+
+def _after_fork() -> None:
+    """Leave to the parent, in a forked process, what is open where it was forked.
+
+    What other threads and tasks have open is not reached any more: they are not there.
+    """
+    scope = current.get(None)
+    while scope is not None:
+        if scope._state == OPEN:
+            detach(scope)
+        scope = None if scope._outer is None else scope._outer()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -7,15 +7,17 @@ the hop itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rope_middleware.running.finish import finish, running_loop
 from rope_middleware.running.threads import there_and_back
-from rope_middleware.scope.hands import Async, Work, places_of
-from rope_middleware.scope.kind import SessionKey
+from rope_middleware.scope.async_hands import Async, places_of
 from rope_middleware.scope.order import after_failure, committing, open_sessions
 from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import Settling
+
+if TYPE_CHECKING:
+    from rope_middleware.scope.kind import SessionKey, Work
 
 __all__ = ["commit_by_hop", "goes_by_hop"]
 

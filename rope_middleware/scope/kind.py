@@ -1,10 +1,11 @@
-"""What a scope asks of the sessions that it keeps: a protocol, for type checkers alone."""
+"""What a scope asks of the sessions that it keeps, and how it does: for type checkers alone."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
-__all__ = ["PlainKind", "SessionKey", "SessionKind"]
+__all__ = ["Call", "Hands", "PlainKind", "SessionKey", "SessionKind", "Work"]
 
 
 class SessionKind(Protocol):
@@ -127,3 +128,34 @@ class SessionKey(Protocol):
 
 class PlainKind(SessionKind, SessionKey, Protocol):
     """A plain scoped_session: it keeps its session itself, so it is key and kind at once."""
+
+
+Work: TypeAlias = list[tuple[SessionKey, Any]]
+Call: TypeAlias = Callable[[Any], Any]
+
+
+class Hands(Protocol):
+    """How what blocks or awaits is carried out: see `hands`."""
+
+    def takes(self, work: Work) -> Work:
+        """Return the sessions that can be committed so."""
+        ...
+
+    async def until(self, is_free: Callable[[], bool]) -> None:
+        """Wait, not for ever, until a statement of somebody else's is over."""
+
+    async def use(self, kind: SessionKind, call: Call, session: Any, work: Work) -> None:
+        """Flush or commit: functions of the application may run, and the pool be waited for.
+
+        Args:
+            kind: of the session.
+            call: what is called with it.
+            session: one of those that are committed.
+            work: all of them.
+        """
+
+    async def release(self, kind: SessionKind, call: Call, session: Any) -> None:
+        """Roll back or close: gives a connection back."""
+
+    async def run(self, fn: Callable[[], Any], limited: bool = False) -> None:
+        """Call a function of the application's, sync or async; a limited one may not take long."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 import threading
 from asyncio import CancelledError
@@ -22,9 +21,9 @@ from rope_middleware.scope.context import (
     is_async_callable,
     removing,
 )
-from rope_middleware.scope.ending import aend, detach, end, end_closing, explain
+from rope_middleware.scope.ending import end, end_closing, explain
 from rope_middleware.scope.options import EVERY, options_of
-from rope_middleware.scope.scope import OPEN, AsyncScope, Scope, SyncScope
+from rope_middleware.scope.scope import AsyncScope, Scope, SyncScope
 
 __all__ = ["current_scope", "open_scope"]
 
@@ -191,7 +190,7 @@ class open_scope:  # noqa: N801 - used like a function
             if isinstance(error, GeneratorExit) and not _may_await(traceback):
                 end_closing(scope)
             else:
-                await aend(scope, commits, why)
+                await _aend(scope, commits, why)
         except CancelledError:
             if error is None:
                 raise  # else: the block's own error goes on
@@ -243,6 +242,18 @@ class open_scope:  # noqa: N801 - used like a function
         return in_scope
 
 
+async def _first_aend(scope: Scope, commits: bool, why: str) -> None:
+    """Import what ends async scopes: many programs have none."""
+    global _aend
+    from rope_middleware.scope.async_ending import aend
+
+    _aend = aend
+    await aend(scope, commits, why)
+
+
+_aend: Callable[[Scope, bool, str], Awaitable[None]] = _first_aend
+
+
 def _returned_awaitable(fn: object, result: object) -> RopeError:
     if inspect.iscoroutine(result):
         result.close()
@@ -278,19 +289,3 @@ def restore(scope: Scope, former: Scope | None) -> None:
     while former is not None and former._left is not None:
         former = former._left[0]
     current.set(former)
-
-
-def _after_fork() -> None:
-    """Leave to the parent, in a forked process, what is open where it was forked.
-
-    What other threads and tasks have open is not reached any more: they are not there.
-    """
-    scope = current.get(None)
-    while scope is not None:
-        if scope._state == OPEN:
-            detach(scope)
-        scope = None if scope._outer is None else scope._outer()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

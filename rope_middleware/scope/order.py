@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rope_middleware.errors import CommitInDoubtError, RopeError
 from rope_middleware.scope.context import class_of, logger, removing, traceback_of
-from rope_middleware.scope.hands import Hands, Work
-from rope_middleware.scope.kind import SessionKey, SessionKind
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 from rope_middleware.scope.settling import must_wait_for, settling_of
+
+if TYPE_CHECKING:
+    from rope_middleware.scope.kind import Hands, SessionKey, SessionKind, Work
 
 __all__ = [
     "after_failure",

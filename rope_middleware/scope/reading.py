@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from rope_middleware.scope.kind import SessionKey
 from rope_middleware.scope.options import EVERY
 from rope_middleware.scope.scope import Scope
 
 if TYPE_CHECKING:
     from rope_middleware.position import Carried
+    from rope_middleware.scope.kind import SessionKey
 
 __all__ = ["carried_of", "carry", "choice_of", "reads_only", "tell_unknown"]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rope_middleware.scope.context import SCOPE_KEY, class_of, current, logger
-from rope_middleware.scope.kind import PlainKind
 from rope_middleware.scope.options import Options
 from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
+
+if TYPE_CHECKING:
+    from rope_middleware.scope.kind import PlainKind
 
 __all__ = [
     "count",

@@ -9,11 +9,11 @@ from weakref import ReferenceType
 
 from rope_middleware.errors import RopeError, async_callback, belongs_to_parent, has_ended
 from rope_middleware.scope.context import is_async_callable
-from rope_middleware.scope.kind import PlainKind, SessionKey
 from rope_middleware.scope.options import DEFAULT, Options
 
 if TYPE_CHECKING:
     from rope_middleware.position import Carried
+    from rope_middleware.scope.kind import PlainKind, SessionKey
 
 __all__ = [
     "CLOSED",

@@ -12,11 +12,13 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rope_middleware.scope.asking import is_thread_of
-from rope_middleware.scope.kind import SessionKey, SessionKind
 from rope_middleware.scope.scope import OPEN, Scope
+
+if TYPE_CHECKING:
+    from rope_middleware.scope.kind import SessionKey, SessionKind
 
 __all__ = [
     "GUARDED",

@@ -6,18 +6,11 @@ saves 3 points (1.056 against 1.088 of the handler by hand), of an async one 13 
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
-
-from rope_middleware.running.finish import finish, within
-from rope_middleware.running.threads import finish_in_thread, in_thread
 from rope_middleware.scope.hands import HERE, run_now
-from rope_middleware.scope.kind import SessionKind
-from rope_middleware.scope.order import after_failure, each, held, invalidate_failed, worse
+from rope_middleware.scope.order import after_failure, invalidate_failed, worse
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 
 __all__ = [
-    "aend_plainly",
     "commit_plainly",
     "end_plainly",
     "end_shortly",
@@ -97,66 +90,3 @@ def end_plainly(scope: Scope) -> None:
     scope._state = CLOSED
     if failure is not None:
         raise failure
-
-
-async def aend_plainly(scope: Scope) -> None:
-    """`end_plainly`, on the event loop; finishes under cancellation."""
-    scope._state = ENDED  # before the look: from here on nothing can begin
-    waits = is_async = False
-    for key, session in list((scope._sessions or {}).items()):
-        kind = key.kind
-        if not (kind.is_idle(session) or kind.ends_at_once(session)):
-            waits = True
-            is_async = is_async or kind.is_async
-    if not waits:
-        end_plainly(scope)
-    elif is_async:
-        await finish(_close_each(scope), scope._options.close_timeout)
-    else:
-        await _end_in_thread(scope)
-
-
-async def _close_each(scope: Scope) -> None:
-    """Close the sessions of a scope that has nothing else to end."""
-    failure: BaseException | None = None
-    for key, session in list((scope._sessions or {}).items()):
-        kind = key.kind
-        try:
-            if kind.is_idle(session):
-                kind.discard(session)
-            elif kind.is_async:
-                await within(scope._options.close_timeout, kind.close(session))
-            else:
-                await in_thread(kind.close, session)
-        except BaseException as error:
-            failure = worse(failure, invalidate_failed(scope, kind, session, error))
-    scope._sessions = None
-    if scope._gate is not None:
-        scope._gate = None  # they refer to each other
-    scope._state = CLOSED
-    if failure is not None:
-        raise failure
-
-
-async def _end_in_thread(scope: Scope) -> None:
-    """End sync sessions in one hop to a thread."""
-    try:
-        await finish_in_thread(end_plainly, scope, scope._options.close_timeout)
-    except asyncio.CancelledError as error:
-        _end_without_thread(scope, error)
-        raise
-    except Exception as error:  # no thread could be started
-        _end_without_thread(scope, error)
-
-
-def _end_without_thread(scope: Scope, error: BaseException) -> None:
-    """End the scope without the thread that should have done it, if it has not."""
-    if scope._state == CLOSED:
-        return
-
-    async def invalidate(_: SessionKind, __: Any) -> None:
-        raise error
-
-    run_now(each(scope, held(scope), invalidate))
-    scope._sessions = None
-    scope._state = CLOSED

@@ -8,13 +8,12 @@ is given.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.scope.context import is_async_callable
-from rope_middleware.scope.kind import PlainKind, SessionKind
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.session import closing, committing
 from rope_middleware.session.aside import guard
@@ -25,6 +24,9 @@ from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.sharing import tell_cut_off
 from rope_middleware.session.tie import tie_of
 from rope_middleware.session.unsaved import has_pending
+
+if TYPE_CHECKING:
+    from rope_middleware.scope.kind import PlainKind, SessionKind
 
 __all__ = ["PlainSessions", "kinds_of"]
 

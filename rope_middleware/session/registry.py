@@ -7,14 +7,13 @@ scope it hands over to another registry (`outside`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.errors import RopeError, no_scope
 from rope_middleware.scope.context import current
-from rope_middleware.scope.kind import SessionKind
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.reading import reads_only
 from rope_middleware.scope.scope import (
@@ -38,6 +37,9 @@ from rope_middleware.session.failures import listen_for_errors
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.listeners import listen_to
 from rope_middleware.session.tie import TIE, keep_also, tie_of, tie_to
+
+if TYPE_CHECKING:
+    from rope_middleware.scope.kind import SessionKind
 
 __all__ = [
     "ScopeRegistry",

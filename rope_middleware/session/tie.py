@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from asyncio import Task
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
 from sqlalchemy.engine import Connection
@@ -15,11 +15,13 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.errors import other_loop
 from rope_middleware.running.finish import running_loop
-from rope_middleware.scope.kind import SessionKind
 from rope_middleware.scope.scope import AsyncScope, Scope, is_of_loop, keep
 from rope_middleware.session.begun import note_begin
 from rope_middleware.session.lines import Line
 from rope_middleware.session.unsaved import Written
+
+if TYPE_CHECKING:
+    from rope_middleware.scope.kind import SessionKind
 
 __all__ = ["TIE", "Tie", "check_loop", "keep_also", "tie_of", "tie_to"]
 

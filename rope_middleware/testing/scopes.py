@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from rope_middleware.running.finish import running_loop
 from rope_middleware.running.threads import in_thread
-from rope_middleware.scope.ending import aend, end
+from rope_middleware.scope.async_ending import aend
+from rope_middleware.scope.ending import end
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.response import open_as
 from rope_middleware.scope.scope import AsyncScope

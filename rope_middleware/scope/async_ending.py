@@ -1,0 +1,178 @@
+"""Ending, committing and rolling back an async scope. Imported where there is one.
+
+It does what `ending` does for sync scopes, and finishes under cancellation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rope_middleware.running.finish import finish, within
+from rope_middleware.running.threads import finish_in_thread, in_thread
+from rope_middleware.scope.async_hands import Async
+from rope_middleware.scope.context import class_of
+from rope_middleware.scope.ending import end_closing, explain
+from rope_middleware.scope.hands import run_now
+from rope_middleware.scope.hop import commit_by_hop, goes_by_hop
+from rope_middleware.scope.order import (
+    committing,
+    each,
+    ending,
+    held,
+    invalidate_failed,
+    open_sessions,
+    rolling_back,
+    until_free,
+    worse,
+)
+from rope_middleware.scope.scope import CLOSED, ENDED, Scope
+from rope_middleware.scope.settling import Settling
+from rope_middleware.scope.short import end_plainly, is_plain, is_untouched
+
+if TYPE_CHECKING:
+    from rope_middleware.scope.kind import SessionKind
+
+__all__ = ["acommit", "aend", "aend_failed", "aroll_back"]
+
+
+def _is_settled(scope: Scope) -> bool:
+    """Tell whether a scope that commits has done so before, and left nothing open."""
+    return not (scope._on_commit or scope._on_close or scope._registries or open_sessions(scope))
+
+
+async def aend(scope: Scope, commits: bool = False, why: str = "") -> None:
+    """End an async scope; finishes under cancellation. See `order.ending`."""
+    if is_untouched(scope):
+        return
+    if is_plain(scope):
+        await _end_plainly(scope)
+    elif _is_settled(scope):
+        end_plainly(scope)  # nothing waits
+    else:
+        timeout = scope._options.close_timeout
+        await finish(ending(scope, Async(timeout), commits, why), timeout)
+
+
+async def acommit(scope: Scope, note: Callable[[], None]) -> None:
+    """Commit an async scope that goes on; finishes under cancellation. See `commit`.
+
+    Args:
+        scope: the request's.
+        note: called once the commit stands, also where a cancellation is raised then.
+    """
+    work = open_sessions(scope)
+    if not (work or scope._on_commit):
+        note()
+        return
+    if goes_by_hop(scope, work):
+        failure = await commit_by_hop(scope, work, note)
+    else:
+        timeout = scope._options.close_timeout
+        failure = await finish(_settle(scope, Async(timeout), note), timeout)
+    if failure is not None:
+        raise failure
+
+
+async def _settle(scope: Scope, hands: Async, note: Callable[[], None]) -> BaseException | None:
+    with Settling(scope):
+        return await committing(scope, hands, note)
+
+
+async def aroll_back(scope: Scope, why: str) -> None:
+    """Roll back an async scope that goes on; finishes under cancellation."""
+    if scope._sessions is None or not open_sessions(scope):
+        scope._on_commit = None
+        return
+    timeout = scope._options.close_timeout
+    await finish(_undo(scope, Async(timeout), why), timeout)
+
+
+async def _undo(scope: Scope, hands: Async, why: str) -> None:
+    with Settling(scope):  # as a commit: the application may go on meanwhile (C10)
+        await until_free(open_sessions(scope), hands)
+        await rolling_back(scope, hands, why)
+
+
+async def aend_failed(scope: Scope, error: BaseException) -> None:
+    """End the scope of a call that `error` has left; it commits nothing any more.
+
+    The caller raises `error` again: a cancellation that arrives meanwhile does not replace it.
+    """
+    explain(scope, error)
+    if scope.closed:
+        return  # the error came from its end
+    if isinstance(error, GeneratorExit):
+        end_closing(scope)
+        return
+    try:
+        await aend(scope, why=class_of(error))
+    except asyncio.CancelledError:
+        pass
+
+
+# -- the short way: see `short` --------------------------------------------------------------------
+
+
+async def _end_plainly(scope: Scope) -> None:
+    """`end_plainly`, on the event loop; finishes under cancellation."""
+    scope._state = ENDED  # before the look: from here on nothing can begin
+    waits = is_async = False
+    for key, session in list((scope._sessions or {}).items()):
+        kind = key.kind
+        if not (kind.is_idle(session) or kind.ends_at_once(session)):
+            waits = True
+            is_async = is_async or kind.is_async
+    if not waits:
+        end_plainly(scope)
+    elif is_async:
+        await finish(_close_each(scope), scope._options.close_timeout)
+    else:
+        await _end_in_thread(scope)
+
+
+async def _close_each(scope: Scope) -> None:
+    """Close the sessions of a scope that has nothing else to end."""
+    failure: BaseException | None = None
+    for key, session in list((scope._sessions or {}).items()):
+        kind = key.kind
+        try:
+            if kind.is_idle(session):
+                kind.discard(session)
+            elif kind.is_async:
+                await within(scope._options.close_timeout, kind.close(session))
+            else:
+                await in_thread(kind.close, session)
+        except BaseException as error:
+            failure = worse(failure, invalidate_failed(scope, kind, session, error))
+    scope._sessions = None
+    if scope._gate is not None:
+        scope._gate = None  # they refer to each other
+    scope._state = CLOSED
+    if failure is not None:
+        raise failure
+
+
+async def _end_in_thread(scope: Scope) -> None:
+    """End sync sessions in one hop to a thread."""
+    try:
+        await finish_in_thread(end_plainly, scope, scope._options.close_timeout)
+    except asyncio.CancelledError as error:
+        _end_without_thread(scope, error)
+        raise
+    except Exception as error:  # no thread could be started
+        _end_without_thread(scope, error)
+
+
+def _end_without_thread(scope: Scope, error: BaseException) -> None:
+    """End the scope without the thread that should have done it, if it has not."""
+    if scope._state == CLOSED:
+        return
+
+    async def invalidate(_: SessionKind, __: Any) -> None:
+        raise error
+
+    run_now(each(scope, held(scope), invalidate))
+    scope._sessions = None
+    scope._state = CLOSED
