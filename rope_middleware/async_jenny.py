@@ -27,6 +27,7 @@ from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tyin
 from rope_middleware.session.release import has_connection, inner_session, release
 from rope_middleware.session.sharing import noting
 from rope_middleware.session.tie import check_loop
+from rope_middleware.signature import explained
 
 from sqlalchemy.ext.asyncio import (  # isort: skip
     AsyncEngine,
@@ -120,6 +121,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
 
     registry: AsyncScopeRegistry[_AS]
 
+    @explained("jenny = AsyncSessionJenny(async_sessionmaker(engine))")
     def __init__(
         self,
         session_factory: Callable[..., _AS],

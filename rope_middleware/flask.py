@@ -39,6 +39,7 @@ from rope_middleware.scope.scope import Scope, SyncScope, is_over, session_of
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.tie import tie_of
 from rope_middleware.session.unsaved import tell_lost
+from rope_middleware.signature import explained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -150,6 +151,7 @@ class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is d
 
     registry: ScopeRegistry[_S]
 
+    @explained("session = flask_scoped_session(sessionmaker(engine), app)")
     def __init__(self, session_factory: Callable[..., _S], app: Flask | None = None) -> None:
         super().__init__(session_factory)
         self.registry = _AppContextRegistry(self.registry.createfunc, self.registry.outside)

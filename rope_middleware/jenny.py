@@ -30,6 +30,7 @@ from rope_middleware.session.factories import (
 )
 from rope_middleware.session.kinds import FOREIGN
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
+from rope_middleware.signature import explained
 
 __all__ = ["SessionJenny", "get_or_make", "name_elsewhere"]
 
@@ -68,6 +69,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
 
     registry: ScopeRegistry[_S]
 
+    @explained("jenny = SessionJenny(sessionmaker(engine))")
     def __init__(
         self,
         session_factory: Callable[..., _S],

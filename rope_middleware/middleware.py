@@ -19,7 +19,7 @@ from rope_middleware.scope.options import DEFAULT, Options, methods_of, options_
 from rope_middleware.scope.response import options_now, take_in
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.failures import listen_for_retries
-from rope_middleware.signature import SignatureOf, parameters_of
+from rope_middleware.signature import SignatureOf, explained, parameters_of
 
 if TYPE_CHECKING:
     from typing import TypedDict, Unpack
@@ -132,6 +132,7 @@ class RopeMiddleware:
     if not TYPE_CHECKING:
         # Hidden from type checkers, which take the type from `__new__`: with an `__init__` in
         # sight mypy ignores `__new__`, and pyright checks both.
+        @explained("app = RopeMiddleware(app, commit_on_success=True)")
         def __init__(self, app=None, registries=(), **options):
             self._set_up(app, registries, options)
 

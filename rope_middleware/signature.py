@@ -1,12 +1,60 @@
-"""What `inspect.signature` and `help()` tell of a class whose `__new__` chooses another one."""
+"""How classes are called: what `inspect.signature` tells, and the errors of wrong arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from inspect import Parameter, Signature, signature
-from typing import Any
+from typing import Any, TypeVar, cast
 
-__all__ = ["SignatureOf", "parameters_of"]
+__all__ = ["SignatureOf", "explained", "near", "parameters_of"]
+
+_F = TypeVar("_F", bound=Callable[..., None])
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return a question for who has misspelt a name, or an empty string."""
+    import difflib  # only for those
+
+    # "scope_func" and "readOnly" are nearer to what is meant than they look.
+    plain = {one.replace("_", ""): one for one in known}
+    found = difflib.get_close_matches(name.replace("_", "").lower(), plain, 1)
+    return f" Did you mean {plain[found[0]]}?" if found else ""
+
+
+def explained(example: str) -> Callable[[_F], _F]:
+    """Let an `__init__` that is called with wrong arguments say how it is called.
+
+    Args:
+        example: a call as most write it.
+    """
+
+    def decorate(init: _F) -> _F:
+        @wraps(init)
+        def checked(self: object, *arguments: Any, **named: Any) -> None:
+            try:
+                init(self, *arguments, **named)
+            except TypeError as error:
+                if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                    raise  # by its body: the arguments were those that it takes
+                raise _wrong(type(self), init, str(error), example, named) from None
+
+        return cast("_F", checked)
+
+    return decorate
+
+
+def _wrong(made: type, init: Any, text: str, example: str, named: Iterable[str]) -> TypeError:
+    """Make the error for arguments that `init` does not take; Python tells in `text` which."""
+    who = init.__qualname__.partition(".")[0]
+    owner = next(one for one in made.__mro__ if one.__name__ == who)
+    takes = Signature(parameters_of(owner))
+    unknown = next((name for name in named if name not in takes.parameters), None)
+    hint = "" if unknown is None else near(unknown, takes.parameters)
+    told = text.replace(f"{init.__qualname__}() ", "").replace("missing", "is missing")
+    if "positional arguments but" in told:  # Python counts the object itself, too
+        told = "got too many arguments, or one by its position that needs its name"
+    return TypeError(f"{who} {told}.{hint} It takes {takes}, as in: {example}")
 
 
 def parameters_of(options: type) -> list[Parameter]:

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "rope_middleware"
 # finds its place here.
 HOUSE = (
     "errors",
+    "signature",
     "elsewhere",
     "protocols",
     "position",
@@ -104,7 +105,6 @@ HOUSE = (
     "async_jenny",
     "answer",
     "apps",
-    "signature",
     "middleware",
     "asgi.line",
     "asgi.replay",

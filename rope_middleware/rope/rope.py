@@ -23,6 +23,7 @@ from rope_middleware.session.notice import notice_module
 from rope_middleware.session.registry import ScopeRegistry, check_own
 from rope_middleware.session.tie import tie_of, tie_to
 from rope_middleware.session.unsaved import tell_lost
+from rope_middleware.signature import explained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +73,7 @@ class SessionRope(Generic[_T]):
     _session: _T | None = None
     _held: OwnRope[_T] | None = None
 
+    @explained("SessionRope(jenny.registry)")
     def __init__(self, registry: ScopedRegistry[_T]) -> None:
         if not hasattr(registry, "has"):
             raise TypeError(

@@ -24,6 +24,7 @@ from rope_middleware.scope.context import (
 from rope_middleware.scope.ending import end, end_closing, explain
 from rope_middleware.scope.options import EVERY, options_of
 from rope_middleware.scope.scope import AsyncScope, Scope, SyncScope
+from rope_middleware.signature import explained
 
 __all__ = ["current_scope", "open_scope"]
 
@@ -86,6 +87,7 @@ class open_scope:  # noqa: N801 - used like a function
             FastAPI does with dependencies that are plain generators: nobody would find the scope.
     """
 
+    @explained('with open_scope("import", commit_on_success=True): ...')
     def __init__(
         self,
         name: str | None = None,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from rope_middleware.scope.context import is_async_callable
+from rope_middleware.signature import near
 
 if TYPE_CHECKING:
     from rope_middleware.protocols import CommitError, Veto
@@ -130,12 +131,9 @@ def options_of(who: str, given: dict[str, Any]) -> Options:
     known = Options.__slots__
     for name in given:
         if name not in known:
-            import difflib  # only for who has misspelt an option
-
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
             raise TypeError(
-                f"{who} got an unexpected keyword argument {name!r}.{hint} Its options are "
+                f"{who} got an unexpected keyword argument {name!r}.{near(name, known)} Its "
+                "options are "
                 f"{', '.join(known)}."
             )
     return Options(**given)

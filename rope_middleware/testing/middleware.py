@@ -10,7 +10,7 @@ from rope_middleware.asgi import ASGIRopeMiddleware
 from rope_middleware.middleware import RopeMiddleware
 from rope_middleware.running.threads import in_thread
 from rope_middleware.scope.context import logger
-from rope_middleware.signature import SignatureOf
+from rope_middleware.signature import SignatureOf, explained
 from rope_middleware.testing.desk import Desk, Reply, Visit
 from rope_middleware.testing.sandbox import NAME, Sandbox
 from rope_middleware.testing.whose import named
@@ -79,6 +79,7 @@ class SandboxMiddleware:
 
     if not TYPE_CHECKING:
         # For type checkers `__new__` alone tells the class, as of RopeMiddleware.
+        @explained("app = SandboxMiddleware(app, jenny)")
         def __init__(self, app, *jennies, path="/rope-sandbox", idle=60.0):
             self.app = app
             self._desk = Desk(jennies, path, idle)

@@ -17,6 +17,7 @@ from rope_middleware.scope.context import current
 from rope_middleware.scope.opening import restore
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.registry import ScopeRegistry
+from rope_middleware.signature import explained
 from rope_middleware.testing.connections import Opened, SandboxEngine
 from rope_middleware.testing.scopes import OwnScope, OwnScopes
 from rope_middleware.testing.stock import root_of
@@ -75,6 +76,7 @@ class Sandbox:
         RopeError: at the end, where something was committed behind the sandbox's back.
     """
 
+    @explained("with Sandbox(jenny): ...")
     def __init__(self, *jennies: Any, name: str | None = None, wait: float = 5.0) -> None:
         _check(jennies, name, wait)
         self.name: str = name or _running_test()

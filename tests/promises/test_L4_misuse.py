@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
 import pytest
-from sqlalchemy import Engine, text
-from sqlalchemy.orm import Session
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import (
     AsyncSessionJenny,
     RopeError,
     RopeMiddleware,
     SessionJenny,
+    SessionRope,
     current_scope,
     open_scope,
 )
+from rope_middleware.flask import flask_scoped_session
+from rope_middleware.testing import Sandbox, SandboxMiddleware
 from tests.kit.asgi import answer, ask, http_scope, into_nothing
 from tests.kit.leaks import checked_out
 from tests.kit.wsgi import make_environ
@@ -104,6 +108,58 @@ def test_L4_registries_is_a_list(given: Any) -> None:
 
     with pytest.raises(TypeError, match="registries= takes a list of scoped_session objects, not"):
         RopeMiddleware(app, registries=given)
+
+
+def wsgi_app(environ: Any, start_response: Any) -> Any: ...
+
+
+FACTORY = sessionmaker(create_engine("sqlite://"))
+JENNY = SessionJenny(FACTORY)
+WRONG: list[tuple[Callable[[], object], str, str]] = [
+    (lambda: open_scope(commit_on_sucess=True), "open_scope", "commit_on_success"),
+    (lambda: open_scope("import", readOnly=True), "open_scope", "read_only"),
+    (lambda: SessionJenny(FACTORY, scope_func=int), "SessionJenny", "scopefunc"),
+    (lambda: SessionJenny(FACTORY, replica=[]), "SessionJenny", "replicas"),
+    (lambda: SessionJenny(FACTORY, int, True), "SessionJenny", ""),
+    (lambda: SessionJenny(), "SessionJenny", ""),
+    (lambda: SessionRope(), "SessionRope", ""),
+    (lambda: AsyncSessionJenny(FACTORY, stict=True), "AsyncSessionJenny", "strict"),
+    (lambda: AsyncSessionJenny(), "AsyncSessionJenny", ""),
+    (lambda: flask_scoped_session(FACTORY, ap=None), "flask_scoped_session", "app"),
+    (lambda: Sandbox(JENNY, nmae="x"), "Sandbox", "name"),
+    (lambda: SandboxMiddleware(wsgi_app, JENNY, pth="/x"), "SandboxMiddleware", "path"),
+    (lambda: RopeMiddleware(wsgi_app, retires=3), "WSGIRopeMiddleware", "retries"),
+    (lambda: RopeMiddleware(wsgi_app, (), True), "RopeMiddleware", ""),
+]  # type: ignore[call-arg, call-overload, misc]
+
+
+@pytest.mark.parametrize(("call", "who", "meant"), WRONG, ids=str)
+def test_L4_wrong_arguments_are_told_with_what_is_meant(
+    call: Callable[[], object], who: str, meant: str
+) -> None:
+    """Which one, what it is called, and how a call looks like; not Python's `__init__() got`."""
+    with pytest.raises(TypeError) as raised:
+        call()
+    told = str(raised.value)
+    assert told.startswith(f"{who} ") and "__init__" not in told
+    if meant:
+        assert "got an unexpected keyword argument" in told and f"Did you mean {meant}?" in told
+    else:
+        assert "It takes (" in told and f"{who}(" in told.rpartition("as in: ")[2]
+    assert raised.value.__suppress_context__ or raised.value.__context__ is None
+
+
+def test_L4_an_error_within_a_jenny_stays_as_it_is() -> None:
+    """A TypeError of a subclass, or of what an argument does, is not taken for wrong arguments."""
+
+    class Own(SessionJenny[Session]):
+        def __init__(self, url: str) -> None:
+            super().__init__(sessionmaker(create_engine(url)))
+
+    with pytest.raises(TypeError, match=r"Own\.__init__\(\) missing 1 required"):
+        Own()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^strict is True or False, not 1\.$"):
+        SessionJenny(FACTORY, strict=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
