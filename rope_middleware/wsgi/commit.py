@@ -31,9 +31,11 @@ AGAIN: list[bytes] = []  # no response: the request is to be run again
 class Gate(answer.Gate):
     """Stands between the app and the server's `start_response`.
 
-    The app's call is held back until its first chunk is made (of a list: until the app returns it),
-    so that a success whose commit fails was never announced, and one whose first chunk fails was
-    never committed. PEP 3333 sends nothing before the first chunk anyway.
+    The app's call is held back until the first chunk of its stream is made (of a list: until the
+    app returns it), so that a success whose commit fails was never announced, and one whose first
+    chunk fails was never committed. That chunk is made before the server gets the body: not every
+    server looks at what start_response was told after that (granian), or has an answer to an error
+    in a first chunk (Cheroot).
 
     Args:
         scope: the request's.
@@ -93,10 +95,9 @@ class Gate(answer.Gate):
             streamed = self.state == WAITING and (
                 is_streamed(body, environ) or self._starts_late(body)
             )
-            if streamed and self._may_replay is not None:
-                body = Begun(body)  # its first chunk may fail, and the request be run again
-            if not streamed or self._may_replay is not None:
-                self.announce()
+            if streamed:
+                body = Begun(body)
+            self.announce()
             if streamed and self.state == WAITING:
                 return Body(body, self._scope, False, self._owns, self)
         except BaseException as error:
@@ -157,8 +158,9 @@ class Gate(answer.Gate):
         """The `write` callable that the app gets."""
         if data:
             self.announce()
-        # None: this response was replaced, or held back.
-        return None if self._write_on is None else self._write_on(data)
+        if self._write_on is None and self.state != STARTED:
+            return None  # this response was replaced, or held back
+        return self._write_on(data)  # type: ignore[misc]  # not every server has one: its error
 
     def announce(self) -> None:
         """The app wants to start its response, if it has said so: do what that means.

@@ -106,7 +106,7 @@ def test_W1_body_closed_before_its_first_chunk(
     probe.is_over(engine)
 
 
-@served("retries")  # which takes the first chunk before it returns
+@served("commit", "retries")  # which take the first chunk before they return
 def test_W1_generator_closed_before_its_first_chunk(
     wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
@@ -469,8 +469,8 @@ def test_W1_chunks_come_one_by_one(
 
     started: list[Any] = []
     result = wrap(app)(make_environ(), lambda *args: started.append(args) or print)
-    # Late: at the first chunk, which retries have to see before the server sees anything.
-    early = request.node.callspec.params["wrap"] == "retries"
+    # The first one decides on commit and retry, so it is there before the server sees anything.
+    early = request.node.callspec.params["wrap"] in ("commit", "retries")
     assert len(made) == early and len(started) <= early
     chunks = iter(result)
     for number in range(3):
