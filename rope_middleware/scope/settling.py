@@ -15,7 +15,7 @@ from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.scope.asking import is_thread_of
-from rope_middleware.scope.scope import OPEN, Scope
+from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
 
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import SessionKey, SessionKind
@@ -28,6 +28,7 @@ __all__ = [
     "calls_of",
     "has_company",
     "may_begin",
+    "may_begin_in_loop",
     "may_begin_plainly",
     "must_wait_for",
     "needs",
@@ -184,6 +185,20 @@ def may_begin_plainly(scope: Scope) -> bool:
         scope._state == OPEN
         and scope._settling is None
         and not (scope._is_async and is_thread_of(scope, threading.get_ident()))
+    )
+
+
+def may_begin_in_loop(scope: Scope) -> bool:
+    """Tell whether an async session may, in the event loop in which it was first used."""
+    try:
+        here = asyncio.get_running_loop()
+    except RuntimeError:  # trio
+        return False
+    return (
+        scope._state == OPEN
+        and scope._settling is None
+        and isinstance(scope, AsyncScope)
+        and scope._loop is here
     )
 
 
