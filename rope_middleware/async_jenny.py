@@ -15,6 +15,7 @@ from rope_middleware.elsewhere import NO_MIDDLEWARE
 from rope_middleware.errors import no_engine, sync_scope
 from rope_middleware.jenny import get_or_make, name_elsewhere
 from rope_middleware.running.finish import finish, within
+from rope_middleware.scope.asking import check_loop
 from rope_middleware.scope.context import current
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.options import DEFAULT
@@ -26,7 +27,6 @@ from rope_middleware.session.listeners import listen
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
 from rope_middleware.session.release import has_connection, inner_session, release
 from rope_middleware.session.sharing import noting
-from rope_middleware.session.tie import check_loop
 from rope_middleware.signature import explained
 
 from sqlalchemy.ext.asyncio import (  # isort: skip

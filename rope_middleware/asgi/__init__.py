@@ -41,7 +41,7 @@ from rope_middleware.scope.scope import CLOSED, ENDED, OPEN, AsyncScope, Scope
 from rope_middleware.session.committing import asettle
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Iterable
     from typing import Self, Unpack
 
     from rope_middleware.middleware import GivenOptions
@@ -281,14 +281,13 @@ ASGIRopeMiddleware.__call__.__qualname__ = (
 )
 
 
-async def _end(own: AsyncScope, gate: Gate | None) -> None:
+def _end(own: AsyncScope, gate: Gate | None) -> Awaitable[None]:
     """End the scope of a call that has returned."""
     gate = gate or gate_of(own)
     if isinstance(gate, Gate):
-        await gate.end()
-    else:
-        why = "" if gate is None else gate.why_not()
-        await aend(own, gate is not None and not why, why)
+        return gate.end()
+    why = "" if gate is None else gate.why_not()
+    return aend(own, gate is not None and not why, why)
 
 
 def _copy(scope: ASGIScope) -> ASGIScope:

@@ -56,7 +56,7 @@ def is_async_running() -> bool:
         return trio is not None and trio.lowlevel.in_trio_task()
 
 
-async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _T:
+def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> Coroutine[Any, Any, _T]:
     """Await `work` to its end, however often the caller is cancelled meanwhile.
 
     A plain ``asyncio.shield`` returns at the first cancellation and leaves the work behind.
@@ -77,13 +77,17 @@ async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        # trio: every cancellation comes from a cancel scope, so a shield stops all of them.
-        with shield():
-            return await work
+        return _shielded(work)
     task = loop.create_task(work)
     _ending.add(task)
     task.add_done_callback(_ending.discard)
-    return await to_end(loop, task, grace)
+    return to_end(loop, task, grace)
+
+
+async def _shielded(work: Awaitable[_T]) -> _T:
+    # trio: every cancellation comes from a cancel scope, so a shield stops all of them.
+    with shield():
+        return await work
 
 
 async def to_end(

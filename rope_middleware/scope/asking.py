@@ -1,12 +1,16 @@
-"""What is asked of a scope where somebody is told something: never on the path of a request."""
+"""What is asked of a scope where somebody is told something, and whose event loop this is."""
 
 from __future__ import annotations
 
+import threading
+from asyncio import get_running_loop
 from collections.abc import Iterator
 
+from rope_middleware.errors import other_loop
 from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
 
 __all__ = [
+    "check_loop",
     "expects_nothing",
     "is_async",
     "is_request",
@@ -56,3 +60,19 @@ def is_request(scope: Scope) -> bool:
 def is_thread_of(scope: Scope, thread: int) -> bool:
     """Tell whether `thread` is the one that the event loop of `scope` runs in."""
     return isinstance(scope, AsyncScope) and scope._thread == thread
+
+
+def check_loop(scope: AsyncScope) -> None:
+    """Check that the running event loop is that of `scope`; the first that asks makes it so.
+
+    Raises:
+        CrossLoopError: it is another one.
+    """
+    try:
+        here = get_running_loop()
+    except RuntimeError:  # trio, or no loop at all
+        return
+    if scope._loop is None and scope._thread == threading.get_ident():
+        scope._loop = here
+    if scope._loop is not here:
+        raise other_loop(scope.name)

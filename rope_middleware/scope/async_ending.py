@@ -6,7 +6,7 @@ It does what `ending` does for sync scopes, and finishes under cancellation.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.running.finish import finish, within
@@ -29,7 +29,7 @@ from rope_middleware.scope.order import (
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 from rope_middleware.scope.settling import Settling
-from rope_middleware.scope.short import end_plainly, is_plain, is_untouched
+from rope_middleware.scope.short import end_plainly, is_untouched
 
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import SessionKind
@@ -42,13 +42,17 @@ def _is_settled(scope: Scope) -> bool:
     return not (scope._on_commit or scope._on_close or scope._registries or open_sessions(scope))
 
 
-async def aend(scope: Scope, commits: bool = False, why: str = "") -> None:
+def aend(scope: Scope, commits: bool = False, why: str = "") -> Coroutine[Any, Any, None]:
     """End an async scope; finishes under cancellation. See `order.ending`."""
+    if scope._options.commit_on_success or scope._registries or scope._on_close:
+        return _end(scope, commits, why)
+    return _end_plainly(scope)
+
+
+async def _end(scope: Scope, commits: bool, why: str) -> None:
     if is_untouched(scope):
         return
-    if is_plain(scope):
-        await _end_plainly(scope)
-    elif _is_settled(scope):
+    if _is_settled(scope):
         end_plainly(scope)  # nothing waits
     else:
         timeout = scope._options.close_timeout
@@ -117,35 +121,44 @@ async def aend_failed(scope: Scope, error: BaseException) -> None:
 
 async def _end_plainly(scope: Scope) -> None:
     """`end_plainly`, on the event loop; finishes under cancellation."""
+    failure: BaseException | None = None
+    is_async = False
     scope._state = ENDED  # before the look: from here on nothing can begin
-    waits = is_async = False
-    for key, session in list((scope._sessions or {}).items()):
+    sessions = scope._sessions or {}
+    for key, session in list(sessions.items()):
         kind = key.kind
-        if not (kind.is_idle(session) or kind.ends_at_once(session)):
-            waits = True
-            is_async = is_async or kind.is_async
-    if not waits:
-        end_plainly(scope)
+        try:
+            if not kind.end_at_once(session):
+                is_async = is_async or kind.is_async
+                continue
+        except BaseException as error:
+            failure = worse(failure, invalidate_failed(scope, kind, session, error))
+        sessions.pop(key, None)
+    if not sessions:
+        _leave(scope, failure)
     elif is_async:
-        await finish(_close_each(scope), scope._options.close_timeout)
+        await finish(_close_each(scope, failure), scope._options.close_timeout)
     else:
         await _end_in_thread(scope)
+        _leave(scope, failure)
 
 
-async def _close_each(scope: Scope) -> None:
+async def _close_each(scope: Scope, failure: BaseException | None) -> None:
     """Close the sessions of a scope that has nothing else to end."""
-    failure: BaseException | None = None
     for key, session in list((scope._sessions or {}).items()):
         kind = key.kind
         try:
-            if kind.is_idle(session):
-                kind.discard(session)
-            elif kind.is_async:
+            if kind.is_async:
                 await within(scope._options.close_timeout, kind.close(session))
             else:
                 await in_thread(kind.close, session)
         except BaseException as error:
             failure = worse(failure, invalidate_failed(scope, kind, session, error))
+    _leave(scope, failure)
+
+
+def _leave(scope: Scope, failure: BaseException | None) -> None:
+    """Everything is given back; raise what is to be raised."""
     scope._sessions = None
     if scope._gate is not None:
         scope._gate = None  # they refer to each other

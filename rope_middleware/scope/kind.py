@@ -40,8 +40,8 @@ class SessionKind(Protocol):
         """Tell whether a commit of `session` flushes first."""
         ...
 
-    def ends_at_once(self, session: Any, /) -> bool:
-        """Tell whether ending `session` needs no I/O although it has a connection."""
+    def end_at_once(self, session: Any, /) -> bool:
+        """End `session` on the event loop, where that needs no I/O; tell whether it has ended."""
         ...
 
     def has_open_result(self, session: Any, /) -> bool:

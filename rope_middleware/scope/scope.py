@@ -24,7 +24,6 @@ __all__ = [
     "SyncScope",
     "call_after_commit",
     "forget",
-    "is_of_loop",
     "is_over",
     "keep",
     "registries_of",
@@ -284,10 +283,3 @@ def session_of(scope: Scope, key: SessionKey) -> Any:
 def registries_of(scope: Scope) -> tuple[PlainKind, ...]:
     """Return the plain scoped_sessions whose sessions the scope removes."""
     return scope._registries
-
-
-def is_of_loop(scope: AsyncScope, loop: object) -> bool:
-    """Tell whether `scope` belongs to the running event loop `loop`."""
-    if scope._loop is None and scope._thread == threading.get_ident():
-        scope._loop = loop
-    return scope._loop is loop

@@ -14,7 +14,6 @@ __all__ = [
     "commit_plainly",
     "end_plainly",
     "end_shortly",
-    "is_plain",
     "is_untouched",
 ]
 
@@ -28,11 +27,6 @@ def is_untouched(scope: Scope) -> bool:
         return False  # type: ignore[unreachable]
     scope._state = CLOSED
     return True
-
-
-def is_plain(scope: Scope) -> bool:
-    """Tell whether there are only sessions to close: no commit, no callback, nothing to remove."""
-    return not (scope._options.commit_on_success or scope._registries or scope._on_close)
 
 
 def commit_plainly(scope: Scope) -> bool:

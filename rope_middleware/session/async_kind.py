@@ -7,6 +7,7 @@ install.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Coroutine
 from typing import Any
 
 try:
@@ -44,9 +45,9 @@ class AsyncKind(SyncKind):
             session, _CLOSE
         )
 
-    def ends_at_once(self, session: Any, /) -> bool:
-        return closing.ends_at_once(session.sync_session) and not closing.overrides_close(
-            session, _CLOSE
+    def end_at_once(self, session: Any, /) -> bool:
+        return not closing.overrides_close(session, _CLOSE) and closing.end_at_once(
+            session.sync_session
         )
 
     def is_twophase(self, session: Any, /) -> bool:
@@ -64,14 +65,11 @@ class AsyncKind(SyncKind):
     def commit_alone(self, _: Any, /) -> bool:
         return False
 
-    async def close(self, session: Any, /) -> None:
-        if not closing.overrides_close(session, _CLOSE):
-            await session.run_sync(closing.close)
-            return
-        try:
-            await session.close()
-        finally:
-            closing.invalidate(session.sync_session)
+    def close(self, session: Any, /) -> Coroutine[Any, Any, None]:
+        if closing.overrides_close(session, _CLOSE):
+            return _close_by_its_own(session)
+        closes: Coroutine[Any, Any, None] = session.run_sync(closing.close)
+        return closes
 
     def discard(self, session: Any, /) -> None:
         closing.discard(session.sync_session)
@@ -102,8 +100,8 @@ class ForeignAsyncKind(AsyncKind):
     def is_idle(self, session: Any, /) -> bool:
         return isinstance(session, AsyncSession) and super().is_idle(session)
 
-    def ends_at_once(self, session: Any, /) -> bool:
-        return isinstance(session, AsyncSession) and super().ends_at_once(session)
+    def end_at_once(self, session: Any, /) -> bool:
+        return isinstance(session, AsyncSession) and super().end_at_once(session)
 
     def is_twophase(self, session: Any, /) -> bool:
         return isinstance(session, AsyncSession) and super().is_twophase(session)
@@ -123,11 +121,10 @@ class ForeignAsyncKind(AsyncKind):
     async def rollback(self, session: Any, /) -> None:
         await _call(session, "rollback")
 
-    async def close(self, session: Any, /) -> None:
+    def close(self, session: Any, /) -> Coroutine[Any, Any, None]:
         if isinstance(session, AsyncSession):
-            await super().close(session)
-        else:
-            await _call(session, "close")
+            return super().close(session)
+        return _call(session, "close")
 
     def invalidate(self, session: Any, /) -> None:
         if isinstance(session, AsyncSession):
@@ -136,6 +133,13 @@ class ForeignAsyncKind(AsyncKind):
     def detach(self, session: Any, /) -> None:
         if isinstance(session, AsyncSession):
             super().detach(session)
+
+
+async def _close_by_its_own(session: Any) -> None:
+    try:
+        await session.close()
+    finally:
+        closing.invalidate(session.sync_session)
 
 
 async def _call(session: Any, method: str) -> None:

@@ -39,7 +39,7 @@ __all__ = [
     "detach",
     "discard",
     "end",
-    "ends_at_once",
+    "end_at_once",
     "has_begun",
     "has_nothing_open",
     "has_open_result",
@@ -85,10 +85,17 @@ def holds_connection(session: Session) -> bool:
     return tie is not None and has_connection_out(tie)
 
 
-def ends_at_once(session: Session) -> bool:
-    """Tell whether ending `session` needs no I/O although it has a connection: it only reads."""
-    ends = getattr(session, "_rope_middleware_ends_at_once", None)  # see `reading`
-    return ends is not None and bool(ends())
+def end_at_once(session: Session) -> bool:
+    """End `session` where that needs no I/O; tell whether it has ended."""
+    if has_nothing_open(session):
+        session.reset()  # see `close`
+        _forget(session)
+        return True
+    ends = getattr(session, "_rope_middleware_ends_at_once", None)  # it only reads: see `reading`
+    if ends is None or not ends() or overrides_close(session):
+        return False
+    close(session)
+    return True
 
 
 def has_open_result(session: Session) -> bool:

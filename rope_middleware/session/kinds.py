@@ -47,8 +47,8 @@ class SyncKind:
         inner = self.inner(session)
         return inner is None or has_pending(inner)
 
-    def ends_at_once(self, session: Any, /) -> bool:
-        return closing.ends_at_once(session) and not closing.overrides_close(session)
+    def end_at_once(self, session: Any, /) -> bool:
+        return closing.end_at_once(session)
 
     def has_open_result(self, session: Any, /) -> bool:
         inner = self.inner(session)
@@ -123,8 +123,8 @@ class ForeignKind(SyncKind):
     def is_idle(self, session: Any, /) -> bool:
         return isinstance(session, Session) and super().is_idle(session)
 
-    def ends_at_once(self, session: Any, /) -> bool:
-        return isinstance(session, Session) and super().ends_at_once(session)
+    def end_at_once(self, session: Any, /) -> bool:
+        return isinstance(session, Session) and super().end_at_once(session)
 
     def is_twophase(self, session: Any, /) -> bool:
         return isinstance(session, Session) and super().is_twophase(session)

@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 from rope_middleware.errors import CrossLoopError, RopeError
+from rope_middleware.scope.asking import check_loop
 from rope_middleware.scope.context import current
 from rope_middleware.scope.outcome import note_commit, retries_of
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over, registries_of, require_open
@@ -28,7 +29,7 @@ from rope_middleware.session.begun import note_begin
 from rope_middleware.session.connections import connections_out, has_made, has_out, made_connections
 from rope_middleware.session.ended import note_ended
 from rope_middleware.session.notice import is_known, learn_engines, notice_begin
-from rope_middleware.session.tie import TIE, Tie, check_loop, keep_also, tie_to
+from rope_middleware.session.tie import TIE, Tie, keep_also, tie_to
 from rope_middleware.session.turns import wait_for_commit
 from rope_middleware.session.unsaved import forget_committed, forget_rolled_back, note_flush
 from rope_middleware.session.written import watch, watch_binds

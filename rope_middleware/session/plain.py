@@ -95,7 +95,7 @@ class PlainSessions:
         session = self.find()
         return session is not None and has_pending(session)
 
-    def ends_at_once(self, _: Any, /) -> bool:
+    def end_at_once(self, _: Any, /) -> bool:
         return False
 
     def has_open_result(self, _: Any, /) -> bool:

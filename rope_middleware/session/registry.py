@@ -136,14 +136,16 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         return self._adopt(scope, self.createfunc())
 
     def _adopt(self, scope: Scope, session: Any) -> _T:
+        kind = self.kind
+        inner = kind.inner(session) if kind.is_async else session
         if (
-            type(session) is self._listening
-            and TIE not in session.__dict__
+            type(inner) is self._listening
+            and TIE not in inner.__dict__
             and (needed := needs(scope)) != GUARDED
         ):
-            tie = tie_to(session, scope, self.kind)  # most of all: 60 instructions less
+            tie = tie_to(inner, scope, kind)  # most of all: 60 instructions less
             if needed == TELLING:
-                tell_of_close(session)
+                tell_of_close(inner)
             if self.replicas is not None:
                 self.replicas.follow(tie, scope)
         else:
@@ -153,8 +155,8 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             kept = keep(scope, self, session)
         finally:
             if kept is not session:  # another thread was first, or the scope has ended
-                self.kind.invalidate(session)
-                self.kind.discard(session)
+                kind.invalidate(session)
+                kind.discard(session)
         return kept  # type: ignore[no-any-return]  # cast() is a call for every request
 
     def _tie(self, session: _T, scope: Scope) -> None:

@@ -13,9 +13,7 @@ from weakref import ReferenceType
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
-from rope_middleware.errors import other_loop
-from rope_middleware.running.finish import running_loop
-from rope_middleware.scope.scope import AsyncScope, Scope, is_of_loop, keep
+from rope_middleware.scope.scope import Scope, keep
 from rope_middleware.session.begun import note_begin
 from rope_middleware.session.lines import Line
 from rope_middleware.session.unsaved import Written
@@ -23,7 +21,7 @@ from rope_middleware.session.unsaved import Written
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import SessionKind
 
-__all__ = ["TIE", "Tie", "check_loop", "keep_also", "tie_of", "tie_to"]
+__all__ = ["TIE", "Tie", "keep_also", "tie_of", "tie_to"]
 
 TIE = "_rope_middleware_tie"
 """The name of that attribute."""
@@ -100,14 +98,3 @@ def keep_also(tie: Tie, session: Any) -> None:
     if tie.scope is not None and tie.kind is not None:
         tie.is_removed = False
         keep(tie.scope, _Key(tie.kind), session)
-
-
-def check_loop(scope: AsyncScope) -> None:
-    """Check that the running event loop is that of `scope`.
-
-    Raises:
-        CrossLoopError: it is another one.
-    """
-    loop = running_loop()
-    if loop is not None and not is_of_loop(scope, loop):
-        raise other_loop(scope.name)
