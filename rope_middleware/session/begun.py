@@ -89,9 +89,12 @@ def _task() -> asyncio.Task[Any] | None:
         return None
 
 
-def strand(is_async: bool) -> Strand:
-    """Return what runs here. A thread for a sync session on an event loop: the loop waits, too."""
-    return (_task() if is_async else None) or threading.get_ident()
+def strand() -> Strand:
+    """Return what runs here, for an async session. For a sync one in a task the loop waits, too."""
+    try:
+        return asyncio.current_task() or threading.get_ident()
+    except RuntimeError:
+        return threading.get_ident()
 
 
 def strand_of(tie: Tie) -> Strand | None:

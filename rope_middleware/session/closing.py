@@ -30,7 +30,7 @@ from rope_middleware.session.connections import (
     leave_to_parent,
 )
 from rope_middleware.session.listeners import refuse_late
-from rope_middleware.session.tie import Tie, tie_of
+from rope_middleware.session.tie import TIE, Tie, tie_of
 from rope_middleware.session.unsaved import has_pending, tell_lost
 from rope_middleware.session.written import notes_of
 
@@ -65,7 +65,7 @@ def has_nothing_open(session: Session) -> bool:
     """Tell whether ending `session` needs no I/O."""
     if session.in_transaction():
         return False
-    tie = tie_of(session)
+    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     if tie is None or (tie.transaction is None and not tie.connections):
         return not overrides_close(session)
     return not (has_connection_out(tie) or overrides_close(session))
@@ -127,7 +127,7 @@ def close(session: Session) -> None:
     Raises:
         BaseException: what ``session.close()`` raised.
     """
-    tie = tie_of(session)
+    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     if tie is not None:
         if tie.flush is not None:
             _wait_for_flush(session, tie)

@@ -58,7 +58,7 @@ def _through(
     is_async, overflow, here = door.is_async, door.overflow, current.get
 
     def through(reads: bool = False) -> PoolProxiedConnection:
-        who = strand(True) if is_async else threading.get_ident()
+        who = strand() if is_async else threading.get_ident()
         before = marks.get(who)
         marks[who] = door, here(None)
         try:
