@@ -181,7 +181,7 @@ def discard(session: Session) -> None:
 
 
 def _forget(session: Session) -> None:
-    tie = tie_of(session)
+    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     if tie is not None:
         tie.transaction = tie.flush = tie.written = None  # they refer to the session: a cycle
 

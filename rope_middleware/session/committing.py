@@ -18,7 +18,7 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import ask_for_aborted, refuse_aborted
 from rope_middleware.session.busy import has_unread
 from rope_middleware.session.connections import connections_of, made_connections
-from rope_middleware.session.tie import tie_of
+from rope_middleware.session.tie import TIE, Tie, tie_of
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -68,7 +68,7 @@ def commit_alone(session: Session) -> bool:
     Raises:
         BaseException: as `commit`.
     """
-    tie = tie_of(session)
+    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     scope = None if tie is None else tie.scope
     if tie is None or scope is None or tie.connections or session.twophase:
         return False

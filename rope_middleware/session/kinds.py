@@ -32,8 +32,11 @@ class SyncKind:
         """Return what a factory made, given its Session; None if it is gone."""
         return session
 
-    def is_idle(self, session: Any, /) -> bool:
-        return closing.has_nothing_open(session)
+    # The functions themselves, where each request comes by: a method would be one more call.
+    is_idle = staticmethod(closing.has_nothing_open)
+    end = staticmethod(closing.end)
+    end_at_once = staticmethod(closing.end_at_once)
+    commit_alone = staticmethod(committing.commit_alone)
 
     def has_begun(self, session: Any, /) -> bool:
         inner = self.inner(session)
@@ -46,9 +49,6 @@ class SyncKind:
     def has_changes(self, session: Any, /) -> bool:
         inner = self.inner(session)
         return inner is None or has_pending(inner)
-
-    def end_at_once(self, session: Any, /) -> bool:
-        return closing.end_at_once(session)
 
     def has_open_result(self, session: Any, /) -> bool:
         inner = self.inner(session)
@@ -78,9 +78,6 @@ class SyncKind:
     def commit(self, session: Any, /) -> Any:
         return committing.commit(session)
 
-    def commit_alone(self, session: Any, /) -> bool:
-        return committing.commit_alone(session)
-
     def rollback(self, session: Any, /) -> Any:
         return session.rollback()
 
@@ -89,9 +86,6 @@ class SyncKind:
 
     def discard(self, session: Any, /) -> None:
         closing.discard(session)
-
-    def end(self, session: Any, /) -> None:
-        closing.end(session)
 
     def invalidate(self, session: Any, /) -> None:
         closing.invalidate(session)

@@ -99,7 +99,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         if scope is None:
             self.outside.clear()
         else:
-            session = self._remove_from(scope)
+            session: Any = self._remove_from(scope)
             if session is not None and not self.kind.is_idle(session):
                 self._keep_also(session)
 
