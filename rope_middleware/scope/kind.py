@@ -112,8 +112,8 @@ class SessionKind(Protocol):
         """Tell in the log why the end of scope `name` cannot close `session`, where it is known."""
         ...
 
-    def owns(self, session: Any, /) -> bool:
-        """Tell whether the current session of this kind is `session`; plain ones only."""
+    def owns(self, session: Any, scope: Any, /) -> bool:
+        """Tell whether `session` is that of `scope`, open or ended; plain ones only."""
         ...
 
 

@@ -165,7 +165,6 @@ async def ending(scope: Scope, hands: Hands, commits: bool, why: str) -> None:
     if scope._on_close:
         failure = worse(failure, await _run_all(scope, hands, "on_close", _take_on_close(scope)))
     scope._on_commit = None
-    scope._registries = ()
     scope._gate = None  # they refer to each other
     scope._state = CLOSED
     if failure is not None:

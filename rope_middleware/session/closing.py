@@ -36,6 +36,7 @@ from rope_middleware.session.written import notes_of
 
 __all__ = [
     "close",
+    "close_later",
     "detach",
     "discard",
     "end",
@@ -121,11 +122,15 @@ def end(session: Session) -> None:
         close(session)
 
 
-def close(session: Session) -> None:
+def close(session: Session, by: Callable[[], object] | None = None) -> None:
     """Close `session`; what could not be given back to the pool is invalidated.
 
+    Args:
+        session: what is closed.
+        by: the scoped_session's own ``remove()``, where no jenny has made it.
+
     Raises:
-        BaseException: what ``session.close()`` raised.
+        BaseException: what `by` or ``session.close()`` raised.
     """
     tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     if tie is not None:
@@ -133,18 +138,22 @@ def close(session: Session) -> None:
             _wait_for_flush(session, tie)
         if tie.is_removed:
             _note_closed(session, "remove()")
-        elif tie.scope is not None and (tie.written is not None or has_pending(session)):
+        elif (
+            by is None
+            and tie.scope is not None
+            and (tie.written is not None or has_pending(session))
+        ):
             tell_lost(tie, session)
     try:
-        if overrides_close(session):
-            _close_by_its_own(session)
+        if by is not None or overrides_close(session):
+            _close_by(session, by or session.close)
         else:
             # close() without "permanently closed" (Session.close_resets_only=False), after which
             # SQLAlchemy's own error would come before ours.
             session.reset()
     except BaseException as error:
-        if isinstance(error, IllegalStateChangeError) and tie is not None:
-            _close_later(session, tie)
+        if isinstance(error, IllegalStateChangeError):
+            close_later(session)
         invalidate(session)
         with suppress(Exception):
             session.reset()  # what is left of its transaction must not be used any more
@@ -174,7 +183,7 @@ call_at_close(_note_closed)
 def discard(session: Session) -> None:
     """`close` for a session that has nothing open: none of its connections can be out."""
     if overrides_close(session):
-        _close_by_its_own(session)
+        _close_by(session, session.close)
     else:
         session.reset()  # see `close`
     _forget(session)
@@ -219,8 +228,8 @@ def _leave_to_parent(tie: Tie) -> None:
 call_at_forks(_leave_to_parent)  # sessions of other threads and tasks are the parent's, too
 
 
-def _close_by_its_own(session: Session) -> None:
-    session.close()
+def _close_by(session: Session, by: Callable[[], object]) -> None:
+    by()
     if session.in_transaction():
         session.reset()  # somebody's close() does something else
 
@@ -268,12 +277,15 @@ def _wait_for_flush(session: Session, tie: Tie) -> None:
                 return
 
 
-def _close_later(session: Session, tie: Tie) -> None:
+def close_later(session: Session) -> None:
     """Close a session that another thread is inside a call of: its connection must not stay out.
 
     If that call is waiting for a connection, `refuse_late` returns the connection when it arrives.
     If it has one (during a commit, say), we wait for the call.
     """
+    tie = tie_of(session)
+    if tie is None:
+        return
     event.listen(session, "after_begin", refuse_late)
     with _transaction_ends(session) as wait:
         while True:

@@ -101,7 +101,7 @@ class SyncKind:
     def tells_why(self, _: Any, __: BaseException, ___: str, /) -> bool:
         return False
 
-    def owns(self, _: Any, /) -> bool:
+    def owns(self, _: Any, __: Any, /) -> bool:
         return False
 
 

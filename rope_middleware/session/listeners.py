@@ -164,9 +164,11 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
 def _adopted(session: Session) -> Tie | None:
     """Tie a session of a plain scoped_session to the scope that will remove it."""
     scope = current.get(None)
-    if scope is None or not any(kind.owns(session) for kind in registries_of(scope)):
+    if scope is None or not any(kind.owns(session, scope) for kind in registries_of(scope)):
         return None
-    return tie_to(session, scope)
+    tie = tie_to(session, scope)
+    tie.transaction = None  # the one that is beginning: whether it may is asked now
+    return tie
 
 
 def _wait_or_refuse(session: Session, scope: Scope, is_outermost: bool) -> None:

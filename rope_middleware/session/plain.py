@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
+from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.opening import current_scope
+from rope_middleware.scope.scope import is_over
 from rope_middleware.session import closing, committing
 from rope_middleware.session.aside import guard
 from rope_middleware.session.busy import is_busy
@@ -22,7 +24,7 @@ from rope_middleware.session.failures import listen_for_errors
 from rope_middleware.session.listeners import listen
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.sharing import tell_cut_off
-from rope_middleware.session.tie import tie_of
+from rope_middleware.session.tie import tie_of, tie_to
 from rope_middleware.session.unsaved import has_pending
 
 if TYPE_CHECKING:
@@ -73,8 +75,13 @@ class PlainSessions:
     def handed_out(self, session: Any, /) -> Any:
         return session
 
-    def owns(self, session: Any, /) -> bool:
-        return self.find() is session
+    def owns(self, session: Any, scope: Any, /) -> bool:
+        found = self.registry.registry.get(scope)
+        if found is None or self.inner(found) is not session:
+            return False
+        if is_over(scope):  # it was made while the scope ended, and nobody removes it any more
+            self.registry.registry.pop(scope, None)
+        return True
 
     def is_idle(self, _: Any, /) -> bool:
         session = self.find()
@@ -141,14 +148,32 @@ class PlainSessions:
         return self._aclose() if self.is_async else self._close()
 
     def _close(self) -> None:
-        session = self.find()
-        self.scoped.remove()
-        _forget(session)
+        session = self._tied()
+        if session is None:
+            self.scoped.remove()
+        else:
+            closing.close(session, self.scoped.remove)
 
     async def _aclose(self) -> None:
+        session = self._tied()
+        made = None if session is None else self.registry()
+        try:
+            await self.scoped.remove()
+        except IllegalStateChangeError:
+            if made is not None:
+                await made.run_sync(closing.close_later)
+            raise
+        if session is not None:
+            _forget(session)
+
+    def _tied(self) -> Session | None:
+        """Return the session, tied to its scope: one that has not begun yet must not do so now."""
         session = self.find()
-        await self.scoped.remove()
-        _forget(session)
+        if not isinstance(session, Session):
+            return None
+        if tie_of(session) is None:
+            tie_to(session, current_scope())
+        return session
 
     def discard(self, _: Any, /) -> None:
         if not self.is_async:
@@ -176,9 +201,9 @@ class PlainSessions:
         """Nothing: what is told of sessions that a jenny has made does not fit here."""
 
 
-def _forget(session: Session | None) -> None:
+def _forget(session: Session) -> None:
     """Forget what a closed session's tie refers to: a cycle for the garbage collector."""
-    tie = None if session is None else tie_of(session)
+    tie = tie_of(session)
     if tie is not None:
         tie.transaction = tie.flush = None
 

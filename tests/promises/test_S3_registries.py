@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import anyio.to_thread
 import httpx
 import pytest
 from sqlalchemy import Engine, event, select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IllegalStateChangeError, OperationalError
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -24,6 +28,7 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
+from tests.kit.asgi import ASGIClient, answer
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data
@@ -293,14 +298,118 @@ def test_S6_an_inner_scope_ends_the_plain_sessions_that_are_used_in_it(
     assert not plain.registry.registry
 
 
-def test_S4_a_plain_session_that_was_kept_is_refused(ask: Way, engine: Engine) -> None:
-    """A session of `registries=` knows its scope, too."""
-    plain = scoped_session(sessionmaker(engine), scopefunc=current_scope)
-    kept = ask(lambda: use(plain()), registries=[plain])
+@pytest.mark.parametrize("begun", [True, False])
+def test_S4_a_plain_session_that_was_kept_is_refused(ask: Way, engine: Engine, begun: bool) -> None:
+    """A session of `registries=` knows its scope, too, also where it was never used there."""
+    plain = scoped(engine)
+    contexts: list[contextvars.Context] = []
+
+    def view() -> Session:
+        contexts.append(contextvars.copy_context())
+        return use(plain()) if begun else plain()
+
+    kept = ask(view, registries=[plain])
     for _ in range(2):
         with pytest.raises(ScopeClosedError):
-            kept.execute(SELECT)
+            contexts[0].run(kept.execute, SELECT)
     assert checked_out(engine) == 0
+
+
+def test_S3_a_plain_session_in_use_by_a_thread_when_the_request_ends(
+    ask: Way, make_engine: MakeEngine
+) -> None:
+    """SQLAlchemy refuses to close it under the thread's hands; nothing stays out.
+
+    Bridges from ASGI to WSGI work in threads that outlive a client who hangs up.
+    """
+    engine = make_engine(pool_size=2)
+    plain = scoped(engine)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    def work() -> None:
+        with suppress(ScopeClosedError, IllegalStateChangeError):
+            plain().connection()
+
+    event.listen(engine, "checkout", slow)
+    with ThreadPoolExecutor(1) as pool:
+
+        def view() -> Future[None]:
+            future = pool.submit(contextvars.copy_context().run, work)
+            assert inside.wait(30)
+            return future
+
+        try:
+            future = ask(view, registries=[plain])
+        finally:
+            go_on.set()
+        future.result(30)
+    assert checked_out(engine) == 0
+    assert plain.registry.registry == {}
+
+
+def test_S4_a_plain_session_that_is_made_while_the_request_ends(ask: Way, engine: Engine) -> None:
+    """Its factory takes longer than the request: nobody removes it any more, and it is refused."""
+    made, ended = threading.Event(), threading.Event()
+
+    def factory() -> Session:
+        made.set()
+        assert ended.wait(30)
+        return Session(engine)
+
+    plain: Any = scoped_session(factory, scopefunc=current_scope)  # type: ignore[arg-type]
+
+    def work() -> None:
+        session = plain()
+        for _ in range(2):
+            with pytest.raises(ScopeClosedError):
+                session.execute(SELECT)
+        assert checked_out(engine) == 0
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def view() -> Future[None]:
+            future = pool.submit(contextvars.copy_context().run, work)
+            assert made.wait(30)
+            return future
+
+        try:
+            future = ask(view, registries=[plain])
+        finally:
+            ended.set()
+        future.result(30)
+    assert plain.registry.registry == {}
+
+
+def test_Y1_a_plain_async_session_in_use_by_a_task_when_the_request_ends(
+    tmp_path: Path, no_leaks: None
+) -> None:
+    """The task gets its connection only after the end, and gives it back."""
+
+    async def main() -> None:
+        engine = create_async_engine(
+            f"sqlite+aiosqlite:///{tmp_path}/a.sqlite", pool_size=1, max_overflow=0
+        )
+        plain = async_scoped_session(async_sessionmaker(engine), scopefunc=current_scope)
+        tasks: list[asyncio.Task[Any]] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            tasks.append(asyncio.create_task(plain().execute(SELECT)))
+            await asyncio.sleep(0)  # it waits for the pool now
+            await answer(send)
+
+        async with engine.connect():
+            await ASGIClient()(ASGIRopeMiddleware(app, [plain]), "/")
+        with pytest.raises((ScopeClosedError, IllegalStateChangeError)):
+            await tasks[0]
+        pool: Any = engine.pool
+        assert pool.checkedout() == 0
+        await engine.dispose()
+
+    asyncio.run(main())
 
 
 def test_C6_what_a_plain_session_committed_is_not_written_again(ask: Way, engine: Engine) -> None:
