@@ -53,6 +53,7 @@ HOUSE = (
     "session.written",
     "session.stacks",
     "session.lines",
+    "session.bodies",
     "session.telling",
     "session.pools",
     "session.begun",

@@ -52,6 +52,10 @@ class SessionKind(Protocol):
         """Tell whether somebody is in the middle of a statement, or of a flush."""
         ...
 
+    def is_of_body(self, session: Any, /) -> bool:
+        """Tell whether `session` is in a `begin()` block that a response's body has begun."""
+        ...
+
     def guard(self, session: Any, scope: Any, /) -> None:
         """Let calls on `session` and a commit of `scope` wait for each other."""
         ...

@@ -71,6 +71,8 @@ async def _commit_all(scope: Scope, hands: Hands, goes_on: bool) -> None:
         work = hands.takes(open_sessions(scope))
         # A class with a close() of its own is never idle: its end needs a thread.
         work = [one for one in work if one[0] not in told and one[0].kind.has_begun(one[1])]
+        if goes_on:  # a block that the response's body is in is the application's to end
+            work = [one for one in work if not one[0].kind.is_of_body(one[1])]
         if not work:
             return
         await until_free(work, hands)

@@ -76,6 +76,8 @@ class Settling:
             for key in list(sessions):
                 if registries and key in registries:
                     continue
+                if scope._is_async and key.kind.is_of_body(sessions[key]):
+                    continue  # the commit leaves it alone
                 aside = _Aside(key.kind)
                 session = sessions[aside] = sessions.pop(key)
                 self._aside.append((key, aside, session))

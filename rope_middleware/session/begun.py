@@ -17,14 +17,18 @@ from weakref import ref
 from rope_middleware.session.lines import application_line
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from rope_middleware.session.tie import Tie
 
 __all__ = [
     "DEPTH",
+    "OF_BODY",
     "Strand",
     "call_at_begins",
     "call_at_forks",
     "is_alone",
+    "is_of_body",
     "is_open",
     "listed",
     "name_of",
@@ -131,6 +135,16 @@ def is_open(tie: Tie) -> bool:
 def name_of(tie: Tie) -> str:
     """Name what the session of `tie` belongs to, as the subject of a sentence."""
     return "a session outside of scopes" if tie.scope is None else repr(tie.scope.name)
+
+
+OF_BODY = "_rope_middleware_of_body"
+"""In a transaction's ``__dict__``: a response's body has begun it, by a `begin()` block."""
+
+
+def is_of_body(session: Session) -> bool:
+    """Tell whether `session` is in a block of a response's body: see `bodies`."""
+    transaction = session.get_transaction()
+    return transaction is not None and OF_BODY in transaction.__dict__
 
 
 _leave: list[Callable[[Tie], object]] = []

@@ -16,8 +16,9 @@ from rope_middleware.running.finish import OutOfTimeError, within
 from rope_middleware.scope.outcome import begin_commit, end_commit, timeout_of, trial_of
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import ask_for_aborted, refuse_aborted
+from rope_middleware.session.begun import OF_BODY
 from rope_middleware.session.busy import has_unread
-from rope_middleware.session.connections import connections_of, made_connections
+from rope_middleware.session.connections import BLOCK, connections_of, made_connections
 from rope_middleware.session.tie import TIE, Tie, tie_of
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def commit_alone(session: Session) -> bool:
     transaction = tie.transaction
     if transaction is None or session.get_transaction() is not transaction:
         return False
-    if tie.flush is not None and tie.flush[0].is_active:
+    if (tie.flush is not None and tie.flush[0].is_active) or OF_BODY in transaction.__dict__:
         return False
     before = None
     for connection, _, _, is_made in connections_of(transaction):
@@ -104,6 +105,7 @@ def _commit(session: Session, scope: Scope, transaction: SessionTransaction | No
             raise
         failure = error
     else:
+        session.__dict__.pop(BLOCK, None)
         return
     finally:
         end_commit(scope)
@@ -132,6 +134,7 @@ async def acommit(session: AsyncSession) -> None:
             raise
         failure = error
     else:
+        inner.__dict__.pop(BLOCK, None)
         return
     finally:
         end_commit(scope)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IllegalStateChangeError
-from sqlalchemy.orm import SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from rope_middleware.scope.context import class_of, logger
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
 __all__ = [
+    "BLOCK",
     "check_begun",
     "connections_of",
     "connections_out",
@@ -31,6 +32,7 @@ __all__ = [
     "has_out",
     "invalidate_all",
     "is_autocommit",
+    "leave_block",
     "leave_to_parent",
     "lent_connections",
     "made_connections",
@@ -135,6 +137,19 @@ def is_autocommit(connection: Connection, may_ask: bool = True) -> bool:
         return bool(detect is not None and detect(connection.connection.dbapi_connection))
     except NotImplementedError:
         return False
+
+
+# The `begin()` block that a session is in. A dependency may have put one around the whole response:
+# ``with session.begin(): yield session``. We commit in its middle, and it goes on: background tasks
+# and a streamed body write by that session. SQLAlchemy would refuse what comes after a commit in a
+# block; without this it is as outside of one, and the block's end does nothing. A private attribute
+# of SQLAlchemy's, the same in 2.0 and 2.1 (`tests/promises/test_C10_blocks.py` holds it).
+BLOCK = "_trans_context_manager"
+
+
+def leave_block(session: Session) -> None:
+    """Let `session` go on after our commit where a block of the application's is around it."""
+    session.__dict__.pop(BLOCK, None)
 
 
 def end_transaction(transaction: SessionTransaction, made: Collection[Connection]) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from rope_middleware.scope.ending import explainers
 from rope_middleware.session import closing, committing
 from rope_middleware.session.aside import guard
+from rope_middleware.session.begun import is_of_body
 from rope_middleware.session.busy import is_busy
 from rope_middleware.session.unsaved import has_pending
 
@@ -57,6 +58,10 @@ class SyncKind:
     def is_busy(self, session: Any, /) -> bool:
         inner = self.inner(session)
         return inner is not None and is_busy(inner)
+
+    def is_of_body(self, session: Any, /) -> bool:
+        inner = self.inner(session)
+        return inner is not None and is_of_body(inner)
 
     def guard(self, session: Any, scope: Any, /) -> None:
         inner = self.inner(session)

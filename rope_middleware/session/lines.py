@@ -20,12 +20,14 @@ import sqlalchemy
 __all__ = [
     "Line",
     "application_line",
+    "frames_from",
     "frames_of_task",
     "is_applications",
     "is_in_database",
     "is_ours",
     "is_sqlalchemys",
     "line_of",
+    "package_of",
     "place_of",
     "text_of",
     "variables_of",
@@ -122,7 +124,7 @@ def application_line(depth: int) -> Line:
         frame = _getframe(depth)
     except ValueError:  # the stack of a greenlet may end before
         frame = None
-    # `line_of(_frames_from(frame))`, without the price of a generator, which is 1.5 us where it
+    # `line_of(frames_from(frame))`, without the price of a generator, which is 1.5 us where it
     # goes on beyond a greenlet: the walk belongs to each transaction.
     while True:
         while frame is not None:
@@ -144,7 +146,7 @@ def _current_greenlet() -> Any:
 
 def _line_of_library(frame: FrameType) -> Line:
     """Name a line of what is installed: there is none of the application's."""
-    return line_of(_frames_from(frame)) or (frame.f_code, frame.f_lasti)
+    return line_of(frames_from(frame)) or (frame.f_code, frame.f_lasti)
 
 
 def line_of(frames: Iterable[FrameType], like: Line | None = None) -> Line | None:
@@ -169,7 +171,7 @@ def line_of(frames: Iterable[FrameType], like: Line | None = None) -> Line | Non
     return fallback
 
 
-def _frames_from(frame: FrameType | None) -> Iterator[FrameType]:
+def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
     """Give `frame` and what called it, the innermost first.
 
     SQLAlchemy's asyncio half runs its sync code in a greenlet: the stack goes on where that was
@@ -248,6 +250,11 @@ def is_sqlalchemys(frame: FrameType) -> bool:
 def is_ours(frame: FrameType) -> bool:
     """Tell whether `frame` runs code of this package."""
     return frame.f_code.co_filename.startswith(_OURS)
+
+
+def package_of(frame: FrameType) -> str:
+    """Return the name of the installed package whose code `frame` runs, or an empty string."""
+    return _installed_as(frame.f_code.co_filename.replace("\\", "/"))
 
 
 # Before Python 3.13 what is read is a copy that stays in the frame, and keeps what it refers to.

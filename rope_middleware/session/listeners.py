@@ -22,10 +22,11 @@ from rope_middleware.scope.settling import (
     may_begin,
     may_begin_in_loop,
     may_begin_plainly,
+    needs,
     settling_of,
 )
 from rope_middleware.session.aside import guard_transaction, is_guarded
-from rope_middleware.session.begun import note_begin
+from rope_middleware.session.begun import OF_BODY, note_begin
 from rope_middleware.session.connections import connections_out, has_made, has_out, made_connections
 from rope_middleware.session.ended import note_ended
 from rope_middleware.session.notice import is_known, learn_engines, notice_begin
@@ -141,6 +142,11 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
         tie.flush = transaction, threading.get_ident()
     if transaction.origin in _BLOCKS:
         guard_transaction(session, transaction)
+        if is_outermost and scope is not None and needs(scope):
+            from rope_middleware.session.bodies import is_in_body
+
+            if is_in_body():
+                transaction.__dict__[OF_BODY] = True
     kind = tie.kind
     if scope is not None and kind is not None:
         if tie.is_removed:

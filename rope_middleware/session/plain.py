@@ -19,6 +19,7 @@ from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.scope import is_over
 from rope_middleware.session import closing, committing
 from rope_middleware.session.aside import guard
+from rope_middleware.session.begun import is_of_body
 from rope_middleware.session.busy import is_busy
 from rope_middleware.session.failures import listen_for_errors
 from rope_middleware.session.listeners import listen
@@ -112,6 +113,10 @@ class PlainSessions:
     def is_busy(self, _: Any, /) -> bool:
         session = self.find()
         return session is not None and is_busy(session)
+
+    def is_of_body(self, _: Any, /) -> bool:
+        session = self.find()
+        return session is not None and is_of_body(session)
 
     def guard(self, _: Any, scope: Any, /) -> None:
         session = self.find()

@@ -25,6 +25,7 @@ from rope_middleware.scope.outcome import (
 )
 from rope_middleware.scope.reading import tell_unknown
 from rope_middleware.scope.scope import Scope
+from rope_middleware.session.connections import leave_block
 from rope_middleware.session.doubt import HERE, Asking, AsyncAsking, Verdict, verdict_on
 from rope_middleware.session.lost import was_sent
 from rope_middleware.session.trial import LOST, Attempt, attempts_lost, find_trial
@@ -149,6 +150,7 @@ def _as_committed(session: Session) -> None:
     """Bring the session into the state after a commit: its objects stay in it."""
     objects = list(session)
     session.reset()
+    leave_block(session)
     session.add_all(objects)
     if session.expire_on_commit:
         session.expire_all()

@@ -68,6 +68,11 @@ def _file(count: int | None) -> bytes:
         return path.read_bytes()
 
 
+def is_async_driver(url: URL) -> bool:
+    """Is it one for AsyncSessions?"""
+    return url.get_dialect().is_async
+
+
 def create_tables(path: Path) -> None:
     """Make a file with the tables of the models, unless it is there."""
     if not path.exists():

@@ -10,8 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from sqlalchemy import URL, create_engine, make_url
 
 from rope_middleware import open_scope
+from tests.kit.engines import create_tables
+from tests.kit.models import Base
 from tests.kit.sandboxes import PLACES, Place, open_place
 from tests.kit.sessions import Around
 from tests.kit.shop import SHOPS
@@ -96,6 +99,27 @@ def place(
 def kind(request: pytest.FixtureRequest) -> str:
     """One of the ways to serve a `Shop` on PostgreSQL."""
     return str(request.param)
+
+
+@pytest.fixture(
+    params=[
+        *("sqlite", "sqlite+aiosqlite"),
+        *("postgresql+psycopg", "postgresql+asyncpg", "postgresql+psycopg_async"),
+    ]
+)
+def driver_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[URL]:
+    """A database with the models' tables, by each driver."""
+    if "sqlite" in request.param:
+        create_tables(tmp_path / "x.db")
+        yield make_url(f"{request.param}:///{tmp_path / 'x.db'}")
+        return
+    from tests.servers.postgres import postgres_server
+
+    with postgres_server().new_database() as database:
+        engine = create_engine(database.url("psycopg"))
+        Base.metadata.create_all(engine)
+        engine.dispose()
+        yield database.url("psycopg").set(drivername=request.param)
 
 
 @pytest.fixture

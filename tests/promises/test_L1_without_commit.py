@@ -7,43 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, create_engine, func, make_url, select
+from sqlalchemy import URL, func, select
 from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import RopeError, SessionJenny, current_scope, open_scope
 from tests.kit.either import ONE, Either
-from tests.kit.engines import create_tables, rows, small_engine
-from tests.kit.models import Base, Row
+from tests.kit.engines import is_async_driver, rows, small_engine
+from tests.kit.models import Row
 from tests.kit.said import Said
 from tests.kit.web import Exchange, Web
-from tests.servers.postgres import postgres_server
 
 pytestmark = [pytest.mark.anyio, pytest.mark.told]
 
 
-@pytest.fixture(params=["sqlite", "sqlite+aiosqlite", "psycopg", "asyncpg", "psycopg_async"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    """Of a database with the models' tables."""
-    if "sqlite" in request.param:
-        create_tables(tmp_path / "x.db")
-        yield make_url(f"{request.param}:///{tmp_path / 'x.db'}")
-        return
-    with postgres_server().new_database() as database:
-        engine = create_engine(database.url("psycopg"))
-        Base.metadata.create_all(engine)
-        engine.dispose()
-        yield database.url("psycopg").set(drivername=f"postgresql+{request.param}")
-
-
 @pytest.mark.parametrize("where", ["driver", "engine"])
 async def test_L1_nothing_is_said_of_what_stands_without_a_commit(
-    url: URL, where: str, said: Said
+    driver_url: URL, where: str, said: Said
 ) -> None:
     """AUTOCOMMIT: what was flushed is there, and what is pending is lost."""
-    is_async = "async" in url.drivername or "aio" in url.drivername
+    is_async = is_async_driver(driver_url)
     level = {"isolation_level": "AUTOCOMMIT"}
     options = ONE | (level if where == "driver" else {"execution_options": level})
-    async with Either([url], is_async=is_async, engine=options) as either:
+    async with Either([driver_url], is_async=is_async, engine=options) as either:
         async with either.scope():
             either.jenny.add(Row(n=1))
             await either.do("flush")

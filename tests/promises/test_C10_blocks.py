@@ -1,0 +1,166 @@
+"""C2, C10: `begin()` blocks that the commit before the response's start finds open."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from fastapi import BackgroundTasks, Depends, FastAPI
+from flask import Flask
+from sqlalchemy import URL, select
+from sqlalchemy.orm import sessionmaker
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import StreamingResponse
+
+from rope_middleware import RopeMiddleware, SessionJenny
+from tests.kit.asgi import ASGIClient
+from tests.kit.either import Either
+from tests.kit.engines import is_async_driver, rows, small_engine
+from tests.kit.models import Row
+from tests.kit.wsgi import serve_wsgi
+
+pytestmark = pytest.mark.anyio
+
+POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 5}
+
+
+class Between(BaseHTTPMiddleware):
+    """Hands the response's start on while the application goes on."""
+
+    async def dispatch(self, request: Any, call_next: Any) -> Any:
+        return await call_next(request)
+
+
+async def rows_in(either: Either) -> list[int]:
+    async with either.scope():
+        return sorted(await either.do("scalars", select(Row.n)))
+
+
+def body_of(jenny: Any, begin: str, fails: bool) -> Iterator[bytes]:
+    with getattr(jenny.session, begin)():
+        jenny.add(Row(n=1))
+        jenny.flush()
+        yield b"a"
+        jenny.add(Row(n=2))
+        jenny.flush()
+        yield b"b"
+        if fails:
+            raise LookupError
+    yield b"c"
+
+
+async def async_body_of(jenny: Any, begin: str, fails: bool) -> AsyncIterator[bytes]:
+    async with getattr(jenny.session, begin)():
+        jenny.add(Row(n=1))
+        await jenny.flush()
+        yield b"a"
+        jenny.add(Row(n=2))
+        await jenny.flush()
+        yield b"b"
+        if fails:
+            raise LookupError
+    yield b"c"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("begin", ["begin", "begin_nested"])
+async def test_C10_a_block_of_a_streamed_body_is_the_bodys_own(
+    driver_url: URL, begin: str, fails: bool
+) -> None:
+    """The commit meets its middle, and leaves it alone: all of its rows are there, or none."""
+    is_async = is_async_driver(driver_url)
+    async with Either([driver_url], is_async=is_async, engine=POOL) as either:
+        app = FastAPI()
+
+        @app.get("/")
+        async def view() -> StreamingResponse:
+            return StreamingResponse(
+                (async_body_of if is_async else body_of)(either.jenny, begin, fails)
+            )
+
+        app.add_middleware(Between)
+        client, error = ASGIClient(), None
+        try:
+            await client(RopeMiddleware(app, commit_on_success=True), "/")
+        except LookupError as raised:
+            error = raised
+        assert (client.body, error is None) == ((b"ab", False) if fails else (b"abc", True))
+        assert await rows_in(either) == ([] if fails else [1, 2])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_C10_a_block_of_a_wsgi_body_is_the_bodys_own(tmp_path: Any, fails: bool) -> None:
+    """Its first chunk is made before the commit."""
+    engine = small_engine(tmp_path / "x.db")
+    jenny = SessionJenny(sessionmaker(engine))
+    app = Flask(__name__)
+
+    @app.get("/")
+    def view() -> Any:
+        return app.response_class(body_of(jenny, "begin", fails))
+
+    if fails:
+        with pytest.raises(LookupError):
+            serve_wsgi(app.wsgi_app, commit_on_success=True)
+    else:
+        assert b"".join(serve_wsgi(app.wsgi_app, commit_on_success=True)) == b"abc"
+    assert rows(engine) == (0 if fails else 2)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("way", ["stream", "background"])
+async def test_C2_a_block_around_the_response_goes_on_after_the_commit(
+    driver_url: URL, way: str, between: bool
+) -> None:
+    """``with session.begin(): yield session``, a dependency: what comes later is committed, too."""
+    is_async = is_async_driver(driver_url)
+    async with Either([driver_url], is_async=is_async, engine=POOL) as either:
+        jenny = either.jenny
+        at_start: list[int] = []
+
+        async def in_block() -> AsyncIterator[Any]:
+            async with jenny.session.begin():
+                yield jenny.session
+
+        def in_sync_block() -> Iterator[Any]:
+            with jenny.session.begin():
+                yield jenny.session
+
+        async def later(session: Any) -> None:
+            session.add(Row(n=2))
+            await either.do("flush")
+
+        async def body(session: Any) -> AsyncIterator[bytes]:
+            await later(session)
+            yield b"x"
+
+        app = FastAPI()
+
+        @app.get("/")
+        async def view(
+            tasks: BackgroundTasks, session: Any = Depends(in_block if is_async else in_sync_block)
+        ) -> Any:
+            session.add(Row(n=1))
+            if way == "stream":
+                return StreamingResponse(body(session))
+            tasks.add_task(later, session)
+            return {}
+
+        if between:
+            app.add_middleware(Between)
+
+        async def outermost(scope: Any, receive: Any, send: Any) -> None:
+            async def looking(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    at_start.extend(await rows_in(either))
+                await send(message)
+
+            await RopeMiddleware(app, commit_on_success=True)(scope, receive, looking)
+
+        client = ASGIClient()
+        await client(outermost, "/")
+        assert client.status == 200
+        assert 1 in at_start
+        assert await rows_in(either) == [1, 2]
