@@ -17,12 +17,14 @@ from __future__ import annotations
 import enum
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from rope_middleware.protocols import Veto
 from rope_middleware.scope.outcome import has_refused
 from rope_middleware.scope.response import doom_rest, is_doomed, options_now
 from rope_middleware.scope.scope import Scope
+
+if TYPE_CHECKING:
+    from rope_middleware.protocols import Veto
 
 __all__ = [
     "FAILED",

@@ -105,7 +105,7 @@ ON_DEMAND = [
     *(
         f"rope_middleware.session.{name}"
         # Waits, reports, warnings.
-        for name in ("giving_way", "held", "holders", "pools", "stacks", "stuck", "telling")
+        for name in ("giving_way", "held", "holders", "pools", "stacks", "stuck", "turns")
     ),
     *(
         f"rope_middleware.session.{name}"

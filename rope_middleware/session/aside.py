@@ -24,7 +24,6 @@ from sqlalchemy.orm import Session, SessionTransaction
 from rope_middleware.scope.asking import is_thread_of
 from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import calls_of, must_wait_for
-from rope_middleware.session.turns import wait_for_commit
 
 __all__ = [
     "CLOSES",
@@ -81,7 +80,7 @@ class _Guards:
             if must_wait_for(self.scope) is not None:
                 calls.remove(who)
                 try:
-                    wait_for_commit(self.scope)
+                    _wait(self.scope)
                 finally:
                     calls.append(who)
                 if isinstance(of, SessionTransaction) and _is_over(of):
@@ -100,6 +99,12 @@ _at_close: list[Callable[[Session], None]] = []
 def call_at_close(func: Callable[[Session], None]) -> None:
     """Call `func` where the application is about to close a session of a scope that commits."""
     _at_close.append(func)
+
+
+def _wait(scope: Scope) -> None:
+    from rope_middleware.session.turns import wait_for_commit  # few ever wait
+
+    wait_for_commit(scope)
 
 
 def _is_over(transaction: SessionTransaction) -> bool:
@@ -188,7 +193,8 @@ def in_turn(session: Session, call: Callable[[Session], None]) -> None:
         call(session)
         return
     calls, who = guards.calls, _strand(guards.scope)
-    wait_for_commit(guards.scope)
+    if must_wait_for(guards.scope) is not None:
+        _wait(guards.scope)
     calls.append(who)
     try:
         call(session)

@@ -6,8 +6,10 @@ The kind of AsyncSession lies in `async_kind`, because SQLAlchemy's asyncio half
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session
 
 from rope_middleware.scope.ending import explainers
@@ -99,6 +101,8 @@ class SyncKind:
         closing.detach(session)
 
     def explain(self, error: BaseException, /) -> None:
+        if not isinstance(error, PendingRollbackError):
+            return
         from rope_middleware.session.sharing import note_rollback
 
         note_rollback(error)
@@ -166,7 +170,10 @@ def _call(session: Any, method: str) -> Any:
 
 
 def _note_reason(error: BaseException) -> None:
-    # What looks at an error is imported when there is one: it takes its time.
+    # What looks at an error is imported when there is one: it takes its time. Nothing is looked at
+    # where the interpreter's end closes a generator: nothing can be imported any more.
+    if sys.is_finalizing():
+        return
     from rope_middleware.session.sharing import note_reason
 
     note_reason(error)

@@ -61,10 +61,11 @@ _DRIVERS = frozenset(
     ]
 )
 
-_OURS = str(Path(__file__).parents[1]) + "/"
-_SQLALCHEMY = str(Path(sqlalchemy.__file__).parent) + "/"
+_folder = os.path.dirname  # pathlib's takes a fifth of this module's import
+_OURS = _folder(_folder(__file__)) + "/"
+_SQLALCHEMY = _folder(sqlalchemy.__file__) + "/"
 # The standard library, and the scripts of what is installed. (sysconfig takes 5 ms to import.)
-_STANDARD = (f"{Path(os.__file__).parent}/", f"{Path(sys.executable).parent}/")
+_STANDARD = (f"{_folder(os.__file__)}/", f"{_folder(sys.executable)}/")
 
 
 class _Kinds(dict[str, int]):

@@ -31,7 +31,6 @@ from rope_middleware.session.connections import connections_out, has_made, has_o
 from rope_middleware.session.ended import note_ended
 from rope_middleware.session.notice import is_known, learn_engines, notice_begin
 from rope_middleware.session.tie import TIE, Tie, keep_also, tie_to
-from rope_middleware.session.turns import wait_for_commit
 from rope_middleware.session.unsaved import forget_committed, forget_rolled_back, note_flush
 from rope_middleware.session.written import watch, watch_binds
 
@@ -180,6 +179,8 @@ def _adopted(session: Session) -> Tie | None:
 def _wait_or_refuse(session: Session, scope: Scope, is_outermost: bool) -> None:
     """Wait for a commit of `scope` that is under way, and refuse to begin where it has ended."""
     if settling_of(scope) is not None and not is_guarded(session):
+        from rope_middleware.session.turns import wait_for_commit  # few ever wait
+
         wait_for_commit(scope)
     if is_over(scope):
         if is_outermost:

@@ -15,6 +15,7 @@ from rope_middleware.scope.asking import is_async, is_request, is_thread_of
 from rope_middleware.scope.context import current
 from rope_middleware.session.begun import DEPTH, call_at_begins, note_begin
 from rope_middleware.session.lines import Line, text_of
+from rope_middleware.session.telling import tell_once
 from rope_middleware.session.waits import put_door
 
 if TYPE_CHECKING:
@@ -122,8 +123,6 @@ def notice_module(tie: Tie, line: Line) -> None:
 
 
 def _tell_module(line: Line) -> None:
-    from rope_middleware.session.telling import tell_once
-
     tell_once(
         "module",
         line,
@@ -136,8 +135,6 @@ def _tell_module(line: Line) -> None:
 
 def _tell_blocking(tie: Tie, name: str) -> None:
     if tie.line is not None:
-        from rope_middleware.session.telling import tell_once
-
         tell_once(
             "blocking",
             tie.line,

@@ -16,6 +16,7 @@ from rope_middleware.scope.reading import reads_only
 from rope_middleware.session.begun import is_open
 from rope_middleware.session.connections import connections_of, is_autocommit
 from rope_middleware.session.lines import text_of
+from rope_middleware.session.telling import tell_once
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -116,8 +117,6 @@ def tell_lost(tie: Tie, session: Session) -> None:
     what = _lost(tie, session, written)
     if not what:
         return
-    from rope_middleware.session.telling import tell_once
-
     if scope is not None and reads_only(scope):
         tell_once(
             "lost",

@@ -7,6 +7,7 @@ when that happens.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, cast
@@ -39,6 +40,8 @@ def put_door(engine: Engine) -> dict[str, int] | None:
         return None
     if known is not pool:
         return cast("dict[str, int]", known) if type(known) is dict else None
+    if sys.is_finalizing():
+        return None  # a first transaction at the interpreter's end, which imports nothing any more
     from rope_middleware.session.pools import engine_text, is_memory_of_thread, limit_of
 
     with deciding:

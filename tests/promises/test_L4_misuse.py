@@ -133,7 +133,7 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
 ]  # type: ignore[call-arg, call-overload, misc]
 
 
-@pytest.mark.parametrize(("call", "who", "meant"), WRONG, ids=str)
+@pytest.mark.parametrize(("call", "who", "meant"), WRONG)
 def test_L4_wrong_arguments_are_told_with_what_is_meant(
     call: Callable[[], object], who: str, meant: str
 ) -> None:
