@@ -101,6 +101,9 @@ def _commit(session: Session, scope: Scope, transaction: SessionTransaction | No
     except Exception as error:
         from rope_middleware.session import unanswered
 
+        if unanswered.had_only_read(made_connections(transaction), error):
+            session.rollback()
+            return
         if not unanswered.is_lost(scope, error):
             raise
         failure = error
@@ -130,6 +133,9 @@ async def acommit(session: AsyncSession) -> None:
 
         if isinstance(error, OutOfTimeError):
             unanswered.note_no_answer(scope, connections, error)
+        elif unanswered.had_only_read(connections, error):
+            await session.rollback()
+            return
         elif not unanswered.is_lost(scope, error):
             raise
         failure = error

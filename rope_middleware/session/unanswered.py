@@ -6,10 +6,11 @@ What comes after a failure is written once, as a coroutine; for a `Session` it n
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
 
 from rope_middleware.errors import in_doubt
@@ -29,12 +30,13 @@ from rope_middleware.session.connections import leave_block
 from rope_middleware.session.doubt import HERE, Asking, AsyncAsking, Verdict, verdict_on
 from rope_middleware.session.lost import was_sent
 from rope_middleware.session.trial import LOST, Attempt, attempts_lost, find_trial
-from rope_middleware.session.writes import ends_transaction
+from rope_middleware.session.writes import ends_transaction, may_write
+from rope_middleware.session.written import is_watched, notes_of
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-__all__ = ["asettle", "ask", "ask_here", "is_lost", "note_no_answer", "settle"]
+__all__ = ["asettle", "ask", "ask_here", "had_only_read", "is_lost", "note_no_answer", "settle"]
 
 ASYNC = AsyncAsking()
 
@@ -48,6 +50,28 @@ def note_no_answer(
         if attempt.connection in connections:
             attempt.state = LOST
             attempt.error = error
+
+
+def had_only_read(connections: Collection[Connection], error: Exception) -> bool:
+    """Tell whether a commit failed for a connection that is gone, and had nothing to write.
+
+    A stream whose client hangs up is cancelled, and the driver closes the connection of the
+    statement that is under way. The application knows; there is nothing that could be lost.
+    """
+    return (
+        isinstance(error, PendingRollbackError)
+        and any(connection.invalidated for connection in connections)
+        and not any(frame.f_code is _FLUSH for frame, _ in walk_tb(error.__traceback__))
+        and all(map(_has_only_read, connections))
+    )
+
+
+_FLUSH = Session.flush.__code__  # of what was pending nothing is left once that has failed
+
+
+def _has_only_read(connection: Connection) -> bool:
+    notes = notes_of(connection)
+    return is_watched(connection) and notes.is_whole and not any(map(may_write, notes.sql()))
 
 
 def is_lost(scope: Scope, error: Exception) -> bool:

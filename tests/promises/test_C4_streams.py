@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, select
+from sqlalchemy import Engine, create_engine, make_url, select, text
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import ASGIRopeMiddleware, AsyncSessionJenny, SessionJenny, open_scope
 from tests.kit.asgi import ask
+from tests.kit.either import Either
 from tests.kit.engines import fill
 from tests.kit.models import Row
 from tests.kit.sessions import Jenny
@@ -96,3 +99,40 @@ async def test_C4_an_object_that_the_commit_has_expired_says_so(store: Store) ->
     with pytest.raises(Exception, match="greenlet_spawn") as caught:
         await ask(ASGIRopeMiddleware(app, commit_on_success=True))
     assert "expire_on_commit=False" in notes_of(caught.value)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("writes", ["", "text", "flush", "pending"])
+async def test_C2_of_a_cut_off_read_there_is_nothing_to_commit(
+    writes: str, is_async: bool, tmp_path: Path
+) -> None:
+    """A client that hangs up cuts a stream's SELECT off, and its connection: no failed commit.
+
+    Where anything was written in that transaction, it is one.
+    """
+    url = make_url(f"sqlite:///{tmp_path / 'rows.sqlite'}")
+    fill(url, 3)
+    urls = [url.set(drivername="sqlite+aiosqlite")] if is_async else [url]
+    async with Either(urls, is_async=is_async) as either:
+
+        async def cut_off() -> None:
+            async with either.scope(commit_on_success=True):
+                await either.do("execute", select(Row.n))
+                if writes == "text":
+                    await either.do("execute", text("DELETE FROM row"))
+                if writes in ("flush", "pending"):
+                    either.jenny.session.add(Row(n=7))
+                if writes == "flush":
+                    await either.do("flush")
+                connection = await either.do("connection")
+                done = connection.invalidate()
+                if is_async:
+                    await done
+
+        if writes:
+            with pytest.raises(PendingRollbackError):
+                await cut_off()
+        else:
+            await cut_off()
+        async with either.scope():
+            assert len((await either.do("scalars", select(Row))).all()) == 3
