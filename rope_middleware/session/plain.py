@@ -190,7 +190,8 @@ class PlainSessions:
     def invalidate(self, _: Any, /) -> None:
         session = self.find()
         if session is not None:
-            self.registry.clear()
+            if is_over(current_scope()):  # else its end removes it: it may get a connection yet
+                self.registry.clear()
             closing.invalidate(session)
 
     def detach(self, _: Any, /) -> None:

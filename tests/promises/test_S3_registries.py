@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import anyio.to_thread
 import httpx
 import pytest
 from sqlalchemy import Engine, event, select, text
-from sqlalchemy.exc import IllegalStateChangeError, OperationalError
+from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError, OperationalError
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -384,10 +384,15 @@ def test_S4_a_plain_session_that_is_made_while_the_request_ends(ask: Way, engine
     assert plain.registry.registry == {}
 
 
+@pytest.mark.told
+@pytest.mark.parametrize("commits", [False, True])
 def test_Y1_a_plain_async_session_in_use_by_a_task_when_the_request_ends(
-    tmp_path: Path, no_leaks: None
+    tmp_path: Path, no_leaks: None, commits: bool
 ) -> None:
-    """The task gets its connection only after the end, and gives it back."""
+    """The task gets its connection only after the end, and gives it back.
+
+    Neither a commit nor its rollback is possible meanwhile, and the session is not forgotten then.
+    """
 
     async def main() -> None:
         engine = create_async_engine(
@@ -402,7 +407,9 @@ def test_Y1_a_plain_async_session_in_use_by_a_task_when_the_request_ends(
             await answer(send)
 
         async with engine.connect():
-            await ASGIClient()(ASGIRopeMiddleware(app, [plain]), "/")
+            with pytest.raises(InvalidRequestError) if commits else nullcontext():
+                wrapped = ASGIRopeMiddleware(app, [plain], commit_on_success=commits)
+                await ASGIClient()(wrapped, "/")
         with pytest.raises((ScopeClosedError, IllegalStateChangeError)):
             await tasks[0]
         pool: Any = engine.pool

@@ -44,6 +44,7 @@ class Outcome:
 
     answers: dict[int, int] = field(default_factory=dict)
     doubts: set[int] = field(default_factory=set)
+    errors: dict[int, str] = field(default_factory=dict)
     cuts: Counter[str] = field(default_factory=Counter)
     held: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -75,8 +76,10 @@ async def run(database: Database, requests: int, seed: int) -> Outcome:
     outcome, numbers = Outcome(), count(1)
 
     def note(error: BaseException) -> None:
+        n = int(current_scope().name.rpartition("/")[2])
+        outcome.errors[n] = repr(error)
         if isinstance(error, CommitInDoubtError):
-            outcome.doubts.add(int(current_scope().name.rpartition("/")[2]))
+            outcome.doubts.add(n)
 
     async def ask(shop: Shop) -> None:
         while (n := next(numbers)) <= requests:
@@ -110,7 +113,7 @@ def _wrong(outcome: Outcome, rows: dict[int, int]) -> list[str]:
         if status < 400 and not found:
             wrong.append(f"request {n}: {status}, and no row")
         elif status >= 400 and found and n not in outcome.doubts:
-            wrong.append(f"request {n}: {status}, and a row")
+            wrong.append(f"request {n}: {status}, and a row; {outcome.errors.get(n)}")
         if found > 1:
             wrong.append(f"request {n}: {found} rows")
     return wrong
