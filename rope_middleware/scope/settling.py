@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
 
-from rope_middleware.scope.asking import is_thread_of
 from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
 
 if TYPE_CHECKING:
@@ -181,12 +180,12 @@ def may_begin(scope: Scope) -> bool:
     return scope._state == OPEN and scope._settling is None
 
 
-def may_begin_plainly(scope: Scope) -> bool:
+def may_begin_plainly(scope: Any) -> bool:
     """Tell whether a sync session may, and nothing is to be told of its thread (L2)."""
-    return (
+    return (  # of an AsyncScope it knows more; cast() would be a call
         scope._state == OPEN
         and scope._settling is None
-        and not (scope._is_async and is_thread_of(scope, threading.get_ident()))
+        and not (scope._is_async and scope._thread == threading.get_ident())
     )
 
 

@@ -61,7 +61,7 @@ def note_begin(tie: Tie, depth: int = DEPTH) -> None:
     tie.since = monotonic()
     tie.line = application_line(depth)
     tie.thread = threading.get_ident()
-    if tie.kind is not None and tie.kind.is_async:
+    if (kind := tie.kind) is not None and kind.is_async:
         task = _task()
         tie.task = None if task is None else ref(task)
     if is_new:  # not before all of it is written down: others read the list meanwhile

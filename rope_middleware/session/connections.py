@@ -91,13 +91,13 @@ def has_out(transaction: SessionTransaction) -> bool:
 
     Asked several times for each request, and where a transaction begins after another one.
     """
-    last = None
-    # At once, as in `connections_of`, which would be a call more.
-    for known in (*transaction._connections.values(),):  # noqa: SLF001
-        if known is not last:  # each stands there by its engine, and by itself
-            if known[3] and not known[0].closed:
-                return True
-            last = known
+    connections = transaction._connections  # noqa: SLF001 - as in `connections_of`, a call less
+    if len(connections) == 2:
+        for connection, _, _, is_made in connections.values():
+            return is_made and not connection.closed
+    for connection, _, _, is_made in (*connections.values(),):  # at once, too
+        if is_made and not connection.closed:
+            return True
     return False
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.errors import memory_of_thread
@@ -21,7 +21,7 @@ from rope_middleware.session.waits import put_door
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
-__all__ = ["is_known", "learn_engines", "notice_begin", "notice_module"]
+__all__ = ["KNOWN", "has_modules", "learn_engines", "notice_begin", "notice_module"]
 
 
 def _look() -> bool:
@@ -54,7 +54,12 @@ call_at_begins(_begin_to_look)
 
 _late: WeakSet[type[Session]] = WeakSet()
 _of_modules: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()
-_has_modules: list[bool] = []  # not empty once there was one: to ask the above is a call
+has_modules: list[bool] = []
+"""Not empty once a module has held a session: to ask `_of_modules` is a call."""
+
+KNOWN = "_rope_middleware_known"
+"""Under this name a pool knows its dialect once nothing is left to be noticed of its engine where a
+transaction begins: its statements are watched, and it has its door."""
 
 
 def notice_begin(tie: Tie, session: Session) -> None:
@@ -72,7 +77,7 @@ def notice_begin(tie: Tie, session: Session) -> None:
         memory = put_door(bind.engine)
         if memory is None:
             if bind.engine.pool is pool:  # it is another one after Engine.dispose()
-                vars(pool)[_KNOWN] = bind.dialect
+                vars(pool)[KNOWN] = bind.dialect
         else:
             first = memory.setdefault("thread", tie.thread)
             if first != tie.thread or (scope is not None and is_async(scope)):
@@ -81,21 +86,8 @@ def notice_begin(tie: Tie, session: Session) -> None:
     is_sync = scope is not None and kind is not None and not kind.is_async
     if is_sync and scope is not None and is_thread_of(scope, tie.thread):
         _tell_blocking(tie, scope.name)
-    if _has_modules:
+    if has_modules:
         _look_at_modules()
-
-
-_KNOWN = "_rope_middleware_known"
-
-
-def is_known(bind: Engine | Connection | None) -> bool:
-    """Tell whether nothing is left to be noticed of `bind` where a transaction begins.
-
-    Its statements are watched already, its pool has its door, and no module holds a session.
-    """
-    return (
-        type(bind) is Engine and bind.pool.__dict__.get(_KNOWN) is bind.dialect and not _has_modules
-    )
 
 
 def _look_at_modules() -> None:
@@ -119,7 +111,7 @@ def _on_connection(_: Session, __: SessionTransaction, connection: Connection) -
 def notice_module(tie: Tie, line: Line) -> None:
     """Note that a rope on the frame of a module holds the session of `tie`."""
     _of_modules[tie] = line
-    _has_modules[:] = [True]
+    has_modules[:] = [True]
 
 
 def _tell_module(line: Line) -> None:
