@@ -1,11 +1,13 @@
 """Who holds the connections, as a page behind a token.
 
-Run it with ``uvicorn holders_app:app`` and ask with
-``curl -H 'Authorization: Bearer let-me-see' http://127.0.0.1:8000/holders``.
+Run it with ``HOLDERS_TOKEN=let-me-see uvicorn holders_app:app`` and ask with
+``curl -H 'Authorization: Bearer let-me-see' http://127.0.0.1:8000/holders``. Where no token is set,
+nobody knows it.
 """
 
 import hmac
 import os
+import secrets
 
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import sessionmaker
@@ -16,7 +18,7 @@ from starlette.routing import Route
 
 from rope_middleware import RopeMiddleware, SessionJenny, holders
 
-TOKEN = os.environ.get("HOLDERS_TOKEN", "let-me-see")
+TOKEN = os.environ.get("HOLDERS_TOKEN") or secrets.token_urlsafe()
 jenny = SessionJenny(sessionmaker(create_engine("sqlite:///app.db")))
 
 

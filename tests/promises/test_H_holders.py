@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import runpy
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
+from starlette.testclient import TestClient
 
 from rope_middleware import AsyncSessionJenny, SessionJenny, SessionRope, holders, open_scope
 from tests.kit.engines import MakeEngine, small_async_engine
@@ -87,6 +89,23 @@ def test_H1_it_is_a_table_with_a_row_for_each(jenny: Jenny) -> None:
     assert head.split() == ["scope", "engine", "seconds", "began", "now", "connection"]
     assert one.startswith("one ") and another.startswith("another ")
     assert one.endswith("held") and "secret" not in another
+
+
+def test_H1_the_example_shows_them_to_who_has_the_token(
+    jenny: Jenny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page of examples/holders_app.py: a row for each; 403 without the right token."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOLDERS_TOKEN", "let-me-see")
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "holders_app.py"))
+    client = TestClient(example["app"])
+    with open_scope("POST /orders"):
+        touch(jenny)
+        told = client.get("/holders", headers={"Authorization": "Bearer let-me-see"}).text
+    assert told.startswith("scope ") and "POST /orders  sqlite:" in told.splitlines()[1]
+    for headers in ({}, {"Authorization": "Bearer "}, {"Authorization": "Bearer let-me-seé"}):
+        encoded = {name: value.encode() for name, value in headers.items()}
+        assert client.get("/holders", headers=encoded).status_code == 403  # type: ignore[arg-type]
 
 
 def test_H1_the_password_is_not_told() -> None:
