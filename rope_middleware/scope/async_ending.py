@@ -29,17 +29,12 @@ from rope_middleware.scope.order import (
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 from rope_middleware.scope.settling import Settling
-from rope_middleware.scope.short import end_plainly, is_untouched
+from rope_middleware.scope.short import end_plainly, end_shortly, is_untouched
 
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import SessionKind
 
 __all__ = ["acommit", "aend", "aend_failed", "aroll_back"]
-
-
-def _is_settled(scope: Scope) -> bool:
-    """Tell whether a scope that commits has done so before, and left nothing open."""
-    return not (scope._on_commit or scope._on_close or scope._registries or open_sessions(scope))
 
 
 def aend(scope: Scope, commits: bool = False, why: str = "") -> Coroutine[Any, Any, None]:
@@ -50,11 +45,7 @@ def aend(scope: Scope, commits: bool = False, why: str = "") -> Coroutine[Any, A
 
 
 async def _end(scope: Scope, commits: bool, why: str) -> None:
-    if is_untouched(scope):
-        return
-    if _is_settled(scope):
-        end_plainly(scope)  # nothing waits
-    else:
+    if not (is_untouched(scope) or end_shortly(scope)):
         timeout = scope._options.close_timeout
         await finish(ending(scope, Async(timeout), commits, why), timeout)
 

@@ -52,9 +52,10 @@ def commit_plainly(scope: Scope) -> bool:
 
 
 def end_shortly(scope: Scope) -> bool:
-    """End a sync scope that has only sessions to close; tell whether it was one.
+    """End a scope that has only sessions to close; tell whether it was one.
 
-    It may have committed before: then they have nothing open.
+    It may have committed before: then they have nothing open. Of an async scope that commits that
+    is asked, too: nothing waits then.
     """
     if scope._registries or scope._on_close:
         return False
