@@ -51,6 +51,7 @@ __all__ = ["current_session", "flask_scoped_session"]
 _S = TypeVar("_S", bound=Session)
 _T = TypeVar("_T", bound=Any)
 
+_REMOVE = vars(SessionJenny)["remove"]
 _CONTEXT = "_rope_middleware_context"
 _LAST = "_rope_middleware_last"  # in `g`: the last request that ended in this context
 _OWNER = "_rope_middleware_owner"  # in `g` of a context that is torn down: whose it was
@@ -96,12 +97,12 @@ class _AppContextRegistry(ScopeRegistry[_T]):
     def scope(self) -> Scope | None:
         if not has_app_context():
             return super().scope()
-        home = _home()
+        home: Any = _home()
         context: _Context | None = home.get(_CONTEXT)
         if context is not None:
             return context.scope
         made = _Context(f"application context of {_app().name}")
-        if home is not g:
+        if type(cast("object", home)) is dict:  # the request's
             _end_before(home, made)
         # Two threads may share a context: only one of them sets it.
         return cast("_Context", home.setdefault(_CONTEXT, made)).scope
@@ -125,12 +126,13 @@ def _end_before(home: Any, made: _Context) -> None:
 
 def _home() -> Any:
     """Return what keeps the `_Context`: ``g``, or the request if ``g`` is an earlier request's."""
-    owner: ref[Any] | None = g.get(_OWNER)
+    here: Any = cast("Any", g)._get_current_object()  # each use of the proxy is five calls
+    owner: ref[Any] | None = here.get(_OWNER)
     if owner is not None and has_request_context():
         current: Any = cast("Any", request)._get_current_object()
         if owner() is not current:
             return cast("dict[str, Any]", vars(current))
-    return g
+    return here
 
 
 class flask_scoped_session(SessionJenny[_S]):  # noqa: N801 - the name that is documented
@@ -199,10 +201,11 @@ def _teardown_request(error: BaseException | None) -> None:
     mine = cast("Any", request)._get_current_object() if here else None
     ended = mine if popped is None else popped.request
     if ended is mine and ended is not None:
-        if _home() is vars(ended):
-            _end(vars(ended), _app(), error)
+        home = _home()
+        if home is vars(ended):
+            _end(home, _app(), error)
         else:
-            setattr(g, _LAST, ref(ended))
+            setattr(home, _LAST, ref(ended))
     elif ended is not None:
         _end(vars(ended), None, error)  # by another thread
 
@@ -243,8 +246,7 @@ def _end(home: Any, app: Flask | None, error: BaseException | None) -> None:
         for session in () if app is None else app.extensions[_EXTENSION]:
             _remove(session, home)
     finally:
-        context: _Context | None = home.pop(_CONTEXT, None)
-        if context is not None:
+        if (context := home.pop(_CONTEXT, None)) is not None:
             end(context.scope)
 
 
@@ -254,6 +256,8 @@ def _remove(session: flask_scoped_session[Any], home: Any) -> None:
     made = None if context is None else session_of(context.scope, session.registry)
     if made is not None:
         _tell_lost(session.registry.kind.inner(made))
+    elif getattr(session.remove, "__func__", None) is _REMOVE:
+        return  # a scope would be made only to find that there is nothing to remove
     try:
         session.remove()
     except Exception as error:
@@ -264,8 +268,7 @@ def _remove(session: flask_scoped_session[Any], home: Any) -> None:
 
 def _tell_lost(session: Session | None) -> None:
     """Say what is lost: a `remove` does not, because one of the application's own is meant."""
-    tie = None if session is None else tie_of(session)
-    if session is not None and tie is not None:
+    if session is not None and (tie := tie_of(session)) is not None:
         tell_lost(tie, session)
 
 
