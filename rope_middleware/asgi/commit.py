@@ -82,6 +82,8 @@ class Gate(answer.Gate):
                     await self._replace()
         finally:
             why = self.why_not()
+            if self.state == WAITING and options_now(self._scope).commit_on_success:
+                doom_rest(self._scope)  # the client has gone, and the framework has kept quiet
             await aend(self._scope, not why, why)
 
     async def _before_start(self, message: Message) -> None:

@@ -14,8 +14,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from rope_middleware import RopeError, RopeMiddleware, SessionJenny, current_scope, open_scope
-from tests.kit.asgi import asgi_app, client
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    RopeError,
+    RopeMiddleware,
+    SessionJenny,
+    current_scope,
+    open_scope,
+)
+from tests.kit.asgi import asgi_app, ask, client
 from tests.kit.models import Data, Row
 from tests.kit.said import Said
 from tests.kit.sessions import SELECT, Jenny, run_threads
@@ -145,6 +152,19 @@ def test_L1_nothing_is_said_where_all_is_well(web: Web, said: Said, name: str) -
         await SILENT[name](web, exchange)
 
     web.ask(handler)
+    assert said.warnings == []
+
+
+async def test_L1_nothing_is_said_where_commit_on_success_had_no_response(
+    store: Store, said: Said
+) -> None:
+    """The client has hung up, and Django and Quart return: "use commit_on_success" is no cure."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await store.add(1)
+
+    await ask(ASGIRopeMiddleware(app, commit_on_success=True))
+    assert store.rows() == []
     assert said.warnings == []
 
 
