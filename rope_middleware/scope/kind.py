@@ -133,6 +133,11 @@ class SessionKey(Protocol):
 class PlainKind(SessionKind, SessionKey, Protocol):
     """A plain scoped_session: it keeps its session itself, so it is key and kind at once."""
 
+    @property
+    def besides(self) -> SessionKind:
+        """How a session ends that it has removed, and that is used on."""
+        ...
+
 
 Work: TypeAlias = list[tuple[SessionKey, Any]]
 Call: TypeAlias = Callable[[Any], Any]

@@ -30,7 +30,7 @@ from rope_middleware.session.begun import OF_BODY, note_begin
 from rope_middleware.session.connections import connections_out, has_made, has_out, made_connections
 from rope_middleware.session.ended import note_ended
 from rope_middleware.session.notice import KNOWN, has_modules, learn_engines, notice_begin
-from rope_middleware.session.tie import TIE, Tie, keep_also, tie_to
+from rope_middleware.session.tie import TIE, PlainTie, Tie, keep_also, tie_to
 from rope_middleware.session.unsaved import forget_committed, forget_rolled_back, note_flush
 from rope_middleware.session.written import watch, watch_binds
 
@@ -153,6 +153,14 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
 
             if is_in_body():
                 transaction.__dict__[OF_BODY] = True
+    if (
+        is_outermost
+        and isinstance(tie, PlainTie)
+        and scope is not None
+        and not (tie.kind is not None or tie.owner.owns(session, scope))
+    ):
+        # Its scoped_session has removed it, and the application goes on with it.
+        tie.kind, tie.is_removed = tie.owner.besides, True
     kind = tie.kind
     if scope is not None and kind is not None:
         if tie.is_removed:
@@ -176,9 +184,12 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
 def _adopted(session: Session) -> Tie | None:
     """Tie a session of a plain scoped_session to the scope that will remove it."""
     scope = current.get(None)
-    if scope is None or not any(kind.owns(session, scope) for kind in registries_of(scope)):
+    if scope is None:
         return None
-    tie = tie_to(session, scope)
+    owner = next((kind for kind in registries_of(scope) if kind.owns(session, scope)), None)
+    if owner is None:
+        return None
+    tie = tie_to(session, scope, made=PlainTie(owner))
     tie.transaction = None  # the one that is beginning: whether it may is asked now
     return tie
 

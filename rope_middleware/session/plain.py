@@ -22,6 +22,7 @@ from rope_middleware.session.aside import guard
 from rope_middleware.session.begun import is_of_body
 from rope_middleware.session.busy import is_busy
 from rope_middleware.session.failures import listen_for_errors
+from rope_middleware.session.kinds import SYNC
 from rope_middleware.session.listeners import listen
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.sharing import tell_cut_off
@@ -65,6 +66,14 @@ class PlainSessions:
     @property
     def kind(self) -> SessionKind:
         return self
+
+    @property
+    def besides(self) -> SessionKind:
+        if not self.is_async:
+            return SYNC
+        from rope_middleware.session.async_kind import ASYNC
+
+        return ASYNC
 
     def find(self) -> Any:
         """Return the SQLAlchemy session, or None."""

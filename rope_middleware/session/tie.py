@@ -19,9 +19,9 @@ from rope_middleware.session.lines import Line
 from rope_middleware.session.unsaved import Written
 
 if TYPE_CHECKING:
-    from rope_middleware.scope.kind import SessionKind
+    from rope_middleware.scope.kind import PlainKind, SessionKind
 
-__all__ = ["TIE", "Tie", "keep_also", "tie_of", "tie_to"]
+__all__ = ["TIE", "PlainTie", "Tie", "keep_also", "tie_of", "tie_to"]
 
 TIE = "_rope_middleware_tie"
 """The name of that attribute."""
@@ -61,12 +61,26 @@ class Tie:
     written: Written | None  # and neither committed nor rolled back
 
 
-def tie_to(session: Session, scope: Scope | None = None, kind: SessionKind | None = None) -> Tie:
+class PlainTie(Tie):
+    """Of the session of a plain scoped_session, its `owner`."""
+
+    __slots__ = ("owner",)
+
+    def __init__(self, owner: PlainKind) -> None:
+        self.owner: PlainKind = owner
+
+
+def tie_to(
+    session: Session,
+    scope: Scope | None = None,
+    kind: SessionKind | None = None,
+    made: Tie | None = None,
+) -> Tie:
     """Tie `session` to its scope, or to none: then only its connections count.
 
     The session must be listened to: see `listen`.
     """
-    tie = session.__dict__[TIE] = Tie()
+    tie = session.__dict__[TIE] = Tie() if made is None else made
     tie.scope = scope
     tie.kind = kind
     tie.is_removed = False

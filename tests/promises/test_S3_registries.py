@@ -315,6 +315,25 @@ def test_S4_a_plain_session_that_was_kept_is_refused(ask: Way, engine: Engine, b
     assert checked_out(engine) == 0
 
 
+def test_S3_a_removed_plain_session_that_is_used_on_is_closed_with_its_request(
+    ask: Way, engine: Engine
+) -> None:
+    """The scoped_session does not know it any more; the request does."""
+    plain = scoped(engine)
+
+    def view() -> Session:
+        session = use(plain())
+        plain.remove()
+        for _ in range(2):
+            use(session).rollback()
+        return use(session)
+
+    kept = ask(view, registries=[plain])
+    assert checked_out(engine) == 0
+    with pytest.raises(ScopeClosedError):
+        use(kept)
+
+
 def test_S3_a_plain_session_in_use_by_a_thread_when_the_request_ends(
     ask: Way, make_engine: MakeEngine
 ) -> None:
