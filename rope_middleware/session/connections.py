@@ -50,7 +50,7 @@ def made_connections(transaction: SessionTransaction | None) -> Collection[Conne
     (`SessionTransaction.connections`, from 2.1.7 on) does not say which connections are lent.
     `_connections` has the same form in 2.0 and 2.1: a tuple of the connection, its transaction,
     whether the session commits it and whether the session closes it
-    (`tests/promises/test_S_lent.py` pins it).
+    (`tests/promises/test_S3_given_back.py` pins it).
     """
     return {connection for connection, _, _, is_made in connections_of(transaction) if is_made}
 

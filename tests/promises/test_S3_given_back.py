@@ -30,6 +30,12 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
+from rope_middleware.session.connections import (
+    connections_of,
+    has_out,
+    lent_connections,
+    made_connections,
+)
 from tests.kit.asgi import asgi_app, ask, serve
 from tests.kit.engines import MakeEngine, rows, small_async_engine
 from tests.kit.leaks import checked_out, no_scope_here
@@ -41,6 +47,27 @@ from tests.kit.ways import Way, by_decorator, by_with
 from tests.kit.wsgi import BODIES, HEADERS, Probe, Server, Wrap, served
 
 pytestmark = pytest.mark.anyio
+
+
+def test_S3_which_connections_are_lent_is_known_on_each_sqlalchemy(
+    make_engine: MakeEngine,
+) -> None:
+    """A private attribute tells it: each connection twice, by its engine and by itself."""
+    own, other = make_engine(), make_engine()
+    with other.connect() as lent, Session(binds={Data: own, Row: lent}) as session:
+        transaction = session.begin()
+        assert connections_of(transaction) == () and not has_out(transaction)
+        session.scalars(select(Row)).all()
+        assert len(connections_of(transaction)) == 2 and not has_out(transaction)
+        session.scalars(select(Data)).all()
+        ((first, _, _, is_made), again, third, last) = connections_of(transaction)
+        assert again[0] is first is lent and not is_made
+        assert third is last and last[3] and last[0].engine is own
+        assert set(made_connections(transaction)) == {last[0]} and has_out(transaction)
+        assert set(lent_connections(transaction)) == {lent}
+        session.rollback()
+        assert set(made_connections(transaction)) == {last[0]} and not has_out(transaction)
+        assert not lent.closed
 
 
 @pytest.mark.told
