@@ -135,7 +135,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
     ) -> Iterable[bytes]:
         """Serve what is not the plain case."""
         self._check_set_up()
-        # Bridges from ASGI (a2wsgi, asgiref) hand the ASGI scope on as "asgi.scope".
+        # A bridge from ASGI (a2wsgi) hands the ASGI scope on as "asgi.scope".
         outer = shared_scope(environ, environ.get("asgi.scope") or {})
         if outer is not None:
             return self._serve_within(outer, environ, start_response)

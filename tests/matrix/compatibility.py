@@ -202,6 +202,22 @@ def _versions() -> list[str]:
     ]
 
 
+OTHERS = """\
+granian: a body that breaks off reaches the application as one that has ended. Compare its length
+    with Content-Length.
+granian (WSGI), hypercorn (WSGI): `start_response()` returns no `write()`, so what calls it fails.
+    hypercorn answers an empty WSGI body by a 500, whatever the application has said.
+granian (ASGI): the start of a response waits for its first chunk. A stream that raises before that
+    is a 500 for the client, though the commit, which comes before the start, stands.
+bjoern: where clients hang up while a file is sent by `wsgi.file_wrapper`, others get each other's
+    answers, or the process ends; with handlers by hand as well.
+Litestar, BlackSheep: where the client closes a WebSocket, an error of the framework leaves the
+    handler that does not catch it, so that `commit_on_success` rolls back.
+Sanic: does not tell a stream that its client has gone, either.
+""".replace("\n    ", " ").splitlines()
+"""Of servers and frameworks that were tried by hand and are not in the table."""
+
+
 def _notes() -> list[str]:
     notes = []
     if one := [name for name, kind in SERVERS.items() if not kind.overlaps]:
@@ -215,4 +231,5 @@ def _notes() -> list[str]:
     for name, found in noted.items():
         if note := getattr(found, "note", ""):
             notes.append(f"{getattr(found, 'distribution', name)}: {note}")
+    notes += OTHERS
     return [textwrap.fill(f"- {note}", 100, subsequent_indent="  ") for note in notes]
