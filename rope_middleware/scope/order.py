@@ -95,7 +95,7 @@ async def after_failure(scope: Scope, hands: Hands, error: BaseException) -> Non
         logger.error("commit of %r in doubt: %s", scope.name, class_of(error.__cause__))
     else:
         logger.error("commit of %r failed: %s", scope.name, class_of(error))
-    await rolling_back(scope, hands, "its commit failed")
+    await rolling_back(scope, hands, "its commit failed", goes_on=False)
 
 
 async def until_free(work: Work, hands: Hands) -> None:
@@ -123,10 +123,20 @@ async def _commit_each(work: Work, hands: Hands) -> None:
         await hands.use(key.kind, key.kind.commit, session, work)
 
 
-async def rolling_back(scope: Scope, hands: Hands, why: str) -> None:
-    """Roll every session back, log it, and forget what waits for a commit."""
+async def rolling_back(scope: Scope, hands: Hands, why: str, goes_on: bool = True) -> None:
+    """Roll every session back, log it, and forget what waits for a commit.
+
+    Args:
+        scope: whose sessions.
+        hands: how what blocks is carried out.
+        why: for the log.
+        goes_on: whether the application's response is sent all the same. Then a block that its body
+            is in stays the application's to end.
+    """
     scope._on_commit = None
     work = open_sessions(scope)
+    if goes_on:
+        work = [one for one in work if not one[0].kind.is_of_body(one[1])]
     if work:
         logger.info("rolled back %r: %s", scope.name, why)
 

@@ -148,7 +148,7 @@ BLOCK = "_trans_context_manager"
 
 
 def leave_block(session: Session) -> None:
-    """Let `session` go on after our commit where a block of the application's is around it."""
+    """Let `session` go on after what we end, where a block of the application's is around it."""
     session.__dict__.pop(BLOCK, None)
 
 

@@ -17,6 +17,7 @@ from rope_middleware.session import closing, committing
 from rope_middleware.session.aside import guard
 from rope_middleware.session.begun import is_of_body
 from rope_middleware.session.busy import is_busy
+from rope_middleware.session.connections import leave_block
 from rope_middleware.session.unsaved import has_pending
 
 __all__ = ["FOREIGN", "SYNC", "ForeignKind", "SyncKind"]
@@ -86,6 +87,7 @@ class SyncKind:
         return committing.commit(session)
 
     def rollback(self, session: Any, /) -> Any:
+        leave_block(self.inner(session))
         return session.rollback()
 
     def close(self, session: Any, /) -> Any:
@@ -147,6 +149,8 @@ class ForeignKind(SyncKind):
         return isinstance(session, Session) and super().commit_alone(session)
 
     def rollback(self, session: Any, /) -> Any:
+        if isinstance(session, Session):
+            return super().rollback(session)
         return _call(session, "rollback")
 
     def close(self, session: Any, /) -> Any:

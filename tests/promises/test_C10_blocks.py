@@ -64,9 +64,11 @@ async def async_body_of(jenny: Any, begin: str, fails: bool) -> AsyncIterator[by
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("begin", ["begin", "begin_nested"])
+@pytest.mark.parametrize(
+    ("begin", "status"), [("begin", 200), ("begin", 404), ("begin_nested", 200)]
+)
 async def test_C10_a_block_of_a_streamed_body_is_the_bodys_own(
-    driver_url: URL, begin: str, fails: bool
+    driver_url: URL, begin: str, fails: bool, status: int
 ) -> None:
     """The commit meets its middle, and leaves it alone: all of its rows are there, or none."""
     is_async = is_async_driver(driver_url)
@@ -76,7 +78,7 @@ async def test_C10_a_block_of_a_streamed_body_is_the_bodys_own(
         @app.get("/")
         async def view() -> StreamingResponse:
             return StreamingResponse(
-                (async_body_of if is_async else body_of)(either.jenny, begin, fails)
+                (async_body_of if is_async else body_of)(either.jenny, begin, fails), status
             )
 
         app.add_middleware(Between)
@@ -109,45 +111,51 @@ def test_C10_a_block_of_a_wsgi_body_is_the_bodys_own(tmp_path: Any, fails: bool)
     engine.dispose()
 
 
+def app_with_block(either: Either, way: str, status: int = 200) -> FastAPI:
+    """Make an application whose dependency has a block around all that the view does."""
+    jenny = either.jenny
+
+    async def in_block() -> AsyncIterator[Any]:
+        async with jenny.session.begin():
+            yield jenny.session
+
+    def in_sync_block() -> Iterator[Any]:
+        with jenny.session.begin():
+            yield jenny.session
+
+    async def later(session: Any) -> None:
+        session.add(Row(n=2))
+        await either.do("flush")
+
+    async def body(session: Any) -> AsyncIterator[bytes]:
+        await later(session)
+        yield b"x"
+
+    app = FastAPI()
+
+    @app.get("/", status_code=status)
+    async def view(
+        tasks: BackgroundTasks,
+        session: Any = Depends(in_block if either.is_async else in_sync_block),
+    ) -> Any:
+        session.add(Row(n=1))
+        if way == "stream":
+            return StreamingResponse(body(session), status)
+        tasks.add_task(later, session)
+        return None
+
+    return app
+
+
 @pytest.mark.parametrize("between", [False, True])
 @pytest.mark.parametrize("way", ["stream", "background"])
 async def test_C2_a_block_around_the_response_goes_on_after_the_commit(
     driver_url: URL, way: str, between: bool
 ) -> None:
     """``with session.begin(): yield session``, a dependency: what comes later is committed, too."""
-    is_async = is_async_driver(driver_url)
-    async with Either([driver_url], is_async=is_async, engine=POOL) as either:
-        jenny = either.jenny
+    async with Either([driver_url], is_async=is_async_driver(driver_url), engine=POOL) as either:
         at_start: list[int] = []
-
-        async def in_block() -> AsyncIterator[Any]:
-            async with jenny.session.begin():
-                yield jenny.session
-
-        def in_sync_block() -> Iterator[Any]:
-            with jenny.session.begin():
-                yield jenny.session
-
-        async def later(session: Any) -> None:
-            session.add(Row(n=2))
-            await either.do("flush")
-
-        async def body(session: Any) -> AsyncIterator[bytes]:
-            await later(session)
-            yield b"x"
-
-        app = FastAPI()
-
-        @app.get("/")
-        async def view(
-            tasks: BackgroundTasks, session: Any = Depends(in_block if is_async else in_sync_block)
-        ) -> Any:
-            session.add(Row(n=1))
-            if way == "stream":
-                return StreamingResponse(body(session))
-            tasks.add_task(later, session)
-            return {}
-
+        app = app_with_block(either, way)
         if between:
             app.add_middleware(Between)
 
@@ -164,3 +172,16 @@ async def test_C2_a_block_around_the_response_goes_on_after_the_commit(
         assert client.status == 200
         assert 1 in at_start
         assert await rows_in(either) == [1, 2]
+
+
+@pytest.mark.parametrize("way", ["stream", "background"])
+async def test_C2_a_block_around_a_refused_response_goes_on_and_commits_nothing(
+    driver_url: URL, way: str
+) -> None:
+    """A 404: the response is as without us, and no row is there."""
+    async with Either([driver_url], is_async=is_async_driver(driver_url), engine=POOL) as either:
+        client = ASGIClient()
+        await client(RopeMiddleware(app_with_block(either, way, 404), commit_on_success=True), "/")
+        assert client.status == 404
+        assert client.body == (b"x" if way == "stream" else b"null")
+        assert await rows_in(either) == []
