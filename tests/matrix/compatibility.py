@@ -211,8 +211,11 @@ granian (ASGI): the start of a response waits for its first chunk. A stream that
     is a 500 for the client, though the commit, which comes before the start, stands.
 bjoern: where clients hang up while a file is sent by `wsgi.file_wrapper`, others get each other's
     answers, or the process ends; with handlers by hand as well.
-Litestar, BlackSheep: where the client closes a WebSocket, an error of the framework leaves the
-    handler that does not catch it, so that `commit_on_success` rolls back.
+Litestar, Falcon, Quart, Sanic, BlackSheep: answer an error of a WebSocket handler themselves, and
+    the call ends without one, so that `commit_on_success` commits what it has written. Put
+    `async with open_scope(commit_on_success=True):` around each message.
+Litestar, BlackSheep: where the connection of a WebSocket breaks off, uvicorn's error for their
+    close message leaves the application, so that `commit_on_success` rolls back.
 Sanic: does not tell a stream that its client has gone, either.
 """.replace("\n    ", " ").splitlines()
 """Of servers and frameworks that were tried by hand and are not in the table."""
