@@ -36,11 +36,17 @@ class SyncKind:
         """Return what a factory made, given its Session; None if it is gone."""
         return session
 
-    # The functions themselves, where each request comes by: a method would be one more call.
-    is_idle = staticmethod(closing.has_nothing_open)
-    end = staticmethod(closing.end)
-    end_at_once = staticmethod(closing.end_at_once)
-    commit_alone = staticmethod(committing.commit_alone)
+    def is_idle(self, session: Any, /) -> bool:
+        return closing.has_nothing_open(session)
+
+    def end_at_once(self, session: Any, /) -> bool:
+        return closing.end_at_once(session)
+
+    def commit_alone(self, session: Any, /) -> bool:
+        return committing.commit_alone(session)
+
+    def end(self, session: Any, /) -> None:
+        closing.end(session)
 
     def has_begun(self, session: Any, /) -> bool:
         inner = self.inner(session)
@@ -185,5 +191,15 @@ def _note_reason(error: BaseException) -> None:
 
 explainers.append(_note_reason)
 
-SYNC = SyncKind()
+
+class _ByRequest(SyncKind):
+    """The functions themselves, where each request comes by: a method would be one more call."""
+
+    is_idle = staticmethod(closing.has_nothing_open)  # pyright: ignore[reportAssignmentType]
+    end_at_once = staticmethod(closing.end_at_once)  # pyright: ignore[reportAssignmentType]
+    commit_alone = staticmethod(committing.commit_alone)  # pyright: ignore[reportAssignmentType]
+    end = staticmethod(closing.end)  # pyright: ignore[reportAssignmentType]
+
+
+SYNC: SyncKind = _ByRequest()
 FOREIGN = ForeignKind()
