@@ -52,6 +52,7 @@ def _wrong(made: type, init: Any, text: str, example: str, named: Iterable[str])
     unknown = next((name for name in named if name not in takes.parameters), None)
     hint = "" if unknown is None else near(unknown, takes.parameters)
     told = text.replace(f"{init.__qualname__}() ", "").replace("missing", "is missing")
+    told = told.partition(". Did you mean")[0]  # asked by Python 3.13 and later, too
     if "positional arguments but" in told:  # Python counts the object itself, too
         told = "got too many arguments, or one by its position that needs its name"
     return TypeError(f"{who} {told}.{hint} It takes {takes}, as in: {example}")

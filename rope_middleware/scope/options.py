@@ -132,9 +132,8 @@ def options_of(who: str, given: dict[str, Any]) -> Options:
     for name in given:
         if name not in known:
             raise TypeError(
-                f"{who} got an unexpected keyword argument {name!r}.{near(name, known)} Its "
-                "options are "
-                f"{', '.join(known)}."
+                f"{who} got an unexpected keyword argument {name!r}.{near(name, known)} "
+                f"Its options are {', '.join(known)}."
             )
     return Options(**given)
 
