@@ -8,7 +8,7 @@ from contextvars import Context, copy_context
 from typing import Any
 
 from rope_middleware.running.finish import shield
-from rope_middleware.running.places import Line, Places
+from rope_middleware.running.places import Limiter, Places
 
 __all__ = ["Call"]
 
@@ -28,7 +28,7 @@ class Call:
         "_func",
         "_is_cancelled",
         "_is_left",
-        "_line",
+        "_limiter",
         "_loop",
         "_places",
         "_result",
@@ -40,13 +40,13 @@ class Call:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        line: Line[Call],
+        limiter: Limiter[Call],
         places: Places,
         func: Callable[[Any], Any],
         argument: Any,
     ) -> None:
         self._loop = loop
-        self._line = line
+        self._limiter = limiter
         self._places = places
         self._func = func
         self._argument = argument
@@ -82,7 +82,7 @@ class Call:
 
     def end(self) -> None:
         """The call has come to its end."""
-        self._line.leave(self._places)
+        self._limiter.leave(self._places)
         self.has_ended = True
         if self._wakes is not None:
             (wake, context), self._wakes = self._wakes, None

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
-__all__ = ["COMMITS", "NEEDS", "RELEASES", "WRITES", "Line", "Places"]
+__all__ = ["COMMITS", "NEEDS", "RELEASES", "WRITES", "Limiter", "Places"]
 
 _C = TypeVar("_C")
 
@@ -37,8 +37,10 @@ COMMITS = Places("commits", 18)
 WRITES = Places("commits", 18, 15)
 
 
-class Line(Generic[_C]):
+class Limiter(Generic[_C]):
     """The calls of one event loop under one name: under way, and waiting. Used in its thread only.
+
+    What anyio's CapacityLimiter is for tasks.
 
     Args:
         places: what there is.
@@ -79,7 +81,7 @@ class Line(Generic[_C]):
             raise
 
     def leave(self, places: Places) -> None:
-        """A call has ended: the next ones in line take its place."""
+        """A call has ended: the next ones take its place, first come, first served."""
         self._running -= 1
         if places.part is not None:
             if self._waiting_for_part:

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from rope_middleware.running.anyio_threads import in_anyio_thread, into_anyio_thread
 from rope_middleware.running.call import Call
 from rope_middleware.running.finish import finish
-from rope_middleware.running.places import COMMITS, NEEDS, RELEASES, WRITES, Line, Places
+from rope_middleware.running.places import COMMITS, NEEDS, RELEASES, WRITES, Limiter, Places
 
 __all__ = [
     "COMMITS",
@@ -108,7 +108,8 @@ async def there_and_back(
 # -- asyncio: threads of our own -----------------------------------------------------------------
 
 
-_lines: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Line[Call]]] = WeakKeyDictionary()
+_Limiters = dict[str, Limiter[Call]]
+_limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, _Limiters] = WeakKeyDictionary()
 
 # Threads without work, the last to be free on the right. They hold nothing of a request, so they
 # serve every event loop of the process.
@@ -140,13 +141,14 @@ def _started(func: Callable[[Any], Any], argument: Any, places: Places) -> Call 
         if into is None:
             return None
         func, argument = into, (loop, func, argument)
-    lines = _lines.get(loop)
-    if lines is None:
+    limiters = _limiters.get(loop)
+    if limiters is None:
         kinds = RELEASES, NEEDS, COMMITS
-        lines = _lines[loop] = {one.name: Line(one, _hand_over, Call.fail) for one in kinds}
-    line = lines[places.name]
-    call = Call(loop, line, places, func, argument)
-    line.enter(call, places)
+        limiters = {one.name: Limiter(one, _hand_over, Call.fail) for one in kinds}
+        _limiters[loop] = limiters
+    limiter = limiters[places.name]
+    call = Call(loop, limiter, places, func, argument)
+    limiter.enter(call, places)
     return call
 
 
