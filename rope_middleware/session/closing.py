@@ -6,6 +6,7 @@ wait for the end of a transaction, by its event.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -41,6 +42,7 @@ __all__ = [
     "discard",
     "end",
     "end_at_once",
+    "forget",
     "has_begun",
     "has_nothing_open",
     "has_open_result",
@@ -90,7 +92,7 @@ def end_at_once(session: Session) -> bool:
     """End `session` where that needs no I/O; tell whether it has ended."""
     if has_nothing_open(session):
         session.reset()  # see `close`
-        _forget(session)
+        forget(session)
         return True
     ends = getattr(session, "_rope_middleware_ends_at_once", None)  # it only reads: see `reading`
     if ends is None or not ends() or overrides_close(session):
@@ -117,7 +119,7 @@ def end(session: Session) -> None:
     """
     if has_nothing_open(session):
         session.reset()  # see `close`
-        _forget(session)
+        forget(session)
     else:
         close(session)
 
@@ -171,7 +173,7 @@ def _note_closed(session: Session, how: str = "close()") -> None:
     tie = tie_of(session)
     if tie is None or tie.scope is None or not (tie.written is not None or has_pending(session)):
         return
-    if is_to_commit(tie.scope):
+    if is_to_commit(tie.scope) and not sys.is_finalizing():
         from rope_middleware.session.closed import note_closed
 
         note_closed(tie, tie.scope, session, how)
@@ -186,10 +188,11 @@ def discard(session: Session) -> None:
         _close_by(session, session.close)
     else:
         session.reset()  # see `close`
-    _forget(session)
+    forget(session)
 
 
-def _forget(session: Session) -> None:
+def forget(session: Session) -> None:
+    """Forget what the tie of a session that has ended refers to."""
     tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     if tie is not None:
         tie.transaction = tie.flush = tie.written = None  # they refer to the session: a cycle

@@ -6,6 +6,7 @@ It is imported when that happens.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -99,6 +100,8 @@ def _commit(session: Session, scope: Scope, transaction: SessionTransaction | No
     try:
         session.commit()
     except Exception as error:
+        if sys.is_finalizing():
+            raise
         from rope_middleware.session import unanswered
 
         if unanswered.had_only_read(made_connections(transaction), error):
@@ -108,7 +111,7 @@ def _commit(session: Session, scope: Scope, transaction: SessionTransaction | No
             raise
         failure = error
     else:
-        session.__dict__.pop(BLOCK, None)
+        session.__dict__.pop(BLOCK, None)  # `leave_block`, a call less
         return
     finally:
         end_commit(scope)
@@ -129,6 +132,8 @@ async def acommit(session: AsyncSession) -> None:
             await session.flush()  # the application's own statements take as long as they take
         await within(timeout_of(scope), session.commit())
     except Exception as error:
+        if sys.is_finalizing():
+            raise
         from rope_middleware.session import unanswered
 
         if isinstance(error, OutOfTimeError):

@@ -109,7 +109,7 @@ class SyncKind:
         closing.detach(session)
 
     def explain(self, error: BaseException, /) -> None:
-        if not isinstance(error, PendingRollbackError):
+        if sys.is_finalizing() or not isinstance(error, PendingRollbackError):
             return
         from rope_middleware.session.sharing import note_rollback
 
@@ -180,8 +180,7 @@ def _call(session: Any, method: str) -> Any:
 
 
 def _note_reason(error: BaseException) -> None:
-    # What looks at an error is imported when there is one: it takes its time. Nothing is looked at
-    # where the interpreter's end closes a generator: nothing can be imported any more.
+    # What looks at an error is imported when there is one: it takes its time.
     if sys.is_finalizing():
         return
     from rope_middleware.session.sharing import note_reason

@@ -5,6 +5,7 @@ On the session's class, because listening on each session would cost a quarter o
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import cast
 from weakref import WeakSet
@@ -149,29 +150,15 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
     if transaction.origin in _BLOCKS:
         guard_transaction(session, transaction)
         if is_outermost and scope is not None and needs(scope):
-            from rope_middleware.session.bodies import is_in_body
-
-            if is_in_body():
-                transaction.__dict__[OF_BODY] = True
-    if (
-        is_outermost
-        and isinstance(tie, PlainTie)
-        and scope is not None
-        and not (tie.kind is not None or tie.owner.owns(session, scope))
-    ):
-        # Its scoped_session has removed it, and the application goes on with it.
-        tie.kind, tie.is_removed = tie.owner.besides, True
+            _note_body(transaction)
+    if is_outermost and scope is not None and isinstance(tie, PlainTie):
+        _note_removed(tie, session, scope)
     kind = tie.kind
     if scope is not None and kind is not None:
         if tie.is_removed:
             keep_also(tie, kind.handed_out(session))
         if kind.is_async:
-            try:
-                check_loop(cast("AsyncScope", scope))
-            except CrossLoopError:
-                if is_outermost:
-                    session.reset()
-                raise
+            _check_loop(session, scope, is_outermost)
     if is_outermost and (kind is not None or scope is None):
         tie.written = None  # of one that the application has closed
         try:
@@ -179,6 +166,31 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
         except RopeError:
             session.reset()
             raise
+
+
+def _note_body(transaction: SessionTransaction) -> None:
+    """Note whether a block of a response's body has begun `transaction`: see `bodies`."""
+    if sys.is_finalizing():
+        return
+    from rope_middleware.session.bodies import is_in_body
+
+    if is_in_body():
+        transaction.__dict__[OF_BODY] = True
+
+
+def _note_removed(tie: PlainTie, session: Session, scope: Scope) -> None:
+    """Note whether its scoped_session has removed it, and the application goes on with it."""
+    if tie.kind is None and not tie.owner.owns(session, scope):
+        tie.kind, tie.is_removed = tie.owner.besides, True
+
+
+def _check_loop(session: Session, scope: Scope, is_outermost: bool) -> None:
+    try:
+        check_loop(cast("AsyncScope", scope))
+    except CrossLoopError:
+        if is_outermost:
+            session.reset()
+        raise
 
 
 def _adopted(session: Session) -> Tie | None:

@@ -178,7 +178,7 @@ class PlainSessions:
                 await made.run_sync(closing.close_later)
             raise
         if session is not None:
-            _forget(session)
+            closing.forget(session)
 
     def _tied(self) -> Session | None:
         """Return the session, tied to its scope: one that has not begun yet must not do so now."""
@@ -214,13 +214,6 @@ class PlainSessions:
 
     def explain(self, _: BaseException, /) -> None:
         """Nothing: what is told of sessions that a jenny has made does not fit here."""
-
-
-def _forget(session: Session) -> None:
-    """Forget what a closed session's tie refers to: a cycle for the garbage collector."""
-    tie = tie_of(session)
-    if tie is not None:
-        tie.transaction = tie.flush = None
 
 
 def kinds_of(registries: Iterable[Any]) -> tuple[PlainKind, ...]:

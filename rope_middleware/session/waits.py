@@ -71,9 +71,10 @@ def _through(
         except PoolDeadlockError:
             raise
         except PoolTimeout as error:
-            from rope_middleware.session.stuck import tell_holders
+            if not sys.is_finalizing():
+                from rope_middleware.session.stuck import tell_holders
 
-            tell_holders(door, error, here(None))
+                tell_holders(door, error, here(None))
             raise
         finally:
             if before is None:
@@ -96,6 +97,8 @@ def _before_wait(door: Door, pool: QueuePool, who: Strand, scope: Scope | None) 
     Raises:
         PoolDeadlockError: see `stuck.refuse_deadlock`.
     """
+    if sys.is_finalizing():
+        return
     from rope_middleware.session.giving_way import give_way
 
     if not give_way(pool, scope):

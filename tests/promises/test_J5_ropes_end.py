@@ -365,6 +365,47 @@ AT_THE_END = {
         ),
         "",
     ),
+    "a full pool": (
+        (
+            "small = create_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=0.01)\n"
+            "jenny = SessionJenny(sessionmaker(small))\n"
+            "jenny.session.execute(SELECT)\n"
+            "jenny.remove()\n"
+            "sys.other = small.connect()\n"
+            "class Late:\n"
+            "    def __del__(self, jenny=jenny, select=SELECT):\n"
+            "        try:\n"
+            "            jenny.session.execute(select)\n"
+            "        except TimeoutError:\n"
+            "            pass\n"
+            "kept = [Late()]\n"
+            "kept.append(kept)\n"
+        ),
+        "",
+    ),
+    "a commit that fails, beside another session": (
+        (
+            "sys.other = open_scope()\n"
+            "sys.other.__enter__()\n"
+            "jenny.session.execute(SELECT)\n"
+            "class Late:\n"
+            "    def __del__(self, jenny=jenny, scope=open_scope, select=SELECT, row=Data()):\n"
+            "        with scope(commit_on_success=True), jenny.session.begin():\n"
+            "            jenny.session.execute(select)\n"
+            "        with scope(commit_on_success=True):\n"
+            "            jenny.session.execute(select)\n"
+            "            jenny.session.add(row)\n"
+            "            jenny.session.close()\n"
+            "        try:\n"
+            "            with scope(commit_on_success=True):\n"
+            "                jenny.session.add(row)\n"
+            "        except OperationalError:\n"
+            "            pass\n"
+            "kept = [Late()]\n"
+            "kept.append(kept)\n"
+        ),
+        "commit of 'open_scope()' failed: sqlalchemy.exc.OperationalError",
+    ),
 }
 
 
@@ -374,8 +415,9 @@ def test_J5_a_script_ends_without_a_word(tmp_path: Path, what: str) -> None:
     lines, told = AT_THE_END[what]
     script = tmp_path / "script.py"
     script.write_text(
+        "import sys\n"
         "from sqlalchemy import create_engine, text\n"
-        "from sqlalchemy.exc import OperationalError\n"
+        "from sqlalchemy.exc import OperationalError, TimeoutError\n"
         "from sqlalchemy.orm import sessionmaker\n"
         "from rope_middleware import SessionJenny, SessionRope, open_scope\n"
         "from tests.kit.models import Data\n"
@@ -395,6 +437,7 @@ def test_J5_a_script_ends_without_a_word(tmp_path: Path, what: str) -> None:
     assert (done.returncode, done.stdout) == (0, "done\n")
     assert told in done.stderr
     assert bool(done.stderr) is bool(told), done.stderr
+    assert "ImportError" not in done.stderr
 
 
 def query_of(jenny: Jenny) -> object:
