@@ -12,7 +12,7 @@ between: then more runs are made, and what is still unclear in the end is said, 
 With ``--short`` it is broken only where every single run is above the bound; of a promise that is
 known as not kept yet it says *open* then, and goes on.
 What runs in one thread and waits for nothing (P1, P3, P4, H1, L1, a SELECT from SQLite under WSGI)
-is measured in CPU time of that thread; what waits for threads or a server, by the wall's clock.
+is measured in CPU time of that thread; what waits for threads or a server, in wall-clock time.
 """
 
 import argparse

@@ -149,7 +149,7 @@ async def _close_each(scope: Scope, failure: BaseException | None) -> None:
 
 
 def _leave(scope: Scope, failure: BaseException | None) -> None:
-    """Everything is given back; raise what is to be raised."""
+    """Everything is given back; raise what is to be raised; `end_plainly` saves the call."""
     scope._sessions = None
     if scope._gate is not None:
         scope._gate = None  # they refer to each other

@@ -17,7 +17,6 @@ __all__ = [
     "note_commit",
     "note_loss",
     "note_refusal",
-    "refusal_of",
     "retries_of",
     "set_trial",
     "suspects_of",
@@ -43,13 +42,8 @@ def note_loss(scope: Scope, error: BaseException) -> None:
     scope._is_lost = True
 
 
-def refusal_of(scope: Scope) -> BaseException | None:
-    """Return the error by which the database asked to try again, or None."""
-    return scope._refused
-
-
 def is_loss(scope: Scope) -> bool:
-    """Tell whether that error tells of a lost connection."""
+    """Tell whether the error by which the database asked to try again is a lost connection."""
     return scope._is_lost
 
 

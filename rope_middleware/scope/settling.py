@@ -182,7 +182,8 @@ def may_begin(scope: Scope) -> bool:
 
 def may_begin_plainly(scope: Any) -> bool:
     """Tell whether a sync session may, and nothing is to be told of its thread (L2)."""
-    return (  # of an AsyncScope it knows more; cast() would be a call
+    # Any: `_thread` is an AsyncScope's alone, and a cast() would be one more call.
+    return (
         scope._state == OPEN
         and scope._settling is None
         and not (scope._is_async and scope._thread == threading.get_ident())

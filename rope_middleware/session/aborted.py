@@ -24,6 +24,7 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.session.connections import driver_of
 
 __all__ = [
+    "ACTIVE",
     "aborted_by",
     "ask_for_aborted",
     "refuse_aborted",
@@ -33,8 +34,8 @@ __all__ = [
 ]
 
 # https://www.psycopg.org/psycopg3/docs/api/pq.html#psycopg.pq.TransactionStatus, and psycopg2's
-# psycopg2.extensions.TRANSACTION_STATUS_INERROR.
-_IN_ERROR = 3
+# psycopg2.extensions.TRANSACTION_STATUS_ACTIVE and _INERROR.
+ACTIVE, _IN_ERROR = 1, 3
 _TELLING = frozenset({"psycopg", "psycopg2", "psycopg2cffi"})  # drivers that know it
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: in_failed_sql_transaction

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy.engine import Dialect, ExceptionContext
 
-from rope_middleware.session.aborted import transaction_status
+from rope_middleware.session.aborted import ACTIVE, transaction_status
 
 __all__ = ["is_lost", "is_unanswered", "note_refused_connects", "was_sent"]
 
@@ -20,10 +20,6 @@ _SQLSTATES = frozenset({"57P01", "57P02", "57P03"})
 # 1053 server shutdown in progress, 1927 connection was killed; 2006, 2013: gone, lost (the
 # client's): https://mariadb.com/kb/en/mariadb-error-codes/
 _MYSQL_CODES = frozenset({1053, 1927, 2006, 2013})
-
-# https://www.psycopg.org/psycopg3/docs/api/pq.html#psycopg.pq.TransactionStatus, and psycopg2's
-# psycopg2.extensions.TRANSACTION_STATUS_ACTIVE.
-_ACTIVE = 1
 
 # A connection that another password or name would cure, and no other try: SQLSTATEs of classes
 # 28 (authorization) and 3D (no such database), 1044, 1045 and 1049 of MariaDB and MySQL.
@@ -65,7 +61,7 @@ def is_unanswered(context: ExceptionContext) -> bool:
     if connection is None or _sqlstate(error) is not None:  # that is an answer
         return False
     return (
-        transaction_status(connection) == _ACTIVE
+        transaction_status(connection) == ACTIVE
         # This one was not even sent: the application's own COPY is under way, for example.
         and "another command is already in progress" not in str(error)
     )

@@ -160,9 +160,8 @@ class Gate(answer.Gate):
             self.announce()
         if self._write_on is None and self.state != STARTED:
             return None  # this response was replaced, or held back
-        write: Any = (
-            self._write_on
-        )  # None from a server that has none: its own error, as without us
+        # A server that has none gives None: Python's own error for that, as without us.
+        write: Any = self._write_on
         return write(data)
 
     def announce(self) -> None:
