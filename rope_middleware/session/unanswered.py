@@ -60,11 +60,16 @@ def had_only_read(connections: Collection[Connection], error: Exception) -> bool
     """
     return (
         isinstance(error, PendingRollbackError)
+        and error.code == _LOST_BEFORE
         and any(connection.invalidated for connection in connections)
         and not any(frame.f_code is _FLUSH for frame, _ in walk_tb(error.__traceback__))
         and all(map(_has_only_read, connections))
     )
 
+
+# Of a connection; a session's own "rolled back due to a previous exception during flush" is 7s2a:
+# https://docs.sqlalchemy.org/en/20/errors.html#error-8s2b
+_LOST_BEFORE = "8s2b"
 
 _FLUSH = Session.flush.__code__  # of what was pending nothing is left once that has failed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,14 @@ async def test_C4_an_object_that_the_commit_has_expired_says_so(store: Store) ->
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("writes", ["", "text", "flush", "pending"])
+@pytest.mark.parametrize("writes", ["", "text", "flush", "pending", "swallowed"])
 async def test_C2_of_a_cut_off_read_there_is_nothing_to_commit(
     writes: str, is_async: bool, tmp_path: Path
 ) -> None:
     """A client that hangs up cuts a stream's SELECT off, and its connection: no failed commit.
 
-    Where anything was written in that transaction, it is one.
+    Where anything was written in that transaction, it is one; also what the application tried to
+    flush when the connection had gone, and swallowed the error.
     """
     url = make_url(f"sqlite:///{tmp_path / 'rows.sqlite'}")
     fill(url, 3)
@@ -128,6 +130,10 @@ async def test_C2_of_a_cut_off_read_there_is_nothing_to_commit(
                 done = connection.invalidate()
                 if is_async:
                     await done
+                if writes == "swallowed":
+                    either.jenny.session.add(Row(n=7))
+                    with suppress(PendingRollbackError):
+                        await either.do("flush")
 
         if writes:
             with pytest.raises(PendingRollbackError):
