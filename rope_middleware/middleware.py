@@ -150,7 +150,6 @@ class RopeMiddleware:
         self._has_more = bool(self._options.retries or self._registries or self._line)
         self._reads = bool(self._options.read_only)
         self._following = _following() if self._reads else None
-        self._adds = bool(self._registries) or self._options != DEFAULT
         self._has_told = False
         self._is_set_up = True
         if self._options.retries:
@@ -192,8 +191,6 @@ class RopeMiddleware:
         Returns:
             Whether we have to watch the response for it.
         """
-        if not self._adds:
-            return False
         if not self._has_told:
             self._has_told = True
             self._tell_dropped(outer)
