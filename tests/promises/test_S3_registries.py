@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -334,6 +335,29 @@ def test_S3_a_removed_plain_session_that_is_used_on_is_closed_with_its_request(
         use(kept)
 
 
+def _outlive(
+    ask: Way,
+    plain: Any,
+    work: Callable[[], None],
+    inside: threading.Event,
+    go_on: threading.Event,
+) -> None:
+    """Serve a request whose thread is `inside` of `work` at its end, and may go on after it."""
+    with ThreadPoolExecutor(1) as pool:
+
+        def view() -> Future[None]:
+            future = pool.submit(contextvars.copy_context().run, work)
+            assert inside.wait(30)
+            return future
+
+        try:
+            future = ask(view, registries=[plain])
+        finally:
+            go_on.set()
+        future.result(30)
+    assert plain.registry.registry == {}
+
+
 def test_S3_a_plain_session_in_use_by_a_thread_when_the_request_ends(
     ask: Way, make_engine: MakeEngine
 ) -> None:
@@ -354,20 +378,8 @@ def test_S3_a_plain_session_in_use_by_a_thread_when_the_request_ends(
             plain().connection()
 
     event.listen(engine, "checkout", slow)
-    with ThreadPoolExecutor(1) as pool:
-
-        def view() -> Future[None]:
-            future = pool.submit(contextvars.copy_context().run, work)
-            assert inside.wait(30)
-            return future
-
-        try:
-            future = ask(view, registries=[plain])
-        finally:
-            go_on.set()
-        future.result(30)
+    _outlive(ask, plain, work, inside, go_on)
     assert checked_out(engine) == 0
-    assert plain.registry.registry == {}
 
 
 def test_S4_a_plain_session_that_is_made_while_the_request_ends(ask: Way, engine: Engine) -> None:
@@ -388,19 +400,7 @@ def test_S4_a_plain_session_that_is_made_while_the_request_ends(ask: Way, engine
                 session.execute(SELECT)
         assert checked_out(engine) == 0
 
-    with ThreadPoolExecutor(1) as pool:
-
-        def view() -> Future[None]:
-            future = pool.submit(contextvars.copy_context().run, work)
-            assert made.wait(30)
-            return future
-
-        try:
-            future = ask(view, registries=[plain])
-        finally:
-            ended.set()
-        future.result(30)
-    assert plain.registry.registry == {}
+    _outlive(ask, plain, work, made, ended)
 
 
 @pytest.mark.told
