@@ -21,6 +21,7 @@ from rope_middleware.session import closing, committing
 from rope_middleware.session.aside import guard
 from rope_middleware.session.begun import is_of_body
 from rope_middleware.session.busy import is_busy
+from rope_middleware.session.connections import leave_block
 from rope_middleware.session.failures import listen_for_errors
 from rope_middleware.session.kinds import SYNC
 from rope_middleware.session.listeners import listen
@@ -156,6 +157,7 @@ class PlainSessions:
         return False
 
     def rollback(self, _: Any, /) -> Any:
+        leave_block(self.find())
         return self.registry().rollback()
 
     def close(self, _: Any, /) -> Any:

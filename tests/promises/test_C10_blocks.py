@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from inspect import isawaitable
 from typing import Any
 
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI
 from flask import Flask
 from sqlalchemy import URL, select
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.ext.asyncio import async_scoped_session
+from sqlalchemy.orm import scoped_session, sessionmaker
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import StreamingResponse
 
-from rope_middleware import RopeMiddleware, SessionJenny
+from rope_middleware import RopeMiddleware, SessionJenny, current_scope
 from tests.kit.asgi import ASGIClient
 from tests.kit.either import Either
 from tests.kit.engines import is_async_driver, rows, small_engine
@@ -111,21 +113,25 @@ def test_C10_a_block_of_a_wsgi_body_is_the_bodys_own(tmp_path: Any, fails: bool)
     engine.dispose()
 
 
-def app_with_block(either: Either, way: str, status: int = 200) -> FastAPI:
+def app_with_block(either: Either, way: str, status: int = 200, jenny: Any = None) -> FastAPI:
     """Make an application whose dependency has a block around all that the view does."""
-    jenny = either.jenny
+    scoped = jenny or either.jenny
 
     async def in_block() -> AsyncIterator[Any]:
-        async with jenny.session.begin():
-            yield jenny.session
+        session = scoped()
+        async with session.begin():
+            yield session
 
     def in_sync_block() -> Iterator[Any]:
-        with jenny.session.begin():
-            yield jenny.session
+        session = scoped()
+        with session.begin():
+            yield session
 
     async def later(session: Any) -> None:
         session.add(Row(n=2))
-        await either.do("flush")
+        flushed = session.flush()
+        if isawaitable(flushed):
+            await flushed
 
     async def body(session: Any) -> AsyncIterator[bytes]:
         await later(session)
@@ -174,14 +180,23 @@ async def test_C2_a_block_around_the_response_goes_on_after_the_commit(
         assert await rows_in(either) == [1, 2]
 
 
+def plain_of(either: Either) -> Any:
+    """Return a plain (async_)scoped_session, as `registries=` takes them."""
+    kind: Any = async_scoped_session if either.is_async else scoped_session
+    return kind(either.jenny.session_factory, scopefunc=current_scope)
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
 @pytest.mark.parametrize("way", ["stream", "background"])
 async def test_C2_a_block_around_a_refused_response_goes_on_and_commits_nothing(
-    driver_url: URL, way: str
+    driver_url: URL, way: str, is_plain: bool
 ) -> None:
-    """A 404: the response is as without us, and no row is there."""
+    """A 404: the response is as without us, and no row is there; of `registries=`, too."""
     async with Either([driver_url], is_async=is_async_driver(driver_url), engine=POOL) as either:
         client = ASGIClient()
-        await client(RopeMiddleware(app_with_block(either, way, 404), commit_on_success=True), "/")
+        plain = [plain_of(either)] if is_plain else []
+        app = app_with_block(either, way, 404, *plain)
+        await client(RopeMiddleware(app, plain, commit_on_success=True), "/")
         assert client.status == 404
         assert client.body == (b"x" if way == "stream" else b"null")
         assert await rows_in(either) == []
