@@ -312,6 +312,8 @@ def test_prepared_statements_are_lost_without_the_settings_and_none_is_made_with
     assert prepared(two, database) == 0
     assert len(database.backends()) == 2
     database.terminate()
+    # PgBouncer hands out a cut connection until it has read of its end.
+    eventually(lambda: two.servers(database) == 0, "the cut connections are gone")
     with pytest.raises(DBAPIError, match=r"prepared statement .* does not exist"):
         run({})
 

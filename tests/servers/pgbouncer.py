@@ -88,6 +88,10 @@ class PgBouncer:
         """How many clients are connected, in a transaction or not."""
         return sum(1 for client in self.show("CLIENTS") if client["database"] == database.name)
 
+    def servers(self, database: Database) -> int:
+        """How many server connections there are, used or not."""
+        return sum(1 for server in self.show("SERVERS") if server["database"] == database.name)
+
 
 @functools.cache
 def _plain_statements(program: str) -> dict[str, object]:
