@@ -58,14 +58,14 @@ def _wrong(made: type, init: Any, text: str, example: str, named: Iterable[str])
     return TypeError(f"{who} {told}.{hint} It takes {takes}, as in: {example}")
 
 
-def parameters_of(options: type) -> list[Parameter]:
-    """Return the keywords that make an object of a class, without their types."""
-    parameters = signature(options).parameters.values()
+def parameters_of(made: type) -> list[Parameter]:
+    """Return the parameters by which a class is called, without their types."""
+    parameters = signature(made).parameters.values()
     return [one.replace(annotation=Parameter.empty) for one in parameters]
 
 
 class SignatureOf:
-    """Stands in such a class as its ``__signature__``.
+    """Stands as ``__signature__`` in a class whose ``__new__`` chooses another one.
 
     Its objects have their own, by which servers tell an ASGI application. So has a subclass of the
     user's with an ``__init__`` of its own.

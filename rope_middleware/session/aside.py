@@ -31,7 +31,6 @@ __all__ = [
     "guard",
     "guard_transaction",
     "in_turn",
-    "is_guard",
     "is_guarded",
     "tell_of_close",
 ]
@@ -50,7 +49,6 @@ _METHODS = (
     "begin_nested",
     "refresh",
 )
-
 
 # What ends the transaction of a `begin()` block, and of a savepoint: by no method of the session.
 _ENDS = ("commit", "rollback", "close")
@@ -204,14 +202,14 @@ def in_turn(session: Session, call: Callable[[Session], None]) -> None:
 
 def _guards_of(session: Session) -> _Guards | None:
     flush: Any = session.__dict__.get("flush")
-    return flush.__self__ if is_guard(flush) else None
+    return flush.__self__ if _is_guard(flush) else None
 
 
-def is_guard(method: Any) -> bool:
+def _is_guard(method: Any) -> bool:
     """Tell whether `method` of a session is the session's own one behind a guard."""
     return type(method) is MethodType and type(method.__self__) is _Guards
 
 
 def is_guarded(session: Session) -> bool:
     """Tell whether calls on `session` wait for commits."""
-    return is_guard(session.__dict__.get("flush"))
+    return _is_guard(session.__dict__.get("flush"))

@@ -94,7 +94,10 @@ def _task() -> asyncio.Task[Any] | None:
 
 
 def strand() -> Strand:
-    """Return what runs here, for an async session. For a sync one in a task the loop waits, too."""
+    """Return what runs here, for an async session: a task, or else the thread.
+
+    For a sync one it is always the thread: in a task it blocks the event loop and all of its tasks.
+    """
     try:
         return asyncio.current_task() or threading.get_ident()
     except RuntimeError:

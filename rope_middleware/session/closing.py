@@ -59,7 +59,7 @@ def overrides_close(session: Any, original: Any = _SESSION_CLOSE) -> bool:
     session_class: Any = type(session)  # pyright: ignore[reportUnknownVariableType]
     if session_class.close is not original:
         return True
-    # A guard of ours? Asked twice for each request that commits: no call.
+    # A guard of ours? (Asked here and not by a function: twice for each request that commits.)
     own = session.__dict__.get("close")
     return own is not None and getattr(own, "__func__", None) not in CLOSES
 

@@ -95,7 +95,7 @@ def has_out(transaction: SessionTransaction) -> bool:
     if len(connections) == 2:
         for connection, _, _, is_made in connections.values():
             return is_made and not connection.closed
-    for connection, _, _, is_made in (*connections.values(),):  # at once, too
+    for connection, _, _, is_made in (*connections.values(),):  # at once, as there
         if is_made and not connection.closed:
             return True
     return False

@@ -1,6 +1,7 @@
-"""Listening for the errors of databases. What looks at them is imported when there is one.
+"""Listening for the errors of databases.
 
-It knows every driver's errors, and most processes see none for hours.
+What looks at them (`refusal`, `locks`) knows every driver's errors. It is imported when there is
+one: most processes see none for hours.
 """
 
 from __future__ import annotations

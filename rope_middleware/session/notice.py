@@ -37,7 +37,7 @@ def _every() -> float:
     return held.EVERY
 
 
-_ticking: dict[str, object] = {}
+_ticking: dict[str, object] = {}  # a dict: setdefault() lets one thread of several be the first
 
 
 def _begin_to_look() -> bool:

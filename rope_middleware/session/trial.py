@@ -91,7 +91,7 @@ class Trial:
         return next((one for one in self.attempts if one.transaction is transaction), None)
 
     def lost(self) -> list[Attempt]:
-        """Return those whose answer was lost, and nobody has asked for yet."""
+        """Return the attempts whose answer was lost, and that nobody has asked about yet."""
         return [one for one in self.attempts if one.state == LOST]
 
     def stands(self, is_lost: bool) -> bool:
@@ -141,6 +141,6 @@ def find_trial(scope: Scope) -> Trial | None:
 
 
 def attempts_lost(scope: Scope) -> list[Attempt]:
-    """Return the commits of `scope` whose answer was lost, and nobody has asked for yet."""
+    """Return what is `Trial.lost` of `scope`."""
     trial = find_trial(scope)
     return [] if trial is None else trial.lost()

@@ -300,10 +300,7 @@ def test_H2_the_time_out_names_every_holder(tmp_path: Path, seed: int, said: Sai
 async def test_H2_the_time_out_names_every_async_holder(
     tmp_path: Path, seed: int, said: Said
 ) -> None:
-    """The twin, for AsyncSessions of one loop, while others hold connections of a sync engine.
-
-    Once in 200 runs, too.
-    """
+    """The twin, for AsyncSessions of one loop, while others hold connections of a sync engine."""
     choose = random.Random(seed)
     for _ in range(RUNS):
         await plant_both_kinds(tmp_path, choose)
