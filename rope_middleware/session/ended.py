@@ -36,16 +36,20 @@ def note_ended(tie: Tie) -> None:
     if tie.line is None or transaction is None:
         return
     # Each commit comes by here. Where no other session lives, nobody can have waited for this one.
-    if tie.written is None and (is_alone() or not _has_written(transaction)):
+    if tie.written is None and is_alone():
         return
-    time = monotonic()
-    while _ended and time - _ended[0][0] > _SECOND:
-        _ended.popleft()
-    with suppress(Exception):  # a driver's own: no commit fails for a note
+    # A driver's own errors, another thread that forgets the old ones as well, an import at the
+    # interpreter's end: the commit stands, and does not fail for a note.
+    with suppress(Exception):
+        if tie.written is None and not _has_written(transaction):
+            return
+        time = monotonic()
         for connection in made_connections(transaction):
             process = process_of(driver_of(connection))
             database = database_of(connection.engine)
             _ended.append((time, (name_of(tie), text_of(tie.line), database, process)))
+        while time - _ended[0][0] > _SECOND:
+            _ended.popleft()
 
 
 def _has_written(transaction: SessionTransaction) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import SessionJenny, open_scope
 from tests.kit.either import Either, now
-from tests.kit.engines import fill, small_engine
+from tests.kit.engines import fill, rows, small_engine
 from tests.kit.models import Row
 from tests.kit.sessions import run_threads
 from tests.servers.mariadb import NoMariaDBError, mariadb_server
@@ -229,4 +230,20 @@ def test_H5_who_has_just_committed_is_named(tmp_path: Path, by: str) -> None:
     told = notes(raised.value)
     assert "side, in this process: 'was here', which has just ended" in told
     assert "ended before" not in told
+    engine.dispose()
+
+
+def test_H5_no_commit_fails_for_the_note_of_who_has_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands is told as a success, also where the interpreter ends and imports nothing."""
+    engine = small_engine(tmp_path / "x.sqlite")
+    jenny = SessionJenny(sessionmaker(engine))
+    with open_scope("another session"):
+        assert jenny.session.scalars(select(Row)).all() == []
+        monkeypatch.setitem(sys.modules, "rope_middleware.session.statements", None)
+        with open_scope():
+            jenny.session.execute(insert(Row).values(n=1))
+            jenny.session.commit()
+    assert rows(engine) == 1
     engine.dispose()
