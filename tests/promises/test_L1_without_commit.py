@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,25 @@ def test_L1_a_close_is_silent_where_nothing_is_missed(
     web.ask(handler, **({} if why == "no commit" else options))
     assert web.store.rows() == ([2] if why == "commit" else [])
     assert said.warnings == []
+
+
+def test_L1_a_close_by_an_error_is_silent(web: Web, said: Said) -> None:
+    """An error leaves ``with jenny.session:`` and is caught: a rollback is what was meant."""
+    jenny: Any = web.store.jenny
+
+    async def handler(exchange: Exchange) -> None:
+        with suppress(LookupError):
+            if web.store.is_async:
+                async with jenny.session:
+                    await web.store.add(1)
+                    raise LookupError
+            with jenny.session:
+                await web.store.add(1)
+                raise LookupError
+        await exchange.answer(200)
+
+    assert web.ask(handler, commit_on_success=True).seen == 200
+    assert (web.store.rows(), said.warnings) == ([], [])
 
 
 def test_L1_a_close_in_a_block_that_commits(tmp_path: Path, said: Said) -> None:
