@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -54,8 +53,6 @@ def note_ended(tie: Tie) -> None:
 
 def _has_written(transaction: SessionTransaction) -> bool:
     """Tell whether a statement of `transaction` has written or locked, in 2 us."""
-    if sys.is_finalizing():
-        return False
     from rope_middleware.session.statements import effect_of  # not before a second session lives
 
     last = None
