@@ -37,8 +37,10 @@ class Begun:
     def __init__(self, body: Iterable[bytes]) -> None:
         self._body = body
         self._chunks = iter(body)
+        scope = current.get(None)
         self._first = list(islice(self._chunks, 1))
         self._inner = current.get(None)  # an open_scope() around several chunks
+        current.set(scope)  # it commits now
 
     def __iter__(self) -> Iterator[bytes]:
         current.set(self._inner)  # undone by who asks for the chunk

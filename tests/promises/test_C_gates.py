@@ -22,6 +22,7 @@ from rope_middleware import (
     ASGIRopeMiddleware,
     WSGIRopeMiddleware,
     current_scope,
+    open_scope,
 )
 from tests.kit.asgi import ASGIClient, answer, http_scope
 from tests.kit.engines import rows
@@ -285,6 +286,36 @@ def test_C2_a_stream_is_committed_before_its_first_chunk(jenny: Jenny, engine: E
     body = committing(app)(make_environ(), lambda *_: there.append(rows(engine)))
     assert there == [1]  # granian reads what start_response was told as soon as it has the body
     assert list(body) == [b"a", b"b"]
+
+
+@pytest.mark.parametrize("is_plain", [False, True], ids=["jenny", "registries"])
+def test_C2_the_commit_before_a_stream_is_of_the_requests_own_scope(
+    is_plain: bool, jenny: Jenny, engine: Engine
+) -> None:
+    """Also where the first chunk has opened another scope, that is open around several chunks."""
+    seen: list[Any] = []
+    plain: Any = scoped_session(jenny.session_factory, scopefunc=current_scope)
+    mine = plain if is_plain else jenny
+
+    def app(environ: Any, start_response: Any) -> Any:
+        scope = current_scope()
+        scope.on_commit(lambda: seen.append(current_scope() is scope))
+        mine().add(Row(name="x"))
+        start_response("200 OK", HEADERS)
+
+        def body() -> Iterator[bytes]:
+            with open_scope() as inner:
+                for chunk in (b"a", b"b"):
+                    mine()
+                    yield chunk
+                    assert current_scope() is inner
+
+        return body()
+
+    middleware = committing(app, registries=[plain] if is_plain else [])
+    body = middleware(make_environ(), lambda *_: seen.append(rows(engine)))
+    assert (seen, list(body)) == ([True, 1], [b"a", b"b"])
+    body.close()
 
 
 def test_W1_a_server_without_write_says_so(jenny: Jenny) -> None:
