@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rope_middleware.running.finish import finish, within
 from rope_middleware.running.threads import finish_in_thread, in_thread
 from rope_middleware.scope.async_hands import Async
-from rope_middleware.scope.context import class_of
+from rope_middleware.scope.context import class_of, current, unbind
 from rope_middleware.scope.ending import end_closing, explain
 from rope_middleware.scope.hands import run_now
 from rope_middleware.scope.hop import commit_by_hop, goes_by_hop
@@ -57,6 +57,9 @@ async def acommit(scope: Scope, note: Callable[[], None]) -> None:
         scope: the request's.
         note: called once the commit stands, also where a cancellation is raised then.
     """
+    if current.get(None) is not scope:
+        await _within(scope, acommit(scope, note))
+        return
     work = open_sessions(scope)
     if not (work or scope._on_commit):
         note()
@@ -70,6 +73,15 @@ async def acommit(scope: Scope, note: Callable[[], None]) -> None:
         raise failure
 
 
+async def _within(scope: Scope, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work` as the scope's own: where a response starts within an open_scope(), that is not."""
+    token = current.set(scope)
+    try:
+        await work
+    finally:
+        unbind(token)
+
+
 async def _settle(scope: Scope, hands: Async, note: Callable[[], None]) -> BaseException | None:
     with Settling(scope):
         return await committing(scope, hands, note)
@@ -77,6 +89,9 @@ async def _settle(scope: Scope, hands: Async, note: Callable[[], None]) -> BaseE
 
 async def aroll_back(scope: Scope, why: str) -> None:
     """Roll back an async scope that goes on; finishes under cancellation."""
+    if current.get(None) is not scope:
+        await _within(scope, aroll_back(scope, why))
+        return
     if scope._sessions is None or not open_sessions(scope):
         scope._on_commit = None
         return

@@ -63,6 +63,9 @@ def commit(scope: Scope, note: Callable[[], None]) -> None:
     if scope._sessions is None:
         note()
         return
+    if current.get(None) is not scope:
+        _within(scope, commit, note)
+        return
     with Settling(scope):
         is_done = commit_plainly(scope)
         failure = None if is_done else run_now(committing(scope, HERE, note))
@@ -76,7 +79,19 @@ def roll_back(scope: Scope, why: str) -> None:
     """Roll back a sync scope that goes on."""
     if scope._sessions is None:
         return
+    if current.get(None) is not scope:
+        _within(scope, roll_back, why)
+        return
     run_now(rolling_back(scope, HERE, why))
+
+
+def _within(scope: Scope, what: Callable[[Scope, Any], None], argument: Any) -> None:
+    """Do `what` as the scope's own: where write() is called within an open_scope(), that is not."""
+    token = current.set(scope)
+    try:
+        what(scope, argument)
+    finally:
+        unbind(token)
 
 
 def end_failed(scope: Scope, error: BaseException) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import event, text
@@ -12,7 +13,15 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
-from rope_middleware import AsyncSessionJenny, RopeError, SessionJenny, current_scope, open_scope
+from rope_middleware import (
+    AsyncSessionJenny,
+    RopeError,
+    RopeMiddleware,
+    SessionJenny,
+    current_scope,
+    open_scope,
+)
+from tests.kit.asgi import ASGIClient, answer
 from tests.kit.engines import small_engine
 from tests.kit.models import Row
 from tests.kit.shop import SHOPS, Answer, Work, ask_once
@@ -83,6 +92,24 @@ def test_C3_a_swallowed_error_is_no_success(
         assert isinstance(answer.error, RopeError)
         assert "begin_nested" in str(answer.error)
         assert "uplicate" in str(answer.error.__cause__)
+
+
+def test_C3_a_swallowed_error_is_no_success_of_an_inner_scope(database: Database) -> None:
+    """The response starts within an open_scope(): the commit is the request's all the same."""
+    engine = create_async_engine(database.url("asyncpg"))
+    jenny = AsyncSessionJenny(async_sessionmaker(engine))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await jenny.session.run_sync(swallow, 1)
+        async with open_scope():
+            await answer(send)
+
+    async def serve() -> None:
+        with pytest.raises(RopeError, match="begin_nested"):
+            await ASGIClient()(RopeMiddleware(app, commit_on_success=True), "/")
+        await engine.dispose()
+
+    asyncio.run(serve())
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])

@@ -318,6 +318,52 @@ def test_C2_the_commit_before_a_stream_is_of_the_requests_own_scope(
     body.close()
 
 
+@pytest.mark.told
+@pytest.mark.parametrize("protocol", ["asgi", "wsgi"])
+@pytest.mark.parametrize("is_plain", [False, True], ids=["jenny", "registries"])
+def test_C2_a_response_that_starts_within_an_inner_scope_is_committed_before(
+    is_plain: bool, protocol: str, jenny: Jenny, engine: Engine
+) -> None:
+    """The commit is of the request's own scope, whatever scope is open where it starts."""
+    seen: list[Any] = []
+    plain: Any = scoped_session(jenny.session_factory, scopefunc=current_scope)
+    mine = plain if is_plain else jenny
+
+    def work() -> None:
+        scope = current_scope()
+        scope.on_commit(lambda: seen.append(current_scope() is scope))
+        mine().add(Row(name="x"))
+
+    async def asgi(scope: Any, receive: Any, send: Any) -> None:
+        work()
+        with open_scope():
+            mine()
+            await answer(send)
+
+    def wsgi(environ: Any, start_response: Any) -> Any:
+        work()
+        with open_scope():
+            mine()
+            start_response("200 OK", HEADERS)(b"a")
+        return []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            seen.append(rows(engine))
+
+    def start(*_: Any) -> Any:
+        seen.append(rows(engine))
+        return seen.append
+
+    registries = [plain] if is_plain else []
+    if protocol == "asgi":
+        served = ASGIRopeMiddleware(asgi, registries, commit_on_success=True)
+        asyncio.run(served(http_scope("/", "POST"), never, send))
+    else:
+        committing(wsgi, registries=registries)(make_environ(), start).close()
+    assert seen[:2] == [True, 1]
+
+
 def test_W1_a_server_without_write_says_so(jenny: Jenny) -> None:
     """As without the middleware: what the app writes is not dropped in silence."""
 
