@@ -10,7 +10,7 @@ question to the server.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from sqlalchemy import event
@@ -50,17 +50,22 @@ _DEADLOCK = 1213
 _SQLITE_ENDS = frozenset({5, 7, 9, 10, 13, 19})
 
 
-def suspect(scope: Scope, context: ExceptionContext) -> None:
-    """A statement has failed: have a commit of ours look whether its transaction still stands."""
+def suspect(scopes: Collection[Scope], context: ExceptionContext) -> None:
+    """A statement has failed: have a commit of ours look whether its transaction still stands.
+
+    Args:
+        scopes: to which the session may belong.
+        context: of the engine's ``handle_error`` event.
+    """
     connection = context.connection
     if connection is None or connection.closed or connection.invalidated:
         return
     transaction = connection.get_transaction()
-    suspects = suspects_of(scope)
-    if transaction is None or transaction in suspects:
+    if transaction is None or any(transaction in suspects_of(scope) for scope in scopes):
         return
     if connection.dialect.name == "postgresql" or _has_ended(context, connection):
-        suspects[transaction] = context.original_exception
+        for scope in scopes:
+            suspects_of(scope)[transaction] = context.original_exception
         # Right before the COMMIT, when the listeners of the application have had their turn.
         event.listen(connection, "commit", _look)
         event.listen(connection, "prepare_twophase", _look)

@@ -12,6 +12,7 @@ from typing import Any, cast
 from sqlalchemy.engine import Connection, ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
+from rope_middleware.scope.asking import with_outer
 from rope_middleware.scope.context import current
 from rope_middleware.scope.outcome import (
     is_committing,
@@ -101,7 +102,14 @@ def note_error(context: ExceptionContext) -> None:
         if is_refusal(error):
             note_refusal(scope, error)
         _note_failed(scope, context)
-    suspect(scope, context)
+    suspect([scope, *_outer_of(scope, context.connection)], context)
+
+
+def _outer_of(scope: Scope, connection: Connection | None) -> list[Scope]:
+    """Return the outer scopes of `scope` whose session `connection` is: it may be used inside."""
+    if connection is None:
+        return []
+    return [one for one in with_outer(scope) if one is not scope and is_of_session(one, connection)]
 
 
 def _is_of_commit(scope: Scope, context: ExceptionContext) -> bool:

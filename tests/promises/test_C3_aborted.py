@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,19 @@ def test_C3_a_swallowed_error_is_no_success(
         assert "uplicate" in str(answer.error.__cause__)
 
 
-def test_C3_a_swallowed_error_is_no_success_of_an_inner_scope(database: Database) -> None:
-    """The response starts within an open_scope(): the commit is the request's all the same."""
+@pytest.mark.parametrize("inside", ["error", "start"])
+def test_C3_a_swallowed_error_is_no_success_of_an_inner_scope(
+    database: Database, inside: str
+) -> None:
+    """An open_scope() is around the error or the start: the transaction is the request's."""
     engine = create_async_engine(database.url("asyncpg"))
     jenny = AsyncSessionJenny(async_sessionmaker(engine))
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await jenny.session.run_sync(swallow, 1)
-        async with open_scope():
+        session = jenny.session
+        async with open_scope() if inside == "error" else nullcontext():
+            await session.run_sync(swallow, 1)
+        async with open_scope() if inside == "start" else nullcontext():
             await answer(send)
 
     async def serve() -> None:
