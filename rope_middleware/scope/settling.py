@@ -116,6 +116,10 @@ class Settling:
         self._late.append(key)
         return None
 
+    def leave_out(self, key: SessionKey) -> None:
+        """Do not commit the session of `key`: somebody else has made it meanwhile."""
+        self._late.append(key)
+
     def takes(self, key: SessionKey) -> bool:
         """Tell whether the session of `key` belongs to this commit."""
         return key not in self._late

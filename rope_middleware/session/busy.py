@@ -30,7 +30,8 @@ def is_busy(session: Session) -> bool:
         return False
     if tie.scope is not None and is_guarded(session) and calls_of(tie.scope):
         return True
-    if tie.flush is not None and tie.flush[0].is_active:
+    # The second: its transaction is not active while it gets its connection.
+    if (tie.flush is not None and tie.flush[0].is_active) or session._flushing:  # noqa: SLF001
         return True
     for connection in made_connections(tie.transaction):
         if notes_of(connection).is_executing():

@@ -23,6 +23,7 @@ from rope_middleware.scope.settling import (
     may_begin,
     may_begin_in_loop,
     may_begin_plainly,
+    must_wait_for,
     needs,
     settling_of,
 )
@@ -139,7 +140,7 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
     if tie.transaction is transaction:
         return  # a base class of its class is listened to as well
     if scope is not None and not may_begin(scope):
-        _wait_or_refuse(session, scope, is_outermost)
+        _wait_or_refuse(session, tie, scope, is_outermost)
     if is_outermost:
         if tie.transaction is not None or tie.connections:
             tie.connections = connections_out(tie)
@@ -206,9 +207,12 @@ def _adopted(session: Session) -> Tie | None:
     return tie
 
 
-def _wait_or_refuse(session: Session, scope: Scope, is_outermost: bool) -> None:
+def _wait_or_refuse(session: Session, tie: Tie, scope: Scope, is_outermost: bool) -> None:
     """Wait for a commit of `scope` that is under way, and refuse to begin where it has ended."""
     if settling_of(scope) is not None and not is_guarded(session):
+        settling = must_wait_for(scope)
+        if settling is not None and isinstance(tie, PlainTie):
+            settling.leave_out(tie.owner)  # else that commit would wait for it
         from rope_middleware.session.turns import wait_for_commit  # few ever wait
 
         wait_for_commit(scope)

@@ -200,3 +200,27 @@ async def test_C2_a_block_around_a_refused_response_goes_on_and_commits_nothing(
         assert client.status == 404
         assert client.body == (b"x" if way == "stream" else b"null")
         assert await rows_in(either) == []
+
+
+async def test_C10_a_plain_session_that_a_body_is_flushing(driver_url: URL) -> None:
+    """The body has made it (`registries=`), and its flush waits for a connection meanwhile."""
+    async with Either([driver_url], is_async=is_async_driver(driver_url), engine=POOL) as either:
+        plain = plain_of(either)
+
+        async def body() -> AsyncIterator[bytes]:
+            plain().add(Row(n=1))
+            flushed = plain().flush()
+            if isawaitable(flushed):
+                await flushed
+            yield b"x"
+
+        app, client = FastAPI(), ASGIClient()
+
+        @app.get("/")
+        async def view() -> StreamingResponse:
+            return StreamingResponse(body())
+
+        app.add_middleware(Between)
+        await client(RopeMiddleware(app, [plain], commit_on_success=True), "/")
+        assert (client.status, client.body) == (200, b"x")
+        assert await rows_in(either) == [1]
