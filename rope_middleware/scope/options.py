@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from rope_middleware.scope.context import is_async_callable
@@ -88,6 +89,10 @@ class Options:
             AttributeError: always.
         """
         raise AttributeError(f"options are frozen: {name} cannot be set")
+
+    def __reduce__(self) -> tuple[Callable[[], Options], tuple[()]]:
+        """Let a middleware be copied and pickled; Python's own way would set attributes."""
+        return partial(Options, **{name: getattr(self, name) for name in self.__slots__}), ()
 
     def _check(self) -> None:
         _check_flag("commit_on_success", self.commit_on_success)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -497,6 +499,14 @@ def test_W1_servers_recognise_the_result_as_wsgi() -> None:
     assert type(utils.wrap_app(middleware, 1024, None)).__name__ == "WSGIWrapper"
     assert not inspect.iscoroutinefunction(middleware)
     assert len(inspect.signature(middleware).parameters) == 2
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda app: pickle.loads(pickle.dumps(app))])
+def test_A1_a_wrapped_app_can_be_copied_and_pickled(again: Any) -> None:
+    """With its options: for a process that is spawned, say."""
+    wrapped = again(RopeMiddleware(asgi_function, commit_on_success=True, close_timeout=3.0))
+    options: Any = wrapped._options
+    assert (options.commit_on_success, options.close_timeout, options.retries) == (True, 3.0, 0)
 
 
 @pytest.mark.slow
