@@ -70,7 +70,7 @@ class Running:
             rests, lambda: f"{self.row} at rest: {state}, {idle}\n{self.server.output[-3000:]}"
         )
         assert state["mixed_up"] == []
-        assert state["complaints"] == []
+        assert state["complaints"] == [], state["complaints"]
         assert "garbage collector is trying to clean up" not in self.server.output
         return state
 
