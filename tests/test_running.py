@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import deque
 from collections.abc import Awaitable
+from time import monotonic
 from typing import Any
 
 import anyio
@@ -13,7 +15,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from rope_middleware import ASGIRopeMiddleware, Scope, SessionJenny, open_scope
-from rope_middleware.running import finish, threads
+from rope_middleware.running import finish, threads, ticker
 from tests.kit.asgi import asgi_app, ask
 from tests.kit.leaks import checked_out
 from tests.kit.sessions import workers
@@ -59,6 +61,42 @@ def test_Y2_each_has_its_own_time() -> None:
         "gave up after 0.05 seconds",
         "done",
     ]
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_Y2_the_ticker_sees_to_the_times_that_are_up_late(
+    loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So no timer makes each turn of the loop dearer; one who never looks is not waited for."""
+    monkeypatch.setattr(ticker, "look_at_deadlines", lambda _: None)  # that of other tests
+
+    async def main() -> None:
+        async def take(seconds: float) -> None:
+            await finish.finish(finish.within(seconds, asyncio.Event().wait()))
+
+        async def look(next_look: float) -> bool:
+            """Look, in another thread; tell whether there is a timer."""
+            await asyncio.to_thread(finish.look_at_deadlines, next_look)
+            await asyncio.sleep(0)
+            return finish._deadlines[asyncio.get_running_loop()]._wakes_at < math.inf
+
+        for last_look in (monotonic() + PATIENCE, -math.inf):
+            finish.look_at_deadlines(monotonic() + 0.05)
+            task = asyncio.create_task(take(0.5))
+            await asyncio.sleep(0)
+            assert await look(monotonic() + 0.05) is False
+            assert await look(last_look) is True
+            with pytest.raises(TimeoutError, match=r"gave up after 0\.5 seconds"):
+                await asyncio.wait_for(task, PATIENCE)
+        for long_ago in (monotonic() - 2 * finish.LATE, -math.inf):
+            finish.look_at_deadlines(long_ago)
+            with pytest.raises(TimeoutError, match=r"gave up after 0\.01 seconds"):
+                await asyncio.wait_for(take(0.01), PATIENCE)
+
+    try:
+        pytest.importorskip(loop).run(main())
+    finally:
+        finish.look_at_deadlines(-math.inf)
 
 
 def test_Y2_what_cancels_the_work_itself_is_no_timeout() -> None:
@@ -155,12 +193,12 @@ def test_P4_times_that_differ_gather_no_timers() -> None:
     async def main() -> int:
         loop = asyncio.get_running_loop()
         armed: list[object] = []
-        call_at = loop.call_at
+        call_later = loop.call_later
         end = loop.time() + 2
 
-        def counted(when: float, callback: Any, *args: Any, **kwargs: Any) -> Any:
+        def counted(delay: float, callback: Any, *args: Any, **kwargs: Any) -> Any:
             armed.append(getattr(callback, "__self__", None))
-            return call_at(when, callback, *args, **kwargs)
+            return call_later(delay, callback, *args, **kwargs)
 
         async def long() -> None:
             while loop.time() < end:
@@ -171,7 +209,7 @@ def test_P4_times_that_differ_gather_no_timers() -> None:
                 await asyncio.sleep(0.02)
                 await finish.finish(finish.within(0.1, asyncio.sleep(0)))
 
-        loop.call_at = counted  # type: ignore[method-assign]
+        loop.call_later = counted  # type: ignore[method-assign]
         await asyncio.gather(long(), long(), short())
         return sum(one is finish._deadlines[loop] for one in armed)
 

@@ -6,6 +6,7 @@ Knows neither scopes nor sessions.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import sys
 import threading
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 from typing import Any
+
+from rope_middleware.running.finish import look_at_deadlines
 
 __all__ = ["Ticker"]
 
@@ -95,7 +98,7 @@ class Ticker:
 
     def _run(self, stop: threading.Event) -> None:
         last = time.monotonic()
-        while not _wait(stop, self._every()):
+        while not self._wait(stop):
             is_needed = False
             with suppress(Exception):  # a log handler's, say
                 is_needed = self._look()
@@ -103,10 +106,17 @@ class Ticker:
                 last = time.monotonic()
             elif time.monotonic() - last >= QUIET_SECONDS:
                 break
+        look_at_deadlines(-math.inf)
         with self._lock:
             self._running = None
         if not stop.is_set():
             self._arm(self.start)
+
+    def _wait(self, stop: threading.Event) -> bool:
+        seconds = self._every()
+        if not _is_green():  # where threads are greenlets, an event loop may keep this one waiting
+            look_at_deadlines(time.monotonic() + seconds)
+        return _wait(stop, seconds)
 
     def _end(self) -> None:
         """End before the interpreter does."""
