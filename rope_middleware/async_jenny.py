@@ -20,7 +20,8 @@ from rope_middleware.scope.context import current
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.outcome import timeout_of
-from rope_middleware.scope.scope import AsyncScope, Scope, is_over, session_of
+from rope_middleware.scope.scope import AsyncScope, Scope, is_over
+from rope_middleware.scope.settling import may_begin
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
 from rope_middleware.session.factories import check_arguments, check_session, class_of_made
 from rope_middleware.session.listeners import listen
@@ -81,15 +82,18 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
 
     def __call__(self) -> _T:
         scope: Any = current.get(None)
-        session: Any = None if scope is None else session_of(scope, self)
-        if session is None:
-            return self.first_use(scope)
-        check_loop(scope)  # pyright: ignore[reportArgumentType]  # sessions are in no other
-        return session  # type: ignore[no-any-return]  # cast() is a call for every request
+        if scope is not None and scope._sessions is not None:
+            session: Any = scope._sessions.get(self)
+            if session is not None:
+                check_loop(scope)  # sessions are in no other
+                return session  # type: ignore[no-any-return]  # cast() is a call for every request
+        return self.first_use(scope)
 
     def first_use(self, scope: Scope | None) -> _T:
         if isinstance(scope, AsyncScope):
             check_loop(scope)
+            if may_begin(scope):
+                return self._adopt(scope, self.createfunc())  # as below, a call less
         elif scope is not None and not is_over(scope):
             raise sync_scope(scope.name)
         return super().first_use(scope)

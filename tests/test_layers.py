@@ -253,12 +253,13 @@ def test_no_module_is_too_long() -> None:
 
 
 # Who touches a private attribute of somebody else's object, and why. In `scope` all modules know
-# the Scope; the plain ways of the boundaries and `jenny.session` save a call for each request.
+# the Scope; the plain ways of the boundaries and of the jennies save a call for each request.
 PRIVATE: dict[str, set[str]] = {
     "middleware": {"_protocols"},  # its own class's
     "asgi": {"_name", "_options", "_sessions", "_state", "_thread"},
     "wsgi": {"_name", "_options", "_sessions", "_state"},
     "jenny": {"_sessions"},
+    "async_jenny": {"_sessions"},
     "answer": {"_options", "_sessions"},
     "session.connections": {"_connections"},  # SQLAlchemy's: see `made_connections`
     "session.busy": {"_flushing"},  # SQLAlchemy's; the tests of C10 pin it

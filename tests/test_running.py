@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import threading
 from collections import deque
@@ -108,6 +109,26 @@ def test_Y2_what_cancels_the_work_itself_is_no_timeout() -> None:
         work.cancel()
         with pytest.raises(asyncio.CancelledError):
             await work
+
+    asyncio.run(main())
+
+
+def test_Y2_work_that_is_cancelled_before_it_begins_is_waited_for_by_nobody() -> None:
+    """As where an event loop is shut down: whoever has begun to wait goes on, at every turn."""
+
+    async def main() -> None:
+        for turns in range(4):
+            mine = asyncio.current_task()
+            waiter = asyncio.create_task(finish.finish(asyncio.sleep(0.001), PATIENCE))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for task in asyncio.all_tasks() - {mine, waiter}:
+                task.cancel()
+            if turns == 2:
+                waiter.cancel()  # both, as asyncio.run() does
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait_for(waiter, PATIENCE)
+            assert not finish._ending
 
     asyncio.run(main())
 

@@ -25,7 +25,6 @@ __all__ = [
     "pause",
     "running_loop",
     "shield",
-    "to_end",
     "within",
 ]
 
@@ -38,7 +37,8 @@ class OutOfTimeError(TimeoutError):
 
 # The event loop holds tasks weakly. One that is still ending something must stay alive even
 # where its waiter is gone. https://docs.python.org/3/library/asyncio-task.html#creating-tasks
-_ending: set[asyncio.Task[Any]] = set()
+_ending: dict[asyncio.Task[Any], asyncio.Future[None]] = {}
+"""Each with what its waiter awaits."""
 
 
 def running_loop() -> object:
@@ -58,7 +58,7 @@ def is_async_running() -> bool:
         return trio is not None and trio.lowlevel.in_trio_task()
 
 
-def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> Coroutine[Any, Any, _T]:
+async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _T:
     """Await `work` to its end, however often the caller is cancelled meanwhile.
 
     A plain ``asyncio.shield`` returns at the first cancellation and leaves the work behind.
@@ -79,59 +79,53 @@ def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> Corouti
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        return _shielded(work)
-    task = loop.create_task(work)
-    _ending.add(task)
-    task.add_done_callback(_ending.discard)
-    return to_end(loop, task, grace)
-
-
-async def _shielded(work: Awaitable[_T]) -> _T:
-    # trio: every cancellation comes from a cancel scope, so a shield stops all of them.
-    with shield():
-        return await work
-
-
-async def to_end(
-    loop: asyncio.AbstractEventLoop, work: asyncio.Future[_T], grace: float | None
-) -> _T:
-    """Wait for a task or future that is under way. See `finish`."""
-    cancelled = await _wait(loop, work)
-    if cancelled is not None:
-        timer = None if grace is None else loop.call_later(grace, work.cancel)
-        # anyio cancels a task again at every turn of the loop until it has left the
-        # cancelled scope: without the shield this would spin.
+        # trio: every cancellation comes from a cancel scope, so a shield stops all of them.
         with shield():
-            while not work.done():
-                await _wait(loop, work)
-        if timer is not None:
-            timer.cancel()
-        if not work.cancelled():
-            work.exception()  # retrieved: cancellation is what the caller has to hear
-        try:
-            raise cancelled
-        finally:
-            del cancelled  # its traceback refers to this frame
-    return work.result()
-
-
-async def _wait(
-    loop: asyncio.AbstractEventLoop, work: asyncio.Future[Any]
-) -> asyncio.CancelledError | None:
-    """Wait for `work` without raising its outcome; return the cancellation that came instead."""
-    done = loop.create_future()
-
-    def wake(_: asyncio.Future[Any]) -> None:
-        if not done.done():
-            done.set_result(None)
-
-    work.add_done_callback(wake)
+            return await work
+    ended = loop.create_future()
+    task = loop.create_task(_telling(work, ended))
+    _ending[task] = ended
+    task.add_done_callback(_has_ended)
     try:
-        await done
-    except asyncio.CancelledError as error:
-        work.remove_done_callback(wake)
-        return error
-    return None
+        await ended
+        return task.result()
+    except asyncio.CancelledError:
+        await _outlast(task, loop, grace)
+        work.close()  # of a task that was cancelled before its first step, it has not begun
+        raise
+
+
+async def _telling(work: Awaitable[_T], ended: asyncio.Future[None]) -> _T:
+    """Tell of the end of `work` at once: a callback of the task comes a turn of the loop later."""
+    try:
+        return await work
+    finally:
+        if not ended.done():
+            ended.set_result(None)
+
+
+def _has_ended(task: asyncio.Task[Any]) -> None:
+    ended = _ending.pop(task)
+    if not ended.done():  # the task was cancelled before its first step
+        ended.set_result(None)
+
+
+async def _outlast(
+    task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, grace: float | None
+) -> None:
+    """Wait for `task` in a caller that has been cancelled."""
+    timer = None if grace is None else loop.call_later(grace, task.cancel)
+    # anyio cancels a task again at every turn of the loop until it has left the
+    # cancelled scope: without the shield this would spin.
+    with shield():
+        while not task.done():
+            _ending[task] = ended = loop.create_future()
+            with suppress(asyncio.CancelledError):
+                await ended
+    if timer is not None:
+        timer.cancel()
+    if not task.cancelled():
+        task.exception()  # retrieved: cancellation is what the caller has to hear
 
 
 def shield() -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import ref
 
 from rope_middleware.session.lines import application_line
@@ -62,7 +62,10 @@ def note_begin(tie: Tie, depth: int = DEPTH) -> None:
     tie.line = application_line(depth)
     tie.thread = threading.get_ident()
     if (kind := tie.kind) is not None and kind.is_async:
-        task = _task()
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # outside of any loop: add() begins a transaction, too
+            task = None
         tie.task = None if task is None else ref(task)
     if is_new:  # not before all of it is written down: others read the list meanwhile
         _list(ref(tie, _unlist))
@@ -84,13 +87,6 @@ def call_at_begins(func: Callable[[], bool]) -> None:
     _list = list_and_call
     if _ties and func():
         _list = _ties.add
-
-
-def _task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # an AsyncSession outside of any loop: add() begins a transaction, too
-        return None
 
 
 def strand() -> Strand:
