@@ -15,29 +15,38 @@ import sys
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
 from types import FrameType
 
-from rope_middleware.session.lines import frames_from, is_applications, is_ours, package_of
+from rope_middleware.session.lines import frames_from, is_applications, package_of
 
 __all__ = ["is_in_body"]
 
-# Their dependencies, where they have any, are driven by contextlib.
 _DRIVERS = frozenset(
     [
-        *("a2wsgi", "asgiref", "bottle", "falcon", "fastapi", "flask", "pyramid", "responder"),
-        *("sse_starlette", "starlette", "webob", "werkzeug"),
+        *("a2wsgi", "asgiref", "blacksheep", "bottle", "django", "falcon", "fastapi", "flask"),
+        *("litestar", "pyramid", "quart", "responder", "sse_starlette", "starlette", "webob"),
+        "werkzeug",
     ]
 )
+# Most have contextlib drive their dependencies. Litestar and Responder do it in these functions.
+_RESOLVERS = frozenset(["resolve_dependency", "_invoke_provider"])
+# Our own modules by which a WSGI server reads a body: whatever is between, it is the body's.
+_READERS = frozenset(["rope_middleware.wsgi.begun", "rope_middleware.wsgi.body"])
 _GENERATOR = CO_GENERATOR | CO_ASYNC_GENERATOR
 
 
 def is_in_body() -> bool:
     """Tell whether the running code belongs to a generator that a response is made of."""
-    is_driven = False
+    is_driven = is_generated = False
     for frame in frames_from(sys._getframe(1)):  # noqa: SLF001 - inspect's is slower
-        if is_driven and _drives(frame):
+        if (is_driven and _drives(frame)) or (is_generated and _reads(frame)):
             return True
         is_driven = bool(frame.f_code.co_flags & _GENERATOR) and is_applications(frame)
+        is_generated = is_generated or is_driven
     return False
 
 
 def _drives(frame: FrameType) -> bool:
-    return is_ours(frame) or package_of(frame) in _DRIVERS
+    return package_of(frame) in _DRIVERS and frame.f_code.co_name not in _RESOLVERS
+
+
+def _reads(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") in _READERS

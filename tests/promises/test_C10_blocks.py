@@ -93,8 +93,22 @@ async def test_C10_a_block_of_a_streamed_body_is_the_bodys_own(
         assert await rows_in(either) == ([] if fails else [1, 2])
 
 
+class Wrapped:
+    """A body of the application's own, and no generator."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self.chunks = chunks
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self.chunks)
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_C10_a_block_of_a_wsgi_body_is_the_bodys_own(tmp_path: Any, fails: bool) -> None:
+@pytest.mark.parametrize("wrap", [iter, Wrapped])
+def test_C10_a_block_of_a_wsgi_body_is_the_bodys_own(tmp_path: Any, wrap: Any, fails: bool) -> None:
     """Its first chunk is made before the commit."""
     engine = small_engine(tmp_path / "x.db")
     jenny = SessionJenny(sessionmaker(engine))
@@ -102,7 +116,7 @@ def test_C10_a_block_of_a_wsgi_body_is_the_bodys_own(tmp_path: Any, fails: bool)
 
     @app.get("/")
     def view() -> Any:
-        return app.response_class(body_of(jenny, "begin", fails))
+        return app.response_class(wrap(body_of(jenny, "begin", fails)))
 
     if fails:
         with pytest.raises(LookupError):
