@@ -45,10 +45,14 @@ _METHODS = (
     "commit",
     "rollback",
     "close",
+    "reset",
     "begin",
     "begin_nested",
     "refresh",
 )
+
+# What closes a session: what it has written is rolled back.
+_CLOSING = ("close", "reset")
 
 # What ends the transaction of a `begin()` block, and of a savepoint: by no method of the session.
 _ENDS = ("commit", "rollback", "close")
@@ -83,20 +87,28 @@ class _Guards:
                     calls.append(who)
                 if isinstance(of, SessionTransaction) and _is_over(of):
                     return None
-            if name == "close" and not isinstance(of, SessionTransaction):
-                for func in _at_close:
-                    func(of)
+            if name in _CLOSING and not isinstance(of, SessionTransaction):
+                _tell(of, name)
             return method(of, *args, **named)
         finally:
             calls.remove(who)
 
 
-_at_close: list[Callable[[Session], None]] = []
+_at_close: list[Callable[[Session, str], None]] = []
 
 
-def call_at_close(func: Callable[[Session], None]) -> None:
-    """Call `func` where the application is about to close a session of a scope that commits."""
+def call_at_close(func: Callable[[Session, str], None]) -> None:
+    """Call `func` where the application is about to close a session of a scope that commits.
+
+    Args:
+        func: called with the session, and with what the application calls.
+    """
     _at_close.append(func)
+
+
+def _tell(session: Session, name: str) -> None:
+    for func in _at_close:
+        func(session, f"{name}()")
 
 
 def _wait(scope: Scope) -> None:
@@ -161,16 +173,22 @@ def tell_of_close(session: Session) -> None:
     """Call what waits for a ``close()``, where nothing else of a session has to be guarded."""
     own = session.__dict__
     if "close" not in own:
-        own["close"] = MethodType(_tell_and_close, ref(session))
+        of = ref(session)
+        own["close"] = MethodType(_tell_and_close, of)
+        own.setdefault("reset", MethodType(_tell_and_reset, of))
 
 
-def _tell_and_close(of: ReferenceType[Session]) -> None:
-    session = of()
-    assert session is not None  # noqa: S101 - who calls its method has it
-    for func in _at_close:
-        func(session)
-    type(session).close(session)
+def _telling(name: str) -> Callable[[ReferenceType[Session]], None]:
+    def tell_and_call(of: ReferenceType[Session]) -> None:
+        session = of()
+        assert session is not None  # noqa: S101 - who calls its method has it
+        _tell(session, name)
+        getattr(type(session), name)(session)
 
+    return tell_and_call
+
+
+_tell_and_close, _tell_and_reset = map(_telling, _CLOSING)
 
 CLOSES = (_GUARDED["close"], _tell_and_close)
 """What may stand in front of a session's own ``close()``."""

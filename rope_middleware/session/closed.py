@@ -1,4 +1,4 @@
-"""A ``close()`` of the application's in a scope that commits says what it has rolled back (L1).
+"""A ``close()`` or ``reset()`` in a scope that commits says what it has rolled back (L1).
 
 A dependency that ends its session before the response starts loses what the endpoint has written,
 and the response is a success all the same. ``close()`` stays a rollback. But nobody means it so

@@ -91,7 +91,7 @@ def holds_connection(session: Session) -> bool:
 def end_at_once(session: Session) -> bool:
     """End `session` where that needs no I/O; tell whether it has ended."""
     if has_nothing_open(session):
-        session.reset()  # see `close`
+        type(session).reset(session)  # see `close`
         forget(session)
         return True
     ends = getattr(session, "_rope_middleware_ends_at_once", None)  # it only reads: see `reading`
@@ -118,7 +118,7 @@ def end(session: Session) -> None:
         BaseException: as `close`.
     """
     if has_nothing_open(session):
-        session.reset()  # see `close`
+        type(session).reset(session)  # see `close`
         forget(session)
     else:
         close(session)
@@ -151,14 +151,15 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
             _close_by(session, by or session.close)
         else:
             # close() without "permanently closed" (Session.close_resets_only=False), after which
-            # SQLAlchemy's own error would come before ours.
-            session.reset()
+            # SQLAlchemy's own error would come before ours. The class's: the session's own one may
+            # be a guard, which tells of what the application calls (`aside`).
+            type(session).reset(session)
     except BaseException as error:
         if isinstance(error, IllegalStateChangeError):
             close_later(session)
         invalidate(session)
         with suppress(Exception):
-            session.reset()  # what is left of its transaction must not be used any more
+            type(session).reset(session)  # what is left of it must not be used any more
         raise
     if tie is not None:
         # After an end that has succeeded only an earlier one can have left something: it failed,
@@ -168,7 +169,7 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
         tie.transaction = tie.flush = tie.written = None  # they refer to the session: a cycle
 
 
-def _note_closed(session: Session, how: str = "close()") -> None:
+def _note_closed(session: Session, how: str) -> None:
     """The application is about to close `session`: where that loses something, it may be told."""
     tie = tie_of(session)
     if tie is None or tie.scope is None or not (tie.written is not None or has_pending(session)):
@@ -187,7 +188,7 @@ def discard(session: Session) -> None:
     if overrides_close(session):
         _close_by(session, session.close)
     else:
-        session.reset()  # see `close`
+        type(session).reset(session)  # see `close`
     forget(session)
 
 
@@ -234,7 +235,7 @@ call_at_forks(_leave_to_parent)  # sessions of other threads and tasks are the p
 def _close_by(session: Session, by: Callable[[], object]) -> None:
     by()
     if session.in_transaction():
-        session.reset()  # somebody's close() does something else
+        type(session).reset(session)  # somebody's close() does something else
 
 
 @contextmanager
@@ -293,7 +294,7 @@ def close_later(session: Session) -> None:
     with _transaction_ends(session) as wait:
         while True:
             with suppress(IllegalStateChangeError):
-                session.reset()
+                type(session).reset(session)
                 return
             if not connections_out(tie) or running_loop() is not None or not wait():
                 return

@@ -165,7 +165,7 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
         try:
             notice_begin(tie, session)
         except RopeError:
-            session.reset()
+            type(session).reset(session)
             raise
 
 
@@ -190,7 +190,7 @@ def _check_loop(session: Session, scope: Scope, is_outermost: bool) -> None:
         check_loop(cast("AsyncScope", scope))
     except CrossLoopError:
         if is_outermost:
-            session.reset()
+            type(session).reset(session)
         raise
 
 
@@ -220,7 +220,7 @@ def _wait_or_refuse(session: Session, tie: Tie, scope: Scope, is_outermost: bool
         if is_outermost:
             # SQLAlchemy has assigned the transaction already; it must go, for the next use
             # to come by here again.
-            session.reset()
+            type(session).reset(session)
         require_open(scope)
 
 

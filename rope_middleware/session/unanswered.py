@@ -178,7 +178,7 @@ def _why(scope: Scope, failure: Exception) -> str:
 def _as_committed(session: Session) -> None:
     """Bring the session into the state after a commit: its objects stay in it."""
     objects = list(session)
-    session.reset()
+    type(session).reset(session)
     leave_block(session)
     session.add_all(objects)
     if session.expire_on_commit:

@@ -188,7 +188,7 @@ def watch(session: Session) -> None:
     try:
         is_new = _WATCHED not in bind.__dict__
     except AttributeError:  # an AsyncEngine has none
-        session.reset()  # for the next use to come by here again
+        type(session).reset(session)  # for the next use to come by here again
         raise async_engine(bind) from None
     if is_new:
         if isinstance(bind, Connection):

@@ -66,7 +66,12 @@ def test_L1_nothing_is_said_of_rows_in_the_applications_own_transaction(
 
 # -- close() in a scope that commits ---------------------------------------------------------------
 
-CLOSES: dict[str, str] = {"close": "close()", "remove": "remove()", "with": "close()"}
+CLOSES: dict[str, str] = {
+    "close": "close()",
+    "remove": "remove()",
+    "reset": "reset()",
+    "with": "close()",
+}
 
 
 async def closed(web: Web, how: str) -> None:
@@ -79,7 +84,7 @@ async def closed(web: Web, how: str) -> None:
             await web.store.add(1)
     else:
         await web.store.add(1)
-        await done((jenny.session if how == "close" else jenny), how)
+        await done((jenny if how == "remove" else jenny.session), how)
 
 
 async def done(what: Any, name: str) -> None:
@@ -132,7 +137,7 @@ def test_L1_a_close_is_silent_where_nothing_is_missed(
         if why in ("rollback", "commit", "read"):
             await web.store.read()
             what: Any = web.store.jenny
-            await done(*((what, how) if how == "remove" else (what.session, "close")))
+            await done(what if how == "remove" else what.session, CLOSES[how].strip("()"))
         else:
             await closed(web, how)
         if why == "doom":
