@@ -12,6 +12,7 @@ class they would cost every use of every session. They do not refer to it: that 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterable
 from itertools import repeat
 from threading import get_ident
@@ -26,12 +27,14 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import calls_of, must_wait_for
 
 __all__ = [
+    "BY_ERROR",
     "CLOSES",
     "call_at_close",
     "guard",
     "guard_transaction",
     "in_turn",
     "is_guarded",
+    "note_error",
     "tell_of_close",
 ]
 
@@ -158,8 +161,14 @@ def _strand(scope: Scope) -> object:
     return thread if task is None else task
 
 
-def guard(session: Session, scope: Scope) -> None:
-    """Let calls on `session` and commits of `scope` wait for each other."""
+def guard(session: Session, scope: Scope, handed_out: Any = None) -> None:
+    """Let calls on `session` and commits of `scope` wait for each other.
+
+    Args:
+        session: what is guarded.
+        scope: its own.
+        handed_out: the AsyncSession around it.
+    """
     own = session.__dict__
     if "flush" not in own:
         methods = _in_front(_Guards(ref(session), scope, calls_of(scope)), _METHODS)
@@ -167,6 +176,10 @@ def guard(session: Session, scope: Scope) -> None:
             own.update(methods)
         else:  # the application has put its own there: nobody knows what it does
             own.update([one for one in methods if one[0] not in own])
+    if handed_out is not None and "close" not in (own := handed_out.__dict__):
+        of = ref(handed_out)
+        own["close"] = MethodType(_note_and_close, of)
+        own.setdefault("reset", MethodType(_note_and_reset, of))
 
 
 def tell_of_close(session: Session) -> None:
@@ -190,7 +203,33 @@ def _telling(name: str) -> Callable[[ReferenceType[Session]], None]:
 
 _tell_and_close, _tell_and_reset = map(_telling, _CLOSING)
 
-CLOSES = (_GUARDED["close"], _tell_and_close)
+
+BY_ERROR = "_rope_middleware_by_error"
+"""In a session's ``__dict__``: was an error being handled when its AsyncSession was closed?"""
+
+
+def note_error(session: Session) -> None:
+    """Note whether an error is being handled where the application closes an AsyncSession.
+
+    SQLAlchemy closes `session`, which is within, in a greenlet, and ``async with`` in a task of its
+    own: neither knows of the error.
+    """
+    session.__dict__[BY_ERROR] = isinstance(sys.exc_info()[1], Exception)
+
+
+def _noting(name: str) -> Callable[[ReferenceType[Any]], Any]:
+    def note_and_call(of: ReferenceType[Any]) -> Any:
+        session = of()
+        assert session is not None  # noqa: S101 - who calls its method has it
+        note_error(session.sync_session)
+        return getattr(type(session), name)(session)
+
+    return note_and_call
+
+
+_note_and_close, _note_and_reset = map(_noting, _CLOSING)
+
+CLOSES = (_GUARDED["close"], _tell_and_close, _note_and_close)
 """What may stand in front of a session's own ``close()``."""
 
 

@@ -13,12 +13,8 @@ import sys
 from sqlalchemy.orm import Session
 
 from rope_middleware.scope.scope import Scope, call_after_commit
-from rope_middleware.session.lines import (
-    application_line,
-    frames_of_task,
-    text_of,
-    variables_of,
-)
+from rope_middleware.session.aside import BY_ERROR
+from rope_middleware.session.lines import application_line, text_of
 from rope_middleware.session.telling import tell_once, was_told
 from rope_middleware.session.tie import Tie
 from rope_middleware.session.unsaved import lost_by_closing
@@ -37,7 +33,7 @@ def note_closed(tie: Tie, scope: Scope, session: Session, how: str) -> None:
         session: closed by the application.
         how: what it has called.
     """
-    if tie.line is None or _is_by_error(tie):
+    if tie.line is None or _is_by_error(session):
         return
     what = "" if was_told(_WHAT, tie.line) else lost_by_closing(tie, session)
     if not what:
@@ -64,13 +60,7 @@ def note_closed(tie: Tie, scope: Scope, session: Session, how: str) -> None:
     call_after_commit(scope, tell)
 
 
-def _is_by_error(tie: Tie) -> bool:
+def _is_by_error(session: Session) -> bool:
     """Tell whether an error closes the session."""
-    if isinstance(sys.exc_info()[1], Exception):
-        return True
-    # `async with` closes an AsyncSession in a task of its own, and waits for it.
-    task = None if tie.task is None else tie.task()
-    return task is not None and any(
-        frame.f_code.co_qualname == "AsyncSession.__aexit__" and variables_of(frame).get("type_")
-        for frame in frames_of_task(task)
-    )
+    was_noted: bool = session.__dict__.pop(BY_ERROR, False)
+    return was_noted or isinstance(sys.exc_info()[1], Exception)

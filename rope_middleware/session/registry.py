@@ -32,7 +32,7 @@ from rope_middleware.scope.settling import (
     needs,
     settling_of,
 )
-from rope_middleware.session.aside import guard, tell_of_close
+from rope_middleware.session.aside import guard, note_error, tell_of_close
 from rope_middleware.session.failures import listen_for_errors
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.listeners import listen_to
@@ -172,7 +172,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
                 self._listening = session_class
             tie = tie_to(inner, scope, self.kind)
             if has_company(scope):
-                guard(inner, scope)
+                guard(inner, scope, session if self.kind.is_async else None)
             elif needs(scope) == TELLING:
                 tell_of_close(inner)
             if self.replicas is not None:
@@ -197,6 +197,8 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             tie = _tie_of(self.kind, session)
             if tie is not None:
                 tie.is_removed = True
+                if self.kind.is_async:
+                    note_error(self.kind.inner(session))
         return session  # type: ignore[no-any-return]
 
     def _keep_also(self, session: Any) -> None:

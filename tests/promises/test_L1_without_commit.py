@@ -84,7 +84,11 @@ async def closed(web: Web, how: str) -> None:
             await web.store.add(1)
     else:
         await web.store.add(1)
-        await done((jenny if how == "remove" else jenny.session), how)
+        await close(jenny, how)
+
+
+async def close(jenny: Any, how: str) -> None:
+    await done(jenny if how == "remove" else jenny.session, how)
 
 
 async def done(what: Any, name: str) -> None:
@@ -136,8 +140,7 @@ def test_L1_a_close_is_silent_where_nothing_is_missed(
             await done(web.store.jenny.session, why)
         if why in ("rollback", "commit", "read"):
             await web.store.read()
-            what: Any = web.store.jenny
-            await done(what if how == "remove" else what.session, CLOSES[how].strip("()"))
+            await close(web.store.jenny, "close" if how == "with" else how)
         else:
             await closed(web, how)
         if why == "doom":
@@ -152,23 +155,60 @@ def test_L1_a_close_is_silent_where_nothing_is_missed(
     assert said.warnings == []
 
 
-def test_L1_a_close_by_an_error_is_silent(web: Web, said: Said) -> None:
-    """An error leaves ``with jenny.session:`` and is caught: a rollback is what was meant."""
+@pytest.mark.parametrize("how", CLOSES)
+@pytest.mark.parametrize("where", ["except", "finally"])
+def test_L1_a_close_by_an_error_is_silent(web: Web, said: Said, how: str, where: str) -> None:
+    """It is being handled, or leaves ``with jenny.session:``: a rollback is what was meant."""
     jenny: Any = web.store.jenny
+
+    async def fail() -> None:
+        await web.store.add(1)
+        raise LookupError
+
+    async def fail_and_close() -> None:
+        if how == "with" and web.store.is_async:
+            async with jenny.session:
+                await fail()
+        elif how == "with":
+            with jenny.session:
+                await fail()
+        elif where == "finally":
+            try:
+                await fail()
+            finally:
+                await close(jenny, how)
+        else:
+            try:
+                await fail()
+            except LookupError:
+                await close(jenny, how)
 
     async def handler(exchange: Exchange) -> None:
         with suppress(LookupError):
-            if web.store.is_async:
-                async with jenny.session:
-                    await web.store.add(1)
-                    raise LookupError
-            with jenny.session:
-                await web.store.add(1)
-                raise LookupError
+            await fail_and_close()
         await exchange.answer(200)
 
     assert web.ask(handler, commit_on_success=True).seen == 200
     assert (web.store.rows(), said.warnings) == ([], [])
+
+
+def test_L1_a_close_after_an_error_is_told(web: Web, said: Said) -> None:
+    """What is written after an error has been handled, and closed then, is missed."""
+
+    async def handler(exchange: Exchange) -> None:
+        for n in (1, 2):
+            await web.store.add(n)
+            try:
+                if n == 1:
+                    raise LookupError
+            except LookupError:
+                await close(web.store.jenny, "close")
+        await close(web.store.jenny, "close")
+        await exchange.answer(200)
+
+    assert web.ask(handler, commit_on_success=True).seen == 200
+    (warning,) = said.warnings
+    assert "1 Row added" in warning
 
 
 def test_L1_a_close_in_a_block_that_commits(tmp_path: Path, said: Said) -> None:
