@@ -219,10 +219,9 @@ def note_error(session: Session) -> None:
 
 def _noting(name: str) -> Callable[[ReferenceType[Any]], Any]:
     def note_and_call(of: ReferenceType[Any]) -> Any:
-        session = of()
-        assert session is not None  # noqa: S101 - who calls its method has it
+        session: Any = of()  # who calls its method has it
         note_error(session.sync_session)
-        return getattr(type(session), name)(session)
+        return getattr(session.__class__, name)(session)
 
     return note_and_call
 
