@@ -20,10 +20,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from rope_middleware.scope.outcome import has_refused
+from rope_middleware.scope.reading import carried_inside
 from rope_middleware.scope.response import doom_rest, is_doomed, options_now
 from rope_middleware.scope.scope import Scope
 
 if TYPE_CHECKING:
+    from rope_middleware.position import Carried
     from rope_middleware.protocols import Veto
 
 __all__ = [
@@ -90,7 +92,7 @@ class Gate:
         may_replay: tells whether the request can be run again as it came; None: no try follows.
     """
 
-    __slots__ = ("_may_replay", "_scope", "commits", "raised", "state", "why")
+    __slots__ = ("_may_replay", "_scope", "_told_inside", "commits", "raised", "state", "why")
 
     def __init__(self, scope: Scope, may_replay: Callable[[], bool] | None) -> None:
         self._scope = scope
@@ -99,6 +101,7 @@ class Gate:
         self.commits: bool = False  # what is done after the response's start
         self.why: str = ""  # it is not committed
         self.raised: BaseException | None = None  # by on_commit_error, or by what it returned
+        self._told_inside: Carried | None = None  # what the response's start has to tell again: R3
 
     def passes(self, status: int) -> bool:
         """Let a plain success start: no session was used, so there is nothing to settle.
@@ -192,6 +195,12 @@ class Gate:
         if found is None:
             self.state = FAILED
         return found
+
+    def _note_commit(self) -> None:
+        """The commit before the response's start stands."""
+        self.commits = True
+        if self._scope._options.read_only:
+            self._told_inside = carried_inside(self._scope)
 
     def why_not(self) -> str:
         """Tell why what was done after the response's start is not committed; "" where it is."""

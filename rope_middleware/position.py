@@ -11,7 +11,17 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-__all__ = ["NAME", "UNKNOWN", "Carried", "Position", "following", "highest", "parse", "value_of"]
+__all__ = [
+    "NAME",
+    "UNKNOWN",
+    "Carried",
+    "Position",
+    "following",
+    "highest",
+    "is_told",
+    "parse",
+    "value_of",
+]
 
 NAME = "Rope-Position"
 """The response header, the request header and the cookie."""
@@ -109,6 +119,12 @@ class Carried:
         value = value_of(self.wanted)
         cookie = f"{NAME}={value}; Max-Age={_SECONDS}; Path=/; HttpOnly; SameSite=Lax"
         return [(NAME, value), ("Set-Cookie", cookie)]
+
+
+def is_told(name: str, value: str) -> bool:
+    """Tell whether a response's header is one of `Carried.response_headers`."""
+    name = name.lower()
+    return name == NAME.lower() or (name == "set-cookie" and value.startswith(f"{NAME}="))
 
 
 class Following:

@@ -31,6 +31,7 @@ from rope_middleware.scope.response import (
     is_accepted,
     is_counted,
     is_doomed,
+    is_watched,
     log_retry,
     open_as,
     options_now,
@@ -177,7 +178,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         self._check_order()
         if self._follows and carried_of(outer) is None:
             carried = carried_by(scope)
-            carry(outer, carried)
+            carry(outer, carried, is_watched(outer))
             if scope["type"] == "http":
                 send = Telling(carried, send)
         gate = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rope_middleware import answer
 from rope_middleware.answer import FAILED, HELD, REPLACED, SERVER_ERROR, SETTLING, STARTED, WAITING
+from rope_middleware.asgi.position import told_again
 from rope_middleware.protocols import ASGIApp, ASGIScope, Message, Receive, Send
 from rope_middleware.running.finish import finish, running_loop
 from rope_middleware.scope.async_ending import acommit, aend, aroll_back
@@ -17,6 +18,7 @@ from rope_middleware.session.committing import asettle
 
 if TYPE_CHECKING:
     from rope_middleware.asgi.replay import Replay
+    from rope_middleware.position import Carried
 
 __all__ = ["Gate"]
 
@@ -50,6 +52,7 @@ class Gate(answer.Gate):
         self.commits: bool = False
         self.why: str = ""
         self.raised: BaseException | None = None
+        self._told_inside: Carried | None = None
         self._settled: Any = None  # an anyio.Event, where another task waits for the commit
         self._send = send
         self._request = request
@@ -166,13 +169,14 @@ class Gate(answer.Gate):
             # In trio a cancellation that came during the commit is felt at the next await.
             await self._start_shielded(message)
         else:
+            if self._told_inside is not None:
+                message = told_again(message, self._told_inside)
             self._set(STARTED)
             await self._send(message)
 
-    def _note_commit(self) -> None:
-        self.commits = True
-
     async def _start_shielded(self, message: Message) -> None:
+        if self._told_inside is not None:
+            message = told_again(message, self._told_inside)
         self._set(STARTED)
         await finish(_sent(self._send(message)), options_now(self._scope).close_timeout)
 

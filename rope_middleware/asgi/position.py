@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable
 
-from rope_middleware.position import Carried
+from rope_middleware.position import Carried, is_told
 from rope_middleware.protocols import ASGIScope, Message, Send
 
-__all__ = ["Telling", "carried_by"]
+__all__ = ["Telling", "carried_by", "told_again"]
 
 
 def carried_by(scope: ASGIScope) -> Carried:
@@ -41,8 +41,23 @@ class Telling:
     def __call__(self, message: Message) -> Awaitable[None]:
         """Pass a message on."""
         if message["type"] == "http.response.start":
-            told = self._carried.response_headers()
-            if told:
-                more = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told]
-                message = {**message, "headers": [*(message.get("headers") or ()), *more]}
+            message = _told(message, self._carried, message.get("headers") or ())
         return self._send(message)
+
+
+def told_again(message: Message, carried: Carried) -> Message:
+    """Return a response's start that tells what was written after a `Telling` has seen it."""
+    headers = [
+        (name, value)
+        for name, value in message.get("headers") or ()
+        if not is_told(bytes(name).decode("latin-1"), bytes(value).decode("latin-1"))
+    ]
+    return _told(message, carried, headers)
+
+
+def _told(message: Message, carried: Carried, headers: Iterable[tuple[bytes, bytes]]) -> Message:
+    told = carried.response_headers()
+    if not told:
+        return message
+    more = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told]
+    return {**message, "headers": [*headers, *more]}

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from rope_middleware.position import Carried
     from rope_middleware.scope.kind import SessionKey
 
-__all__ = ["carried_of", "carry", "choice_of", "reads_only", "tell_unknown"]
+__all__ = [
+    "carried_inside",
+    "carried_of",
+    "carry",
+    "choice_of",
+    "reads_only",
+    "tell_unknown",
+]
 
 _T = TypeVar("_T")
 
@@ -39,9 +46,22 @@ def choice_of(scope: Scope, key: SessionKey, make: Callable[[], _T]) -> _T:
         return found
 
 
-def carry(scope: Scope, carried: Carried) -> None:
-    """Note what the request of `scope` carries of log positions (R3)."""
+def carry(scope: Scope, carried: Carried, is_watched: bool = False) -> None:
+    """Note what the request of `scope` carries of log positions (R3).
+
+    Args:
+        scope: the request's.
+        carried: by its headers.
+        is_watched: by a middleware around this one, which commits when the response's start has
+            passed this one: what it commits, it has to tell.
+    """
     scope._carried = carried
+    scope._is_told_inside = is_watched
+
+
+def carried_inside(scope: Scope) -> Carried | None:
+    """Return what has to be told once more after the commit: see `carry`."""
+    return scope._carried if scope._is_told_inside else None
 
 
 def carried_of(scope: Scope) -> Carried | None:

@@ -22,6 +22,7 @@ __all__ = [
     "is_counted",
     "is_doomed",
     "is_head",
+    "is_watched",
     "log_retry",
     "note_accepted",
     "open_as",
@@ -131,18 +132,21 @@ def take_in(scope: Scope, options: Options, registries: tuple[PlainKind, ...]) -
     Returns:
         Whether a gate has to be made now: the scope commits, and nobody watches its response.
     """
-    before = scope._options
+    watched = is_watched(scope)
     scope._options = scope._options.plus(options)
     more = tuple(kind for kind in registries if kind not in scope._registries)
     if more:
         scope._registries += more
         scope._begin_use().update(dict.fromkeys(more))
+    return scope._options.commit_on_success and not watched
+
+
+def is_watched(scope: Scope) -> bool:
+    """Tell whether a middleware around the one that asks watches the response of `scope`."""
     # Of two applications that are asked one after the other, each has its own gate.
     if scope._gate is None:
-        watched = bool(before.commit_on_success or before.retries)
-    else:
-        watched = scope._has_gate
-    return scope._options.commit_on_success and not watched
+        return bool(scope._options.commit_on_success or scope._options.retries)
+    return scope._has_gate
 
 
 def holds_connection(scope: Scope) -> bool:

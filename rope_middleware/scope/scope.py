@@ -70,6 +70,7 @@ class Scope:
     _calls: list[object] | None = None  # on its sessions, that are under way: see `aside`
     _left: tuple[Scope | None] | None = None  # see `opening.restore`
     _carried: Carried | None = None  # of a request that is followed: see R3
+    _is_told_inside = False  # by a middleware inside of the one that commits
     _choices: dict[SessionKey, Any] | None = None  # what its sessions read from: see R2
     _is_parents = False  # this process was forked while it was open
     _doomed = False

@@ -21,6 +21,7 @@ from rope_middleware.scope.response import (
     count,
     end_gate,
     is_counted,
+    is_watched,
     log_retry,
     open_as,
     set_gate,
@@ -179,11 +180,11 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
     ) -> Iterable[bytes]:
         """Serve a request whose scope another RopeMiddleware around this one will end."""
         self._check_order()
-        watches = self._take_in(outer)
         if self._follows and carried_of(outer) is None:
             carried = carried_by(environ)
-            carry(outer, carried)
+            carry(outer, carried, is_watched(outer))
             start_response = Telling(carried, start_response)
+        watches = self._take_in(outer)
         environ[SCOPE_KEY] = outer
         token = current.set(outer)
         try:

@@ -15,12 +15,14 @@ from rope_middleware.session.committing import settle
 from rope_middleware.wsgi.begun import Begun, close_unsent
 from rope_middleware.wsgi.body import Body, ListBody, hand_on
 from rope_middleware.wsgi.files import is_odd, is_streamed
+from rope_middleware.wsgi.position import told_again
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+    from rope_middleware.position import Carried
     from rope_middleware.wsgi.replay import Replay
 
 __all__ = ["AGAIN", "Gate"]
@@ -70,6 +72,7 @@ class Gate(answer.Gate):
         self.commits: bool = False
         self.why: str = ""
         self.raised: BaseException | None = None
+        self._told_inside: Carried | None = None
         self._instead: WSGIApplication | None = None  # what `on_commit_error` has returned
         self._write_on: Callable[[bytes], object] | None = None
         self._start_response = start_response
@@ -191,6 +194,8 @@ class Gate(answer.Gate):
                 self.state = FAILED  # assumed; corrected below when the commit has succeeded
                 if not self._commit():
                     return
+                if self._told_inside is not None:
+                    call = (call[0], told_again(call[1], self._told_inside), *call[2:])
             self._start(call)
 
     def _commit(self) -> bool:
@@ -214,9 +219,6 @@ class Gate(answer.Gate):
         self.state = FAILED  # until the response starts
         doom_rest(self._scope)  # nothing later in the scope commits, either
         roll_back(self._scope, why)
-
-    def _note_commit(self) -> None:
-        self.commits = True
 
     @property
     def is_waiting(self) -> bool:

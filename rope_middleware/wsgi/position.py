@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rope_middleware.position import Carried
+from rope_middleware.position import Carried, is_told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-__all__ = ["Telling", "carried_by"]
+__all__ = ["Telling", "carried_by", "told_again"]
 
 
 def carried_by(environ: WSGIEnvironment) -> Carried:
@@ -46,3 +46,9 @@ class Telling:
         return self._start_response(
             status, [*headers, *told] if told else headers, *exc_info, **named
         )
+
+
+def told_again(headers: list[tuple[str, str]], carried: Carried) -> list[tuple[str, str]]:
+    """Return headers that tell what was written after a `Telling` has seen them."""
+    told = carried.response_headers()
+    return [*(one for one in headers if not is_told(*one)), *told] if told else headers

@@ -30,7 +30,8 @@ from tests.servers.replicas import Cluster, Delays, Server, cluster, paused, wat
 
 REQUESTS = int(os.environ.get("REQUESTS", "2000"))
 KINDS = ["asgi-async", "asgi-sync", "wsgi"]
-WAYS = ["commit", "commit_on_success", "open_scope"]
+AROUND = "commit_on_success of another middleware around it"
+WAYS = ["commit", "commit_on_success", AROUND, "open_scope"]
 SERVER = text("SELECT current_setting('cluster_name')")
 NUMBERS = itertools.count(1)  # what is written as it was is not written
 Headers = list[tuple[str, str]]
@@ -142,7 +143,7 @@ class Site(Either):
         for name, value in headers:
             key = f"HTTP_{name.upper().replace('-', '_')}"
             environ[key] = f"{environ[key]}; {value}" if key in environ else value
-        seen = WSGIServer()(WSGIRopeMiddleware(app, **options), environ)
+        seen = WSGIServer()(wrapped(WSGIRopeMiddleware, app, way, options), environ)
         if seen.raised is not None:
             raise seen.raised
         status, told, _ = seen.starts[-1]
@@ -157,8 +158,14 @@ class Site(Either):
 
         raw = [(name.lower().encode(), value.encode()) for name, value in headers]
         client = ASGIClient()
-        await client(ASGIRopeMiddleware(app, **options), "/", method, headers=raw)
+        await client(wrapped(ASGIRopeMiddleware, app, way, options), "/", method, headers=raw)
         return client.body.decode(), client.headers
+
+
+def wrapped(middleware: Any, app: Any, way: str, options: Any) -> Any:
+    """Put the middleware around `app`, and one that commits around both where the way says so."""
+    inner = middleware(app, **options)
+    return middleware(inner, commit_on_success=True) if way == AROUND else inner
 
 
 class Browser:
@@ -317,7 +324,9 @@ def test_R3_two_middlewares_tell_once(site: Site) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    for inner, outer in (({"read_only": ["GET"]}, {}), ({}, {"read_only": ["GET"]})):
+    reads: dict[str, Any] = {"read_only": ["GET"]}
+    commits: dict[str, Any] = {"commit_on_success": True}
+    for inner, outer in ((reads, {}), ({}, reads), (reads, commits), (commits, reads)):
         both = ASGIRopeMiddleware(ASGIRopeMiddleware(app, **inner), **outer)
         sent.clear()
         site.loop.run(both(http_scope("/", "POST"), anyio.sleep_forever, send))
