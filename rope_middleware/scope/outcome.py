@@ -19,7 +19,6 @@ __all__ = [
     "note_refusal",
     "retries_of",
     "set_trial",
-    "suspects_of",
     "timeout_of",
     "trial_of",
 ]
@@ -94,13 +93,6 @@ def is_broken(scope: Scope) -> bool:
 
 
 # -- what the session's floor keeps here -----------------------------------------------------------
-
-
-def suspects_of(scope: Scope) -> dict[object, BaseException]:
-    """Return the transactions in which a statement has failed, with the first error of each."""
-    if scope._suspects is None:
-        scope._suspects = {}
-    return scope._suspects
 
 
 def trial_of(scope: Scope) -> Any:

@@ -85,7 +85,6 @@ class Scope:
     _is_lost = False
     _is_committing = False
     _is_broken = False
-    _suspects: dict[object, BaseException] | None = None
     _trial: Any = None
 
     if not TYPE_CHECKING:  # nothing is said of it in a signature

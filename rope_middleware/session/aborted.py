@@ -10,8 +10,9 @@ question to the server.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
+from weakref import ref
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, ExceptionContext
@@ -19,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from rope_middleware.errors import RopeError, aborted
 from rope_middleware.scope.context import current
-from rope_middleware.scope.outcome import is_committing, suspects_of
+from rope_middleware.scope.outcome import is_committing
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.connections import driver_of
 
@@ -50,25 +51,38 @@ _DEADLOCK = 1213
 _SQLITE_ENDS = frozenset({5, 7, 9, 10, 13, 19})
 
 
-def suspect(scopes: Collection[Scope], context: ExceptionContext) -> None:
+def suspect(context: ExceptionContext) -> None:
     """A statement has failed: have a commit of ours look whether its transaction still stands.
 
+    It is noted on the connection. The running code may know of no scope: a thread, or a task of
+    another context, that uses the session of a request.
+
     Args:
-        scopes: to which the session may belong.
         context: of the engine's ``handle_error`` event.
     """
     connection = context.connection
     if connection is None or connection.closed or connection.invalidated:
         return
     transaction = connection.get_transaction()
-    if transaction is None or any(transaction in suspects_of(scope) for scope in scopes):
+    if transaction is None or _first_error(connection) is not None:
         return
     if connection.dialect.name == "postgresql" or _has_ended(context, connection):
-        for scope in scopes:
-            suspects_of(scope)[transaction] = context.original_exception
-        # Right before the COMMIT, when the listeners of the application have had their turn.
-        event.listen(connection, "commit", _look)
-        event.listen(connection, "prepare_twophase", _look)
+        attributes = connection.__dict__
+        if _SUSPECT not in attributes:
+            # Right before the COMMIT, when the listeners of the application have had their turn.
+            event.listen(connection, "commit", _look)
+            event.listen(connection, "prepare_twophase", _look)
+        attributes[_SUSPECT] = ref(transaction), context.original_exception
+
+
+_SUSPECT = "_rope_middleware_suspect"
+
+
+def _first_error(connection: Connection) -> BaseException | None:
+    """Return the first error of a statement in the transaction, if there was one."""
+    transaction = connection.get_transaction()
+    of, error = connection.__dict__.get(_SUSPECT, (None, None))
+    return None if of is None or transaction is None or of() is not transaction else error
 
 
 def _has_ended(context: ExceptionContext, connection: Connection) -> bool:
@@ -93,14 +107,14 @@ def _look(connection: Connection, *_: Any) -> None:
     scope = current.get(None)
     if scope is None or not is_committing(scope):
         return  # the application's own commit
-    if connection.get_transaction() in suspects_of(scope) and _is_aborted(connection):
+    if _first_error(connection) is not None and _is_aborted(connection):
         raise aborted_by(scope, connection)
 
 
 def aborted_by(scope: Scope, connection: Connection) -> RopeError:
     """Make the error, with the statement's as its cause."""
     error = aborted(scope.name)
-    error.__cause__ = suspects_of(scope).get(connection.get_transaction())
+    error.__cause__ = _first_error(connection)
     return error
 
 
@@ -146,10 +160,9 @@ def ask_for_aborted(scope: Scope, connections: Iterable[Connection]) -> None:
         RopeError: one of the transactions is aborted.
     """
     refuse_aborted(scope, connections)
-    suspects = suspects_of(scope)
-    for connection in connections if suspects else ():
+    for connection in connections:
         is_usable = not connection.closed and not connection.invalidated
-        if is_usable and connection.get_transaction() in suspects and _is_aborted(connection):
+        if is_usable and _first_error(connection) is not None and _is_aborted(connection):
             raise aborted_by(scope, connection)
 
 

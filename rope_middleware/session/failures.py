@@ -14,6 +14,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
 
 from rope_middleware.scope.context import current
+from rope_middleware.session.written import notes_of
 
 __all__ = ["listen_for_errors", "listen_for_retries"]
 
@@ -49,7 +50,11 @@ def _listen_once(what: str, *listeners: tuple[str, Any]) -> None:
 
 
 def _on_error(context: ExceptionContext) -> None:
-    if current.get(None) is not None and not sys.is_finalizing():
+    # The session of a scope may be used where that is not known.
+    is_ours = current.get(None) is not None or (
+        context.connection is not None and bool(notes_of(context.connection).statements)
+    )
+    if is_ours and not sys.is_finalizing():
         from rope_middleware.session.refusal import note_error
 
         note_error(context)

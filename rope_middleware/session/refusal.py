@@ -12,7 +12,6 @@ from typing import Any, cast
 from sqlalchemy.engine import Connection, ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
-from rope_middleware.scope.asking import with_outer
 from rope_middleware.scope.context import current
 from rope_middleware.scope.outcome import (
     is_committing,
@@ -86,10 +85,14 @@ def is_refusal(error: BaseException | None) -> bool:
 
 
 def note_error(context: ExceptionContext) -> None:
-    """Note on the scope an error of its database, and of what kind it is."""
+    """Note an error of a scope's database, and of what kind it is."""
     scope = current.get(None)
-    if scope is None:
-        return
+    if scope is not None:
+        _note_on(scope, context)
+    suspect(context)
+
+
+def _note_on(scope: Scope, context: ExceptionContext) -> None:
     error = context.original_exception
     if is_lost(context):
         if context.connection is not None:
@@ -102,14 +105,6 @@ def note_error(context: ExceptionContext) -> None:
         if is_refusal(error):
             note_refusal(scope, error)
         _note_failed(scope, context)
-    suspect([scope, *_outer_of(scope, context.connection)], context)
-
-
-def _outer_of(scope: Scope, connection: Connection | None) -> list[Scope]:
-    """Return the outer scopes of `scope` whose session `connection` is: it may be used inside."""
-    if connection is None:
-        return []
-    return [one for one in with_outer(scope) if one is not scope and is_of_session(one, connection)]
 
 
 def _is_of_commit(scope: Scope, context: ExceptionContext) -> bool:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import nullcontext
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError, OperationalError
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import Session
 
 from rope_middleware import (
@@ -114,6 +119,33 @@ def test_C3_a_swallowed_error_is_no_success_of_an_inner_scope(
         with pytest.raises(RopeError, match="begin_nested"):
             await ASGIClient()(RopeMiddleware(app, commit_on_success=True), "/")
         await engine.dispose()
+
+    asyncio.run(serve())
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_C3_a_swallowed_error_of_a_task_without_the_scope_is_no_success(
+    database: Database, is_plain: bool
+) -> None:
+    """A task of an empty context, or of one that was there before, uses the request's session."""
+    engine = create_async_engine(database.url("asyncpg"))
+    maker = async_sessionmaker(engine)
+    plain = async_scoped_session(maker, scopefunc=current_scope)
+    jenny: Any = plain if is_plain else AsyncSessionJenny(maker)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = jenny()
+        await session.run_sync(lambda session: session.connection())
+        await asyncio.create_task(session.run_sync(swallow, 1), context=Context())
+        await answer(send)
+
+    async def serve() -> None:
+        registries = [plain] if is_plain else []
+        try:
+            with pytest.raises(RopeError, match="begin_nested"):
+                await ASGIClient()(RopeMiddleware(app, registries, commit_on_success=True), "/")
+        finally:
+            await engine.dispose()
 
     asyncio.run(serve())
 
@@ -238,6 +270,11 @@ def test_C3_sqlite_ends_a_transaction_at_some_errors(tmp_path: Path) -> None:
         jenny.session.add(Row(n=3))
     with pytest.raises(OperationalError), jenny.session.begin():
         jenny.session.execute(text("SELECT * FROM nowhere"))
+    with pytest.raises(RopeError, match="begin_nested"), open_scope(commit_on_success=True):
+        jenny.session.add(Row(n=5))
+        jenny.session.flush()
+        with pytest.raises(IntegrityError):
+            Context().run(jenny.session.execute, text("INSERT OR ROLLBACK INTO row (n) VALUES (1)"))
     with open_scope(commit_on_success=True):  # an error that ends nothing
         jenny.session.add(Row(n=4))
         jenny.session.flush()
