@@ -7,35 +7,21 @@ from pathlib import Path
 from benchmarks import database
 from benchmarks.check import FULL, Result, check, rows
 from benchmarks.lanes import Effort, Side, race
-from benchmarks.measure import Spread, Times, load, microseconds, ratio, surroundings, version_of
-from benchmarks.sites import ASYNC, COMMIT, FLASK, HAND, IS_WSGI, OURS, SYNC
+from benchmarks.measure import Spread, Times, load, microseconds, ratio, surroundings
+from benchmarks.sites import ASYNC, COMMIT, FLASK, HAND, IS_WSGI, OURS, OWN, SYNC, site
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+FRAME = Path(__file__).parent / "page.md"
 RUNS, EFFORT = 3, Effort(40, 0.005)
 PATHS = {"none": "no database", "select": "one SELECT", "insert": "one INSERT, committed"}
 DEPENDS = "FastAPI's dependency with yield"
-DISTRIBUTIONS = ("Flask-SQLAlchemy", "Flask-SQLAlchemy-Lite", "advanced-alchemy",
-                 "fastapi-async-sqlalchemy")  # fmt: skip
+DISTRIBUTIONS = ("Flask-SQLAlchemy", "advanced-alchemy", "fastapi-async-sqlalchemy")
 KINDS = {
     FLASK: (HAND, OURS, COMMIT, "rope_middleware.flask", "scoped_session, removed at teardown",
-            "Flask-SQLAlchemy", "Flask-SQLAlchemy-Lite"),
-    SYNC: (HAND, OURS, COMMIT, DEPENDS, "advanced-alchemy"),
-    ASYNC: (HAND, OURS, COMMIT, DEPENDS, "async_scoped_session, own middleware",
-            "advanced-alchemy", "fastapi-async-sqlalchemy"),
+            "Flask-SQLAlchemy"),
+    SYNC: (HAND, OURS, COMMIT, DEPENDS, OWN, "advanced-alchemy"),
+    ASYNC: (HAND, OURS, COMMIT, DEPENDS, OWN, "advanced-alchemy", "fastapi-async-sqlalchemy"),
 }  # fmt: skip
-
-HOW = """\
-## How it is measured
-
-- A *round* times one batch of each contestant, a few milliseconds long, in an order that changes.
-  A ratio is taken within a round; the median of the rounds counts. All is done several times with
-  new processes: the tables give the median of these runs and, in brackets, the lowest and highest.
-- Every contestant has a process of its own, so that it pays for nobody else's event listeners. It
-  is called as a server would call it. What runs in one thread and waits for nothing is measured in
-  CPU time, all else by the clock on the wall. The garbage collector is off within a batch.
-- PostgreSQL is on the same machine, over a Unix socket. SQLite files do not wait for the disk.
-- *By hand* means: the handler opens a session and closes it (`with Session() as session:`).
-"""
 
 
 def main() -> None:
@@ -55,15 +41,13 @@ def peers() -> Iterator[tuple[str, Table]]:
     with ExitStack() as stack:
         where = stack.enter_context(database.postgresql())
         for kind, ways in KINDS.items():
-            there = [way for way in ways if way not in DISTRIBUTIONS or version_of(way)]
-            print(kind, "is measured without", set(ways) - set(there) or "nothing")
             sides = [
-                Side("benchmarks.sites:site", {"kind": kind, "way": way, "paths": [*PATHS]},
+                Side(site, {"kind": kind, "way": way, "paths": [*PATHS]},
                      kind not in IS_WSGI)
-                for way in there
+                for way in ways
             ]  # fmt: skip
             runs = [race(sides, where, EFFORT) for _ in range(RUNS)]
-            table = {way: {path: _figure(runs, way, path) for path in PATHS} for way in there}
+            table = {way: {path: _figure(runs, way, path) for path in PATHS} for way in ways}
             for way, figures in table.items():
                 print(f"{kind:<24}{way:<38}", *map(_cell, figures.values()), flush=True)
             yield kind, table
@@ -81,8 +65,7 @@ def _cell(figure: tuple[float, Spread]) -> str:
 
 def page(where: dict[str, str], results: list[Result | str], tables: dict[str, Table]) -> str:
     """Return the page."""
-    parts = ["# What a request costs\n", _summary(tables), HOW]
-    parts += ["".join(f"- {name}: {value}\n" for name, value in where.items())]
+    parts = []
     for kind, table in tables.items():
         lines = [[way, *map(_cell, figures.values())] for way, figures in table.items()]
         parts += [f"## {kind}\n", "A request's time, and its ratio to that by hand. PostgreSQL.\n"]
@@ -92,8 +75,13 @@ def page(where: dict[str, str], results: list[Result | str], tables: dict[str, T
         else [one.row.title, str(one.spread), one.bound, one.verdict, one.note]
         for one in results
     ]  # fmt: skip
-    parts += ["## The promises\n", _table(["", "measured", "at most", "", "details"], lines)]
-    return "\n".join([*parts, f"Load at the end: {load()}\n"])
+    return FRAME.read_text().format(
+        summary=_summary(tables),
+        surroundings="".join(f"- {name}: {value}\n" for name, value in where.items()),
+        tables="\n".join(parts),
+        promises=_table(["", "measured", "bound", "", "details"], lines),
+        load=f"Load at the end: {load()}",
+    )
 
 
 def _summary(tables: dict[str, Table]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import database
 from benchmarks.lanes import Side, build, run
-from benchmarks.sites import COMMIT, COROUTINES, FLASK, HAND, IS_WSGI, OURS, THREADS, WSGI
+from benchmarks.sites import COMMIT, COROUTINES, FLASK, HAND, IS_WSGI, OURS, THREADS, WSGI, site
 
 KINDS = {"wsgi": WSGI, "threads": THREADS, "async": COROUTINES, "flask": FLASK}
 WAYS = {"none": (HAND, OURS), "select": (HAND, OURS), "closed": (HAND, OURS),
@@ -71,7 +71,7 @@ def main() -> None:
     kind, paths = KINDS[name], ["select" if path == "commit" else path]
     with database.sqlite() as where:
         hand, ours = (
-            count(Side("benchmarks.sites:site", {"kind": kind, "way": way, "paths": paths},
+            count(Side(site, {"kind": kind, "way": way, "paths": paths},
                        kind not in IS_WSGI), where)
             for way in WAYS[path]
         )  # fmt: skip

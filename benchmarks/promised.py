@@ -1,4 +1,4 @@
-"""The lanes of P1, P3, H1 and L1: no middleware, a minimal one, and ours."""
+"""The lanes of P1, P3 and H1: no middleware, a minimal one, and ours."""
 
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -128,20 +128,6 @@ async def transaction(where: None, stack: AsyncExitStack) -> Lanes:
     sessions = {HAND: _factory()(), OURS: SessionJenny(_factory()).session}
     code = "session.connection(); session.rollback()"
     return {by: _timed(code, {"session": session}) for by, session in sessions.items()}
-
-
-async def left_open(where: None, stack: AsyncExitStack) -> Lanes:
-    """What the end of a session adds that has a transaction open, to learn that nothing is lost."""
-    from rope_middleware import SessionJenny, open_scope
-    from rope_middleware.session.tie import tie_of
-    from rope_middleware.session.unsaved import tell_lost
-
-    stack.enter_context(open_scope("L1"))
-    session = SessionJenny(_factory()).session
-    session.connection()
-    names = {"look": tell_lost, "nothing": lambda _, __: None, "tie": tie_of(session)}
-    names["session"] = session
-    return {OURS: _timed("look(tie, session)", names), HAND: _timed("nothing(tie, session)", names)}
 
 
 def _factory() -> "sessionmaker[Session]":

@@ -6,7 +6,7 @@ the app. It answers these paths: ``none`` touches no database, ``touch`` asks fo
 and has it committed. By hand, the handlers open a session and close it.
 """
 
-import importlib
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from sqlalchemy import func, select
-from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
+from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from benchmarks.database import POOL, Database, Item, Note, tune
@@ -142,18 +142,19 @@ APPS = {WSGI: _wsgi, THREADS: _threads, COROUTINES: _asgi, FLASK: _flask, SYNC: 
         ASYNC: _fastapi}  # fmt: skip
 
 
-def _factory(kind: str, where: Database, stack: AsyncExitStack) -> Any:
-    if kind in IS_ASYNC:
-        async_engine = where.async_engine()
-        stack.push_async_callback(async_engine.dispose)
-        return async_sessionmaker(async_engine)
-    engine = where.engine()
-    stack.callback(engine.dispose)
-    return sessionmaker(engine)
+def _factory(kind: str, where: Database, stack: AsyncExitStack, autocommit: bool = False) -> Any:
+    engine: Any = where.async_engine() if kind in IS_ASYNC else where.engine()
+    (stack.push_async_callback if kind in IS_ASYNC else stack.callback)(engine.dispose)
+    if autocommit:  # as fast as SQLAlchemy can: without a rollback of nothing either
+        engine.dialect.skip_autocommit_rollback = True
+        engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+    return (async_sessionmaker if kind in IS_ASYNC else sessionmaker)(engine)
 
 
-def by_hand(kind: str, where: Database, stack: AsyncExitStack, begin: bool = False) -> Any:
-    factory = _factory(kind, where, stack)
+def by_hand(
+    kind: str, where: Database, stack: AsyncExitStack, begin: bool = False, autocommit: bool = False
+) -> Any:
+    factory = _factory(kind, where, stack, autocommit)
     opened = factory.begin if begin else factory
 
     def run(work: Any) -> Any:
@@ -196,15 +197,14 @@ def flask_scoped(kind: str, where: Database, stack: AsyncExitStack, own: bool = 
     return app
 
 
-def flask_extension(kind: str, where: Database, stack: AsyncExitStack, module: str) -> Any:
-    """Flask-SQLAlchemy, and its light sister."""
+def flask_extension(kind: str, where: Database, stack: AsyncExitStack) -> Any:
     from flask import Flask
+    from flask_sqlalchemy import SQLAlchemy
 
     app = Flask("bench")
     app.config["SQLALCHEMY_DATABASE_URI"] = where.url
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = dict(POOL)
-    app.config["SQLALCHEMY_ENGINES"] = {"default": {"url": where.url} | POOL}
-    db = importlib.import_module(module).SQLAlchemy(app)
+    db = SQLAlchemy(app)
     with app.app_context():
         tune(db.engine)
         stack.callback(db.engine.dispose)
@@ -247,9 +247,9 @@ def advanced_alchemy(kind: str, where: Database, stack: AsyncExitStack) -> Any:
     from advanced_alchemy.extensions import fastapi
 
     name = "Async" if kind in IS_ASYNC else "Sync"
-    config = getattr(fastapi, f"SQLAlchemy{name}Config")
     engine = _factory(kind, where, stack).kw["bind"]
-    alchemy = fastapi.AdvancedAlchemy(config(engine_instance=engine))
+    config = getattr(fastapi, f"SQLAlchemy{name}Config")(engine_instance=engine)
+    alchemy = fastapi.AdvancedAlchemy(config)
     app = _injected(kind, getattr(alchemy, f"provide_{name.lower()}_session")())
     alchemy.init_app(app)
     return app
@@ -264,38 +264,86 @@ def fastapi_async_sqlalchemy(kind: str, where: Database, stack: AsyncExitStack) 
     return app
 
 
-def async_scoped(kind: str, where: Database, stack: AsyncExitStack) -> Any:
-    """Each request has a key, by which async_scoped_session finds its session."""
-    key: ContextVar[object] = ContextVar("key")
-    session = async_scoped_session(_factory(kind, where, stack), key.get)
-    inner = _fastapi(_from(kind, lambda: session))
+def middleware(kind: str, where: Database, stack: AsyncExitStack, commit: bool = False) -> Any:
+    """A middleware by hand: one session for each request, closed, or committed, where nobody waits.
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        token = key.set(object())
+    It does what has to be done at least, and nothing else that rope_middleware promises.
+    """
+    factory = _factory(kind, where, stack)
+    current: ContextVar[list[Any]] = ContextVar("current")
+
+    def session() -> Any:
+        kept = current.get()
+        if not kept:
+            kept.append(factory())
+        return kept[0]
+
+    inner = APPS[kind](_from(kind, session, not commit))
+
+    async def do(call: Any) -> None:
+        await (asyncio.shield(call()) if kind in IS_ASYNC else anyio.to_thread.run_sync(call))
+
+    async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
+        kept: list[Any] = []
+
+        async def send_committed(message: Any) -> None:
+            if kept and message["type"] == "http.response.start":
+                await do(kept[0].commit)
+            await send(message)
+
+        token = current.set(kept)
         try:
-            await inner(scope, receive, send)
+            await inner(scope, receive, send_committed if commit else send)
         finally:
-            await session.remove()
-            key.reset(token)
+            if kept and kept[0].in_transaction():
+                await do(kept[0].close)
+            current.reset(token)
 
-    return app
+    def wsgi_app(environ: Any, start_response: Any) -> Any:
+        kept: list[Any] = []
+
+        def start_committed(status: str, headers: Any, exc_info: Any = None) -> Any:
+            if kept:
+                kept[0].commit()
+            return start_response(status, headers, exc_info)
+
+        token = current.set(kept)
+        body = Closing(inner(environ, start_committed if commit else start_response))
+        body.close = partial(end, token)
+        return body
+
+    def end(token: Any) -> None:
+        if current.get():
+            current.get()[0].close()
+        current.reset(token)
+
+    return wsgi_app if kind == WSGI else asgi_app
+
+
+class Closing(list[bytes]):
+    """A body that has a ``close()``."""
+
+    close: Callable[[], object]
 
 
 HAND, OURS, COMMIT = "by hand", "rope_middleware", "rope_middleware, commit_on_success"
+BEGIN, OWN, OWN_COMMIT = "Session.begin()", "own middleware", "own middleware that commits"
+AUTOCOMMIT, READ_ONLY = "by hand, AUTOCOMMIT", "read-only"
 WAYS: dict[str, Callable[..., Any]] = {
     HAND: by_hand,
     OURS: ours,
     COMMIT: partial(ours, commit_on_success=True),
-    "Session.begin()": partial(by_hand, begin=True),
-    "read-only": partial(ours, read_only=("GET", "HEAD")),
+    BEGIN: partial(by_hand, begin=True),
+    OWN: middleware,
+    OWN_COMMIT: partial(middleware, commit=True),
+    AUTOCOMMIT: partial(by_hand, autocommit=True),
+    READ_ONLY: partial(ours, read_only=("GET", "HEAD")),
     "rope_middleware.flask": partial(flask_scoped, own=True),
     "scoped_session, removed at teardown": flask_scoped,
-    "Flask-SQLAlchemy": partial(flask_extension, module="flask_sqlalchemy"),
-    "Flask-SQLAlchemy-Lite": partial(flask_extension, module="flask_sqlalchemy_lite"),
+    "Flask-SQLAlchemy": flask_extension,
     "FastAPI's dependency with yield": depends,
     "advanced-alchemy": advanced_alchemy,
     "fastapi-async-sqlalchemy": fastapi_async_sqlalchemy,
-    "async_scoped_session, own middleware": async_scoped,
 }
 
 
