@@ -263,6 +263,7 @@ PRIVATE: dict[str, set[str]] = {
     "answer": {"_options", "_sessions"},
     "session.connections": {"_connections"},  # SQLAlchemy's: see `made_connections`
     "session.busy": {"_flushing"},  # SQLAlchemy's; the tests of C10 pin it
+    "session.committing": {"_flushing"},
     "session.unsaved": {"_is_clean"},  # SQLAlchemy's; the tests of L1 pin it
     "rope.rope": {"_session"},  # its own class's
     "rope.registry": {"_session"},  # of the ropes that it makes

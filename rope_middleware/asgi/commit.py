@@ -97,7 +97,10 @@ class Gate(answer.Gate):
         if self.state == STARTED:
             await self._send(message)
         elif message["type"] == "http.response.start":
-            await self._announce(message)
+            if self.commits_plainly(message["status"]):
+                await self._commit(message)
+            else:
+                await self._announce(message)
         elif self.state == FAILED and message["type"] not in _BEFORE:
             # The app has swallowed the error and goes on with the response that never started.
             await self._replace()

@@ -21,6 +21,7 @@ __all__ = [
     "at_most",
     "finish",
     "is_async_running",
+    "limit",
     "look_at_deadlines",
     "pause",
     "running_loop",
@@ -190,6 +191,14 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
         raise OutOfTimeError(f"gave up after {seconds} seconds") from None
     finally:
         deadlines.tasks.pop(task, None)
+
+
+def limit(seconds: float) -> None:
+    """Let what the running task awaits `within` a time have so many seconds from now on."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task(loop)
+    assert task is not None  # noqa: S101 - no user input: see `within`
+    _deadlines[loop].add(task, loop, seconds)
 
 
 LATE = 1.0  # seconds after which a look that has not come is not counted on any more

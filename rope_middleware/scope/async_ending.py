@@ -15,7 +15,7 @@ from rope_middleware.scope.async_hands import Async
 from rope_middleware.scope.context import class_of, current, unbind
 from rope_middleware.scope.ending import end_closing, explain
 from rope_middleware.scope.hands import run_now
-from rope_middleware.scope.hop import commit_by_hop, goes_by_hop
+from rope_middleware.scope.hop import commit_by_hop, commit_in_task, is_alone
 from rope_middleware.scope.order import (
     committing,
     each,
@@ -64,11 +64,13 @@ async def acommit(scope: Scope, note: Callable[[], None]) -> None:
     if not (work or scope._on_commit):
         note()
         return
-    if goes_by_hop(scope, work):
-        failure = await commit_by_hop(scope, work, note)
-    else:
-        timeout = scope._options.close_timeout
+    timeout = scope._options.close_timeout
+    if not is_alone(scope, work):
         failure = await finish(_settle(scope, Async(timeout), note), timeout)
+    elif work[0][0].kind.is_async:
+        failure = await finish(commit_in_task(scope, work, note), timeout)
+    else:
+        failure = await commit_by_hop(scope, work, note)
     if failure is not None:
         raise failure
 

@@ -1,7 +1,11 @@
-"""The short way of a commit on asyncio's event loop: of one sync session, in one hop to a thread.
+"""The short way of a commit on asyncio's event loop: of one session that nobody else is using.
 
-A request with a sync handler waits for it. A task, its shield and anyio's own thread cost more than
-the hop itself.
+A request waits for it. What `order.committing` asks about several sessions, about callbacks and
+about what else may be under way is half of what the commit costs more than one by hand. A sync
+session takes one hop to a thread: a task, its shield and anyio's own thread cost more than the hop
+itself. An AsyncSession takes one task and one greenlet.
+
+Where it turns out not to be that simple, `order.committing` goes on from there.
 """
 
 from __future__ import annotations
@@ -19,19 +23,18 @@ from rope_middleware.scope.settling import Settling
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import SessionKey, Work
 
-__all__ = ["commit_by_hop", "goes_by_hop"]
+__all__ = ["commit_by_hop", "commit_in_task", "is_alone"]
 
 
-def goes_by_hop(scope: Scope, work: Work) -> bool:
-    """Tell whether these sessions are one sync session, and nobody else works with it."""
+def is_alone(scope: Scope, work: Work) -> bool:
+    """Tell whether these sessions are one session, and nobody else works with it."""
     if len(work) != 1 or scope._on_commit or scope._registries or scope._calls:
         return False
-    kind = work[0][0].kind
-    return not kind.is_async and running_loop() is not None
+    return running_loop() is not None
 
 
 async def commit_by_hop(scope: Scope, work: Work, note: Callable[[], None]) -> BaseException | None:
-    """Commit; finishes under cancellation. See `order.committing`.
+    """Commit a sync session; finishes under cancellation. See `order.committing`.
 
     Args:
         scope: the request's.
@@ -54,16 +57,12 @@ async def commit_by_hop(scope: Scope, work: Work, note: Callable[[], None]) -> B
             failure = None if isinstance(outcome, bool) else outcome
         except BaseException as error:  # the time was up, or no thread could be started
             failure = error
-    is_alone = len(scope._sessions or ()) == 1  # which nearly all are: 80 instructions less
-    if is_done and not scope._on_commit and (is_alone or not open_sessions(scope)):
+    is_only = len(scope._sessions or ()) == 1  # which nearly all are: 80 instructions less
+    if is_done and not scope._on_commit and (is_only or not open_sessions(scope)):
         settling.end()
         note()
     else:
-        with settling:
-            if failure is None:
-                failure = await finish(committing(scope, Async(timeout), note), timeout)
-            else:
-                await finish(after_failure(scope, Async(timeout), failure), timeout)
+        failure = await finish(_go_on(scope, settling, failure, note), timeout)
     if cancelled is not None:
         raise cancelled
     return failure
@@ -77,3 +76,38 @@ def _commit(told: tuple[Settling, SessionKey, Any]) -> bool | BaseException:
         return key.kind.commit_alone(session)
     except BaseException as error:
         return error
+
+
+async def commit_in_task(
+    scope: Scope, work: Work, note: Callable[[], None]
+) -> BaseException | None:
+    """`commit_by_hop`, of an AsyncSession, in a task of its own: see `finish`."""
+    ((key, session),) = work
+    settling = Settling(scope)
+    settling.begin()
+    settling.join()
+    is_done = False
+    if not scope._calls:  # order matters: see `session.aside`
+        try:
+            commits = key.kind.acommit_alone(session)
+            is_done = commits is not None and await commits
+        except BaseException as error:
+            return await _go_on(scope, settling, error, note)
+    is_only = len(scope._sessions or ()) == 1
+    if is_done and not scope._on_commit and (is_only or not open_sessions(scope)):
+        settling.end()
+        note()
+        return None
+    return await _go_on(scope, settling, None, note)
+
+
+async def _go_on(
+    scope: Scope, settling: Settling, failure: BaseException | None, note: Callable[[], None]
+) -> BaseException | None:
+    """Do what is left to be done where that was not all; return what failed."""
+    hands = Async(scope._options.close_timeout)
+    with settling:
+        if failure is None:
+            return await committing(scope, hands, note)
+        await after_failure(scope, hands, failure)
+        return failure

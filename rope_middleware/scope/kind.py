@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeAlias
 
 __all__ = ["Call", "Hands", "PlainKind", "SessionKey", "SessionKind", "Work"]
@@ -82,6 +82,10 @@ class SessionKind(Protocol):
 
     def commit_alone(self, session: Any, /) -> bool:
         """Commit in this thread, where that is simple; tell whether nothing more is to be done."""
+        ...
+
+    def acommit_alone(self, session: Any, /) -> Coroutine[Any, Any, bool] | None:
+        """`commit_alone` on the event loop; None where it is not simple."""
         ...
 
     def rollback(self, session: Any, /) -> Any:

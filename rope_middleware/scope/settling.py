@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GUARDED",
+    "READING",
     "TELLING",
     "TIED",
     "Settling",
@@ -159,18 +160,20 @@ def has_company(scope: Scope) -> bool:
 
 
 # What a session of a scope is besides being tied to it.
-TIED, TELLING, GUARDED = range(3)
+TIED, TELLING, GUARDED, READING = range(4)
 
 
 def needs(scope: Scope) -> int:
     """Tell what a session of `scope` needs: nothing more, to tell of its close(), or a guard.
 
-    GUARDED, too, where it only reads: its scope's way is not the short one.
+    READING where it may be one that only reads: then it needs more than one of these.
     """
     options = scope._options
-    if options.read_only or (scope._is_async and options.commit_on_success):
-        return GUARDED
-    return TELLING if options.commit_on_success else TIED
+    if options.read_only:
+        return READING
+    if options.commit_on_success:
+        return GUARDED if scope._is_async else TELLING
+    return TIED
 
 
 def settling_of(scope: Scope) -> Settling | None:

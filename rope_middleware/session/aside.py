@@ -30,6 +30,7 @@ __all__ = [
     "BY_ERROR",
     "CLOSES",
     "call_at_close",
+    "commit_unguarded",
     "guard",
     "guard_transaction",
     "in_turn",
@@ -230,6 +231,14 @@ _note_and_close, _note_and_reset = map(_noting, _CLOSING)
 
 CLOSES = (_GUARDED["close"], _tell_and_close, _note_and_close)
 """What may stand in front of a session's own ``close()``."""
+
+
+def commit_unguarded(session: Session) -> None:
+    """Commit `session` past its guard: all others wait for the commit that this is part of."""
+    if getattr(session.__dict__.get("commit"), "__func__", None) is _GUARDED["commit"]:
+        type(session).commit(session)
+    else:
+        session.commit()
 
 
 def guard_transaction(session: Session, transaction: SessionTransaction) -> None:

@@ -26,7 +26,7 @@ from rope_middleware.session.sharing import tell_cut_off
 
 __all__ = ["ASYNC", "FOREIGN_ASYNC", "AsyncKind", "ForeignAsyncKind"]
 
-_CLOSE = AsyncSession.close
+_CLOSE, _COMMIT, _FLUSH = AsyncSession.close, AsyncSession.commit, AsyncSession.flush
 
 
 class AsyncKind(SyncKind):
@@ -65,6 +65,14 @@ class AsyncKind(SyncKind):
     def commit_alone(self, _: Any, /) -> bool:
         return False
 
+    def acommit_alone(self, session: Any, /) -> Coroutine[Any, Any, bool] | None:
+        if (
+            getattr(session.commit, "__func__", None) is _COMMIT
+            and getattr(session.flush, "__func__", None) is _FLUSH
+        ):
+            return committing.acommit_alone(session)
+        return None  # the application's own are to be called
+
     def close(self, session: Any, /) -> Coroutine[Any, Any, None]:
         if closing.overrides_close(session, _CLOSE):
             return _close_by_its_own(session)
@@ -75,7 +83,10 @@ class AsyncKind(SyncKind):
         closing.discard(session.sync_session)
 
     def end(self, session: Any, /) -> None:
-        closing.discard(session.sync_session)
+        # Of an idle one: it has no close() of its own, for which `discard` asks once more.
+        inner: Session = session.sync_session
+        type(inner).reset(inner)
+        closing.forget(inner)
 
     def invalidate(self, session: Any, /) -> None:
         closing.invalidate(session.sync_session)
@@ -117,6 +128,9 @@ class ForeignAsyncKind(AsyncKind):
             await super().commit(session)
         else:
             await _call(session, "commit")
+
+    def acommit_alone(self, session: Any, /) -> Coroutine[Any, Any, bool] | None:
+        return super().acommit_alone(session) if isinstance(session, AsyncSession) else None
 
     async def rollback(self, session: Any, /) -> None:
         await _call(session, "rollback")

@@ -6,26 +6,34 @@ It is imported when that happens.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
-from rope_middleware.running.finish import OutOfTimeError, within
-from rope_middleware.scope.outcome import begin_commit, end_commit, timeout_of, trial_of
+from rope_middleware.running.finish import OutOfTimeError, limit, within
+from rope_middleware.scope.outcome import (
+    begin_commit,
+    end_commit,
+    is_committing,
+    timeout_of,
+    trial_of,
+)
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import ask_for_aborted, refuse_aborted
+from rope_middleware.session.aside import commit_unguarded
 from rope_middleware.session.begun import OF_BODY
 from rope_middleware.session.busy import has_unread
 from rope_middleware.session.connections import BLOCK, connections_of, made_connections
 from rope_middleware.session.tie import TIE, Tie, tie_of
+from rope_middleware.session.unsaved import has_pending
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-__all__ = ["acommit", "asettle", "commit", "commit_alone", "flush", "settle"]
+__all__ = ["acommit", "acommit_alone", "asettle", "commit", "commit_alone", "flush", "settle"]
 
 
 def commit(session: Session) -> None:
@@ -59,42 +67,6 @@ def flush(session: Session) -> None:
         ask_for_aborted(tie.scope, made_connections(tie.transaction))
 
 
-def commit_alone(session: Session) -> bool:
-    """`commit` a session that nobody else is using; tell whether nothing more is to be done.
-
-    False, too, where it is not that simple: a result is still being read, a savepoint is open, the
-    commit takes two phases, a listener has begun the next transaction. The questions that the
-    general way asks about each of these, one after the other, are half of what a commit by us costs
-    more than one by hand. Here they are one look.
-
-    Raises:
-        BaseException: as `commit`.
-    """
-    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
-    scope = None if tie is None else tie.scope
-    if tie is None or scope is None or tie.connections or session.twophase:
-        return False
-    transaction = tie.transaction
-    if transaction is None or session.get_transaction() is not transaction:
-        return False
-    if (tie.flush is not None and tie.flush[0].is_active) or OF_BODY in transaction.__dict__:
-        return False
-    before = None
-    for connection, _, _, is_made in connections_of(transaction):
-        if connection is before:
-            continue
-        before = connection
-        if has_unread(connection):
-            return False
-        if is_made:
-            refuse_aborted(scope, (connection,))
-    _commit(session, scope, transaction)
-    if session.in_transaction():
-        return False
-    tie.transaction = None  # its connections are back: nobody has to look for them
-    return True
-
-
 def _commit(session: Session, scope: Scope, transaction: SessionTransaction | None) -> None:
     begin_commit(scope)
     try:
@@ -119,51 +91,124 @@ def _commit(session: Session, scope: Scope, transaction: SessionTransaction | No
     unanswered.ask_here(scope, made_connections(transaction), failure, session)
 
 
+def commit_alone(
+    session: Session, commit: Callable[[Session, Scope, SessionTransaction], None] = _commit
+) -> bool:
+    """`commit` a session that nobody else is using; tell whether nothing more is to be done.
+
+    False, too, where it is not that simple: a result is still being read, a savepoint is open, the
+    commit takes two phases, a listener has begun the next transaction. The questions that the
+    general way asks about each of these, one after the other, are half of what a commit by us costs
+    more than one by hand. Here they are one look.
+
+    Raises:
+        BaseException: as `commit`.
+    """
+    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
+    scope = None if tie is None else tie.scope
+    if tie is None or scope is None or tie.connections or session.twophase:
+        return False
+    transaction = tie.transaction
+    if transaction is None or session.get_transaction() is not transaction:
+        return False
+    if (tie.flush is not None and tie.flush[0].is_active) or session._flushing:  # noqa: SLF001
+        return False  # see `is_busy`
+    if OF_BODY in transaction.__dict__:
+        return False
+    before = None
+    for connection, _, _, is_made in connections_of(transaction):
+        if connection is before:
+            continue
+        before = connection
+        if has_unread(connection):
+            return False
+        if is_made:
+            refuse_aborted(scope, (connection,))
+    commit(session, scope, transaction)
+    if session.in_transaction():
+        return False
+    tie.transaction = None  # its connections are back: nobody has to look for them
+    return True
+
+
+# -- of an AsyncSession ----------------------------------------------------------------------------
+
+
 async def acommit(session: AsyncSession) -> None:
     """`commit`, for an AsyncSession."""
-    scope = _scope_of(session.sync_session)
-    if scope is None:
+    inner = session.sync_session
+    tie = tie_of(inner)
+    scope = None if tie is None else tie.scope
+    if tie is None or scope is None:
         await session.commit()
         return
-    connections = _begin(session.sync_session, scope)
-    inner = session.sync_session
+    transaction = tie.transaction
+    refuse_aborted(scope, made_connections(transaction))
+    begin_commit(scope)
     try:
-        if inner.new or inner.dirty or inner.deleted:
+        if has_pending(inner):
             await session.flush()  # the application's own statements take as long as they take
         await within(timeout_of(scope), session.commit())
-    except Exception as error:
-        if sys.is_finalizing():
-            raise
-        from rope_middleware.session import unanswered
-
-        if isinstance(error, OutOfTimeError):
-            unanswered.note_no_answer(scope, connections, error)
-        elif unanswered.had_only_read(connections, error):
-            await session.rollback()
-            return
-        elif not unanswered.is_lost(scope, error):
-            raise
-        failure = error
-    else:
         inner.__dict__.pop(BLOCK, None)
-        return
+    except Exception as error:
+        if not await _stands(session, scope, transaction, error):
+            raise
     finally:
         end_commit(scope)
-    await unanswered.ask(scope, connections, failure, session)
 
 
-def _scope_of(session: Session) -> Scope | None:
-    tie = tie_of(session)
-    return None if tie is None else tie.scope
+async def acommit_alone(session: AsyncSession) -> bool:
+    """`commit_alone`, for an AsyncSession, in the task that is the commit's."""
+    tie: Tie | None = session.sync_session.__dict__.get(TIE)
+    scope = None if tie is None else tie.scope
+    if tie is None or scope is None:
+        return False
+    transaction = tie.transaction
+    try:
+        return await within(timeout_of(scope), session.run_sync(commit_alone, _commit_in_time))
+    except Exception as error:
+        # Where it has not begun, it was refused.
+        if not (is_committing(scope) and await _stands(session, scope, transaction, error)):
+            raise
+        return False
+    finally:
+        end_commit(scope)
 
 
-def _begin(session: Session, scope: Scope) -> Collection[Connection]:
-    """Refuse what would be a rollback; return the connections over which the commit will go."""
-    tie = tie_of(session)
-    connections = made_connections(None if tie is None else tie.transaction)
-    refuse_aborted(scope, connections)
+def _commit_in_time(session: Session, scope: Scope, _: SessionTransaction) -> None:
+    """Commit, where `acommit_alone` waits for it, and heeds what it raises."""
     begin_commit(scope)
-    return connections
+    if has_pending(session):
+        limit(math.inf)
+        session.flush()  # the application's own statements take as long as they take
+        limit(timeout_of(scope))
+    commit_unguarded(session)
+    session.__dict__.pop(BLOCK, None)
+
+
+async def _stands(
+    session: AsyncSession, scope: Scope, transaction: SessionTransaction | None, error: Exception
+) -> bool:
+    """Find out what became of a commit that has raised `error`; tell whether it stands.
+
+    Raises:
+        CommitInDoubtError: nobody can tell.
+    """
+    if sys.is_finalizing():
+        return False
+    from rope_middleware.session import unanswered
+
+    connections = made_connections(transaction)  # of one that has ended they are still known
+    if isinstance(error, OutOfTimeError):
+        unanswered.note_no_answer(scope, connections, error)
+    elif unanswered.had_only_read(connections, error):
+        await session.rollback()
+        return True
+    elif not unanswered.is_lost(scope, error):
+        return False
+    end_commit(scope)
+    await unanswered.ask(scope, connections, error, session)
+    return True
 
 
 # -- commits of the application's own --------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Coroutine
 from typing import Any
 
 from sqlalchemy.exc import PendingRollbackError
@@ -44,6 +45,9 @@ class SyncKind:
 
     def commit_alone(self, session: Any, /) -> bool:
         return committing.commit_alone(session)
+
+    def acommit_alone(self, _: Any, /) -> Coroutine[Any, Any, bool] | None:
+        return None
 
     def end(self, session: Any, /) -> None:
         closing.end(session)

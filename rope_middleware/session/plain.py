@@ -156,6 +156,9 @@ class PlainSessions:
     def commit_alone(self, _: Any, /) -> bool:
         return False
 
+    def acommit_alone(self, _: Any, /) -> None:
+        return None
+
     def rollback(self, _: Any, /) -> Any:
         leave_block(self.find())
         return self.registry().rollback()

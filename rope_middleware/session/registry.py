@@ -26,6 +26,7 @@ from rope_middleware.scope.scope import (
 )
 from rope_middleware.scope.settling import (
     GUARDED,
+    READING,
     TELLING,
     has_company,
     may_begin,
@@ -141,11 +142,13 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         if (
             type(inner) is self._listening
             and TIE not in inner.__dict__
-            and (needed := needs(scope)) != GUARDED
+            and (needed := needs(scope)) != READING
         ):
             tie = tie_to(inner, scope, kind)  # most of all: 60 instructions less
             if needed == TELLING:
                 tell_of_close(inner)
+            elif needed == GUARDED:
+                guard(inner, scope)
             if self.replicas is not None:
                 self.replicas.follow(tie, scope)
         else:

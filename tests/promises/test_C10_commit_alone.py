@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import trio
-from sqlalchemy import Engine, event, func, select
+from sqlalchemy import Engine, event, func, insert, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import ORMExecuteState, Session, sessionmaker
+from sqlalchemy.util import await_only
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -192,6 +193,40 @@ def test_C10_the_commit_waits_for_a_statement_under_way(jenny: Jenny, engine: En
 
     asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
     assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize("has_begun", [True, False], ids=["begun before", "begun at the start"])
+async def test_C10_the_commit_waits_for_a_call_of_another_task(
+    async_engine: AsyncEngine, has_begun: bool
+) -> None:
+    """The twin, by AsyncSession: a call that has come to no statement yet."""
+
+    class OwnSession(Session):
+        pass
+
+    jenny = AsyncSessionJenny(async_sessionmaker(async_engine, sync_session_class=OwnSession))
+    inside, may_go = asyncio.Event(), asyncio.Event()
+
+    @event.listens_for(OwnSession, "do_orm_execute")
+    def slowly(state: ORMExecuteState) -> None:
+        if state.is_insert:
+            inside.set()
+            await_only(may_go.wait())
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await jenny.session.execute(COUNT)
+        other = asyncio.create_task(jenny.session.execute(insert(Row).values(name="slow")))
+        if has_begun:
+            await inside.wait()
+        asyncio.get_running_loop().call_later(0.1, may_go.set)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert may_go.is_set()
+        async with async_engine.connect() as connection:
+            assert await connection.scalar(COUNT) == 1
+        await other
+
+    await RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing)
+    assert checked_out(async_engine.sync_engine) == 0
 
 
 @pytest.mark.parametrize("how", ["returns", "is cancelled"])

@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,38 @@ def test_C2_a_session_class_with_a_close_of_its_own_is_committed_once(
     assert web.store.rows() == [1]
     assert web.store.commits == [web.store.path.stem]
     assert closed == [web.wsgi]
+
+
+@pytest.mark.parametrize("method", ["commit", "flush"])
+@pytest.mark.parametrize("of", ["its class", "itself"])
+def test_C2_a_commit_or_flush_of_the_applications_own_is_called(
+    web: Web, of: str, method: str
+) -> None:
+    """Of the session that the factory makes: what it does besides is not passed over."""
+    called: list[str] = []
+    factory = web.store.jenny.session_factory
+    session_class: Any = type(factory())
+    original = getattr(session_class, method)
+
+    def own(session: Any, *told: Any) -> Any:
+        called.append(method)
+        return original(session, *told)
+
+    def make() -> Any:
+        session = factory()
+        target = session if of == "itself" else session_class
+        patch.setattr(target, method, partial(own, session) if of == "itself" else own)
+        return session
+
+    async def handler(exchange: Exchange) -> None:
+        web.store.jenny.add(Row(n=1))
+        await exchange.answer(200)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(web.store.jenny, "session_factory", make)
+        assert web.ask(handler, commit_on_success=True).status == 200
+    assert called == [method]
+    assert web.store.rows() == [1]
 
 
 DENIALS: dict[str, list[dict[str, Any]]] = {

@@ -80,7 +80,8 @@ async def test_Y2_a_sync_commit_that_hangs_holds_a_cancelled_request_for_its_tim
     store.engine.dispose()
 
 
-async def test_Y2_a_slow_flush_is_no_commit_without_an_answer(store: Store) -> None:
+@pytest.mark.parametrize("where", ["a request", "open_scope"])
+async def test_Y2_a_slow_flush_is_no_commit_without_an_answer(store: Store, where: str) -> None:
     """The limit is for the database's answer, not for the statements of the application."""
 
     @event.listens_for(store.engine, "before_cursor_execute")
@@ -88,9 +89,25 @@ async def test_Y2_a_slow_flush_is_no_commit_without_an_answer(store: Store) -> N
         if statement.startswith("INSERT"):
             await_only(asyncio.sleep(2 * LIMIT))
 
-    async with open_scope(commit_on_success=True, close_timeout=LIMIT):
-        await store.execute(text("INSERT INTO row (n) VALUES (1)"))
-        store.jenny.add(Row(n=2))
+    numbers = iter(range(1, 5))
+
+    async def handler() -> None:
+        await store.execute(text(f"INSERT INTO row (n) VALUES ({next(numbers)})"))
+        store.jenny.add(Row(n=next(numbers)))
+
+    async def ask() -> None:
+        if where == "a request":
+            await serve(handler, commit_on_success=True, close_timeout=LIMIT)
+        else:
+            async with open_scope(commit_on_success=True, close_timeout=LIMIT):
+                await handler()
+
+    await ask()
+    assert store.rows() == [1, 2]
+    hang(store, "commit")  # after such a flush the limit counts all the same
+    with pytest.raises(CommitInDoubtError):
+        await asyncio.wait_for(ask(), PATIENCE)
+    assert store.held() == 0
     assert store.rows() == [1, 2]
 
 
