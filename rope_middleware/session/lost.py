@@ -7,11 +7,11 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
-from sqlalchemy.engine import Dialect, ExceptionContext
+from sqlalchemy.engine import Connection, Dialect, ExceptionContext
 
 from rope_middleware.session.aborted import ACTIVE, transaction_status
 
-__all__ = ["is_lost", "is_unanswered", "note_refused_connects", "was_sent"]
+__all__ = ["is_lost", "is_told", "is_unanswered", "note_refused_connects", "note_told", "was_sent"]
 
 # 57P01 admin_shutdown, 57P02 crash_shutdown, 57P03 cannot_connect_now; class 08 is
 # "connection exception": https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -45,6 +45,24 @@ def is_lost(context: ExceptionContext) -> bool:
         or _says_so(error)
         or (isinstance(error, context.dialect.loaded_dbapi.Error) and is_unanswered(context))
     )
+
+
+_TOLD = "_rope_middleware_loss_told"
+
+
+def note_told(context: ExceptionContext) -> None:
+    """Note on a lost connection that its loss is told to the application, by an error.
+
+    A cancellation tells nothing: a client has hung up, and who reads for it is cut off.
+    """
+    is_error = isinstance(context.original_exception, Exception)
+    if context.is_disconnect and is_error and context.connection is not None:
+        context.connection.__dict__[_TOLD] = True
+
+
+def is_told(connection: Connection) -> bool:
+    """Tell whether the application has been told, by an error, that `connection` is lost."""
+    return _TOLD in connection.__dict__
 
 
 def is_unanswered(context: ExceptionContext) -> bool:

@@ -25,7 +25,13 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.session.aborted import aborted_by, suspect, tells_of_aborted
 from rope_middleware.session.connections import is_autocommit
 from rope_middleware.session.doubt import can_be_asked, trace_of
-from rope_middleware.session.lost import is_lost, is_unanswered, note_refused_connects, was_sent
+from rope_middleware.session.lost import (
+    is_lost,
+    is_unanswered,
+    note_refused_connects,
+    note_told,
+    was_sent,
+)
 from rope_middleware.session.trial import LOST, Attempt, find_trial, is_of_session, trial_for
 from rope_middleware.session.writes import ends_transaction, may_write
 
@@ -89,6 +95,7 @@ def note_error(context: ExceptionContext) -> None:
     scope = current.get(None)
     if scope is not None:
         _note_on(scope, context)
+    note_told(context)
     suspect(context)
 
 

@@ -28,7 +28,7 @@ from rope_middleware.scope.reading import tell_unknown
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.connections import leave_block
 from rope_middleware.session.doubt import HERE, Asking, AsyncAsking, Verdict, verdict_on
-from rope_middleware.session.lost import was_sent
+from rope_middleware.session.lost import is_told, was_sent
 from rope_middleware.session.trial import LOST, Attempt, attempts_lost, find_trial
 from rope_middleware.session.writes import ends_transaction, may_write
 from rope_middleware.session.written import is_watched, notes_of
@@ -56,7 +56,9 @@ def had_only_read(connections: Collection[Connection], error: Exception) -> bool
     """Tell whether a commit failed for a connection that is gone, and had nothing to write.
 
     A stream whose client hangs up is cancelled, and the driver closes the connection of the
-    statement that is under way. The application knows; there is nothing that could be lost.
+    statement that is under way. The application knows; there is nothing that could be lost. But an
+    error that the application has swallowed is no success: what its driver's own connection has
+    written before (by COPY, for example) nobody has seen.
     """
     return (
         isinstance(error, PendingRollbackError)
@@ -64,6 +66,7 @@ def had_only_read(connections: Collection[Connection], error: Exception) -> bool
         and any(connection.invalidated for connection in connections)
         and not any(frame.f_code is _FLUSH for frame, _ in walk_tb(error.__traceback__))
         and all(map(_has_only_read, connections))
+        and not any(map(is_told, connections))
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, select, text
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
@@ -25,6 +25,10 @@ from tests.servers.postgres import postgres_server
 
 pytestmark = pytest.mark.anyio
 
+CUT_ALL = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+)
 HELD_OPEN = select(Row).order_by(Row.n).execution_options(yield_per=10)
 
 
@@ -142,3 +146,33 @@ async def test_C2_of_a_cut_off_read_there_is_nothing_to_commit(
             await cut_off()
         async with either.scope():
             assert len((await either.do("scalars", select(Row))).all()) == 3
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg_async", "asyncpg"])
+async def test_C2_a_lost_read_that_is_swallowed_is_no_success(driver: str) -> None:
+    """What the driver's own connection has written before (COPY) nobody has seen: it is lost."""
+    is_async = driver != "psycopg"
+
+    async def copy(connection: Any) -> None:
+        if driver == "asyncpg":
+            await connection.copy_records_to_table("row", records=[(7, "")], columns=["n", "name"])
+        elif is_async:
+            async with connection.cursor() as cursor, cursor.copy("COPY row FROM STDIN") as copied:
+                await copied.write_row((7, ""))
+        else:
+            with connection.cursor() as cursor, cursor.copy("COPY row FROM STDIN") as copied:
+                copied.write_row((7, ""))
+
+    with postgres_server().new_database() as database:
+        database.query("CREATE TABLE row (n int PRIMARY KEY, name text NOT NULL)")
+        async with Either([database.url(driver)], is_async=is_async) as either:
+            with pytest.raises(PendingRollbackError):
+                async with either.scope(commit_on_success=True):
+                    await either.do("execute", select(Row.n))
+                    found = await either.do("connection")
+                    raw = await found.get_raw_connection() if is_async else found.connection
+                    await copy(raw.driver_connection)
+                    database.query(CUT_ALL)
+                    with suppress(DBAPIError):
+                        await either.do("execute", select(Row.n))
+        assert database.query("SELECT n FROM row") == []
