@@ -15,7 +15,7 @@ from rope_middleware.scope.async_hands import Async
 from rope_middleware.scope.context import class_of, current, unbind
 from rope_middleware.scope.ending import end_closing, explain
 from rope_middleware.scope.hands import run_now
-from rope_middleware.scope.hop import commit_by_hop, commit_in_task, is_alone
+from rope_middleware.scope.hop import alone_in, commit_by_hop, commit_in_task
 from rope_middleware.scope.order import (
     committing,
     each,
@@ -60,17 +60,17 @@ async def acommit(scope: Scope, note: Callable[[], None]) -> None:
     if current.get(None) is not scope:
         await _within(scope, acommit(scope, note))
         return
-    work = open_sessions(scope)
-    if not (work or scope._on_commit):
-        note()
-        return
     timeout = scope._options.close_timeout
-    if not is_alone(scope, work):
+    alone = alone_in(scope)
+    if alone is None:
+        if not (scope._on_commit or open_sessions(scope)):
+            note()
+            return
         failure = await finish(_settle(scope, Async(timeout), note), timeout)
-    elif work[0][0].kind.is_async:
-        failure = await finish(commit_in_task(scope, work, note), timeout)
+    elif alone.key.kind.is_async:
+        failure = await finish(commit_in_task(scope, alone, note), timeout)
     else:
-        failure = await commit_by_hop(scope, work, note)
+        failure = await commit_by_hop(scope, alone, note)
     if failure is not None:
         raise failure
 

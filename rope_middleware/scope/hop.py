@@ -11,47 +11,73 @@ Where it turns out not to be that simple, `order.committing` goes on from there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rope_middleware.running.finish import finish, running_loop
 from rope_middleware.running.threads import there_and_back
-from rope_middleware.scope.async_hands import Async, places_of
+from rope_middleware.scope.async_hands import Async
 from rope_middleware.scope.order import after_failure, committing, open_sessions
 from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import Settling
 
 if TYPE_CHECKING:
-    from rope_middleware.scope.kind import SessionKey, Work
+    from rope_middleware.running.places import Places
+    from rope_middleware.scope.kind import SessionKey
 
-__all__ = ["commit_by_hop", "commit_in_task", "is_alone"]
-
-
-def is_alone(scope: Scope, work: Work) -> bool:
-    """Tell whether these sessions are one session, and nobody else works with it."""
-    if len(work) != 1 or scope._on_commit or scope._registries or scope._calls:
-        return False
-    return running_loop() is not None
+__all__ = ["Alone", "alone_in", "commit_by_hop", "commit_in_task"]
 
 
-async def commit_by_hop(scope: Scope, work: Work, note: Callable[[], None]) -> BaseException | None:
+class Alone(NamedTuple):
+    """The only session of a scope that has something open, where nobody else works with it."""
+
+    key: SessionKey
+    session: Any
+    places: Places
+
+
+def alone_in(scope: Scope) -> Alone | None:
+    """Return the only open session of `scope`, if it can be committed in a short way."""
+    sessions = scope._sessions
+    if (
+        sessions is None
+        or scope._on_commit
+        or scope._registries
+        or scope._calls
+        or scope._settling is not None
+        or running_loop() is None
+    ):
+        return None
+    alone: Alone | None = None
+    for key, session in list(sessions.items()):
+        kind = key.kind
+        places = kind.places_alone(session)
+        if places is not None and alone is None:
+            alone = Alone(key, session, places)
+        elif places is not None or not kind.is_idle(session):
+            return None
+    return alone
+
+
+async def commit_by_hop(
+    scope: Scope, alone: Alone, note: Callable[[], None]
+) -> BaseException | None:
     """Commit a sync session; finishes under cancellation. See `order.committing`.
 
     Args:
         scope: the request's.
-        work: its only session that has something open.
+        alone: its session.
         note: called once the commit stands.
 
     Returns:
         What failed; everything is rolled back then.
     """
-    ((key, session),) = work
     settling, timeout = Settling(scope), scope._options.close_timeout
-    settling.begin()
+    settling.begin(alone.key)
     is_done, cancelled, failure = False, None, None
     if not scope._calls:  # order matters: see `session.aside`
         try:
             outcome, cancelled = await there_and_back(
-                _commit, (settling, key, session), timeout, places_of(key.kind, session, work)
+                _commit, (settling, alone), timeout, alone.places
             )
             is_done = outcome is True
             failure = None if isinstance(outcome, bool) else outcome
@@ -68,9 +94,9 @@ async def commit_by_hop(scope: Scope, work: Work, note: Callable[[], None]) -> B
     return failure
 
 
-def _commit(told: tuple[Settling, SessionKey, Any]) -> bool | BaseException:
+def _commit(told: tuple[Settling, Alone]) -> bool | BaseException:
     """Commit in the thread; tell whether that was all, or what failed."""
-    settling, key, session = told
+    settling, (key, session, _) = told
     settling.join()
     try:
         return key.kind.commit_alone(session)
@@ -79,17 +105,16 @@ def _commit(told: tuple[Settling, SessionKey, Any]) -> bool | BaseException:
 
 
 async def commit_in_task(
-    scope: Scope, work: Work, note: Callable[[], None]
+    scope: Scope, alone: Alone, note: Callable[[], None]
 ) -> BaseException | None:
     """`commit_by_hop`, of an AsyncSession, in a task of its own: see `finish`."""
-    ((key, session),) = work
     settling = Settling(scope)
-    settling.begin()
+    settling.begin(alone.key)
     settling.join()
     is_done = False
     if not scope._calls:  # order matters: see `session.aside`
         try:
-            commits = key.kind.acommit_alone(session)
+            commits = alone.key.kind.acommit_alone(alone.session)
             is_done = commits is not None and await commits
         except BaseException as error:
             return await _go_on(scope, settling, error, note)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeAlias
 
+from rope_middleware.running.places import Places
+
 __all__ = ["Call", "Hands", "PlainKind", "SessionKey", "SessionKind", "Work"]
 
 
@@ -78,6 +80,10 @@ class SessionKind(Protocol):
 
     def commit(self, session: Any, /) -> Any:
         """Commit."""
+        ...
+
+    def places_alone(self, session: Any, /) -> Places | None:
+        """Tell what `commit_alone` may wait for, in a thread; None where that is not simple."""
         ...
 
     def commit_alone(self, session: Any, /) -> bool:

@@ -14,6 +14,7 @@ from rope_middleware.scope.options import DEFAULT, Options
 if TYPE_CHECKING:
     from rope_middleware.position import Carried
     from rope_middleware.scope.kind import PlainKind, SessionKey
+    from rope_middleware.scope.settling import Calls
 
 __all__ = [
     "CLOSED",
@@ -67,7 +68,7 @@ class Scope:
     _gate: Any = None  # that watches the response: see `answer`
     _has_gate = False  # and the call that it watches is under way
     _settling: Any = None  # the commit that is under way before the response: see `settling`
-    _calls: list[object] | None = None  # on its sessions, that are under way: see `aside`
+    _calls: Calls | None = None  # on its sessions, that are under way: see `aside`
     _left: tuple[Scope | None] | None = None  # see `opening.restore`
     _carried: Carried | None = None  # of a request that is followed: see R3
     _is_told_inside = False  # by a middleware inside of the one that commits
@@ -261,7 +262,12 @@ def keep(scope: Scope, key: SessionKey, session: _T) -> _T:
         ScopeClosedError: the scope has ended; nothing is kept.
     """
     sessions = scope._sessions
-    kept: _T = (scope._begin_use() if sessions is None else sessions).setdefault(key, session)
+    if sessions is None:
+        with _first_use:  # as `_begin_use`, in each request
+            sessions = scope._sessions
+            if sessions is None:
+                sessions = scope._sessions = {}
+    kept: _T = sessions.setdefault(key, session)
     # Order matters. We store, then read `_state`; the end sets `_state`, then reads `_sessions`.
     # So either the end finds this session, or we find the scope ended.
     if scope._state:

@@ -24,19 +24,33 @@ __all__ = [
     "READING",
     "TELLING",
     "TIED",
+    "Calls",
     "Settling",
     "calls_of",
-    "has_company",
     "may_begin",
     "may_begin_in_loop",
     "may_begin_plainly",
     "must_wait_for",
     "needs",
+    "needs_for_commit",
     "settling_of",
 ]
 
 # The scope whose commit the running code is part of: its listeners have the commit's own sessions.
 _committing: ContextVar[Scope | None] = ContextVar("rope_middleware.committing", default=None)
+
+
+class Calls(list[object]):
+    """Who is inside of a call on a guarded session of a scope: see `session.aside`."""
+
+    __slots__ = ("settling", "thread")
+
+    def __init__(self, thread: int) -> None:
+        super().__init__()
+        self.thread: int = thread
+        """That of the scope's event loop."""
+        self.settling: Settling | None = None
+        """The scope's, where each call looks for it: a call for each would cost as much again."""
 
 
 class _Aside:
@@ -48,17 +62,21 @@ class _Aside:
         self.kind: SessionKind = kind
 
 
+_wait_or_late = threading.Lock()  # held for the instant in which somebody is noted
+
+
 class Settling:
     """One commit that is under way while its scope goes on."""
+
+    # Nearly always nobody comes meanwhile: what notes that is made where somebody does.
+    _late: tuple[SessionKey, ...] = ()  # whose session was made meanwhile by somebody else
+    _wakers: tuple[Callable[[], object], ...] = ()
+    _has_ended = False
+    _token: Token[Scope | None] | None = None
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
         self._aside: list[tuple[SessionKey, _Aside, Any]] = []
-        self._late: list[SessionKey] = []  # whose session was made meanwhile by somebody else
-        self._has_ended = False
-        # Nearly always nobody waits. To make an Event, or a lock, takes its time.
-        self._wakers: list[Callable[[], object]] = []
-        self._token: Token[Scope | None] | None = None
 
     def __enter__(self) -> Settling:
         if self._scope._settling is not self:
@@ -66,24 +84,36 @@ class Settling:
         self._token = _committing.set(self._scope)
         return self
 
-    def begin(self) -> None:
-        """Set the sessions aside. `__enter__` does, where nothing has to be done before it."""
+    def begin(self, alone: SessionKey | None = None) -> None:
+        """Set the sessions aside. `__enter__` does, where nothing has to be done before it.
+
+        Args:
+            alone: under what there was one session, which is guarded and of no body. If there still
+                is no other one, nothing has to be asked.
+        """
         scope = self._scope
-        sessions = scope._sessions
+        # Order matters. We note the commit, then look for who counts the calls; `calls_of` makes
+        # itself known, then looks for a commit. So one of the two sees the other.
         scope._settling = self
-        if sessions is not None:
-            registries = scope._registries
-            for key in list(sessions):
-                if registries and key in registries:
-                    continue
-                if scope._is_async and key.kind.is_of_body(sessions[key]):
-                    continue  # the commit leaves it alone
-                aside = _Aside(key.kind)
-                session = sessions[aside] = sessions.pop(key)
-                self._aside.append((key, aside, session))
-            if scope._is_async:
-                for key, session in list(sessions.items()):
-                    key.kind.guard(session, scope)
+        if scope._calls is not None:
+            scope._calls.settling = self
+        sessions = scope._sessions
+        if sessions is None:
+            return
+        registries = scope._registries
+        asks = scope._is_async and not (alone in sessions and len(sessions) == 1)
+        for key in list(sessions):
+            if registries and key in registries:
+                continue
+            kind = key.kind
+            if asks and kind.is_of_body(sessions[key]):
+                continue  # the commit leaves it alone
+            aside = _Aside(kind)
+            session = sessions[aside] = sessions.pop(key)
+            self._aside.append((key, aside, session))
+        if asks:
+            for key, session in list(sessions.items()):
+                key.kind.guard(session, scope)
 
     def join(self) -> None:
         """Let the running code be part of the commit, in a context that is its own."""
@@ -100,6 +130,8 @@ class Settling:
         if scope._settling is not self:
             return
         scope._settling = None
+        if scope._calls is not None:
+            scope._calls.settling = None
         sessions = scope._sessions or {}
         for key, aside, session in self._aside:
             if sessions.setdefault(key, session) is session:
@@ -112,31 +144,40 @@ class Settling:
 
     def session_for(self, key: SessionKey) -> Any:
         """Return the commit's session, to the commit's own listeners; None for a new one."""
-        if _committing.get() is self._scope:
+        if self.is_ours():
             return next((session for one, _, session in self._aside if one is key), None)
-        self._late.append(key)
+        self.leave_out(key)
         return None
 
     def leave_out(self, key: SessionKey) -> None:
         """Do not commit the session of `key`: somebody else has made it meanwhile."""
-        self._late.append(key)
+        with _wait_or_late:
+            self._late = *self._late, key
 
     def takes(self, key: SessionKey) -> bool:
         """Tell whether the session of `key` belongs to this commit."""
         return key not in self._late
 
+    def is_ours(self) -> bool:
+        """Tell whether the running code is part of the commit."""
+        return _committing.get() is self._scope
+
     def wait(self, seconds: float) -> None:
         """Wait in this thread until the commit has ended."""
         ended = threading.Event()
-        self._wakers.append(ended.set)
+        self._call_at_end(ended.set)
         if not self._has_ended:
             ended.wait(seconds)
+
+    def _call_at_end(self, wake: Callable[[], object]) -> None:
+        with _wait_or_late:
+            self._wakers = *self._wakers, wake
 
     def waiter(self) -> asyncio.Future[None]:
         """Return a future that is done when the commit has ended."""
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
-        self._wakers.append(lambda: loop.call_soon_threadsafe(_wake, waiter))
+        self._call_at_end(lambda: loop.call_soon_threadsafe(_wake, waiter))
         if self._has_ended:
             _wake(waiter)
         return waiter
@@ -147,16 +188,14 @@ def _wake(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-def calls_of(scope: Scope) -> list[object]:
+def calls_of(scope: Scope) -> Calls:
     """Return who is inside of a call on a guarded session of `scope`."""
-    if scope._calls is None:
-        scope._calls = []
-    return scope._calls
-
-
-def has_company(scope: Scope) -> bool:
-    """Tell whether `scope` commits while its application may go on."""
-    return scope._is_async and scope._options.commit_on_success
+    calls = scope._calls
+    if calls is None:
+        made = Calls(scope._thread if isinstance(scope, AsyncScope) else 0)
+        calls = scope.__dict__.setdefault("_calls", made)  # J6: two threads may come at once
+        calls.settling = scope._settling
+    return calls
 
 
 # What a session of a scope is besides being tied to it.
@@ -166,14 +205,21 @@ TIED, TELLING, GUARDED, READING = range(4)
 def needs(scope: Scope) -> int:
     """Tell what a session of `scope` needs: nothing more, to tell of its close(), or a guard.
 
-    READING where it may be one that only reads: then it needs more than one of these.
+    READING where it may be one that only reads: then it is asked more.
     """
     options = scope._options
     if options.read_only:
         return READING
-    if options.commit_on_success:
-        return GUARDED if scope._is_async else TELLING
-    return TIED
+    if not options.commit_on_success:
+        return TIED
+    return GUARDED if scope._is_async else TELLING
+
+
+def needs_for_commit(scope: Scope) -> int:
+    """Tell what a session of `scope` needs, whether it reads or writes."""
+    if not scope._options.commit_on_success:
+        return TIED
+    return GUARDED if scope._is_async else TELLING  # an async one may go on meanwhile
 
 
 def settling_of(scope: Scope) -> Settling | None:
@@ -213,4 +259,5 @@ def may_begin_in_loop(scope: Scope) -> bool:
 
 def must_wait_for(scope: Scope) -> Settling | None:
     """Return the commit that has to stand before the running code may begin something."""
-    return None if _committing.get() is scope else settling_of(scope)
+    settling: Settling | None = scope._settling
+    return None if settling is None or settling.is_ours() else settling

@@ -26,6 +26,7 @@ from rope_middleware.session.connections import driver_of
 
 __all__ = [
     "ACTIVE",
+    "TELLING",
     "aborted_by",
     "ask_for_aborted",
     "refuse_aborted",
@@ -37,7 +38,7 @@ __all__ = [
 # https://www.psycopg.org/psycopg3/docs/api/pq.html#psycopg.pq.TransactionStatus, and psycopg2's
 # psycopg2.extensions.TRANSACTION_STATUS_ACTIVE and _INERROR.
 ACTIVE, _IN_ERROR = 1, 3
-_TELLING = frozenset({"psycopg", "psycopg2", "psycopg2cffi"})  # drivers that know it
+TELLING = frozenset({"psycopg", "psycopg2", "psycopg2cffi"})  # drivers that know it
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: in_failed_sql_transaction
 _ABORTED = "25P02"
@@ -147,7 +148,7 @@ def refuse_aborted(scope: Scope, connections: Iterable[Connection]) -> None:
         RopeError: it is.
     """
     for connection in connections:
-        if connection.dialect.driver not in _TELLING:
+        if connection.dialect.driver not in TELLING:
             continue
         if transaction_status(connection) == _IN_ERROR:
             raise aborted_by(scope, connection)

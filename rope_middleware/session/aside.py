@@ -5,38 +5,38 @@ the commit's own one: ``session = jenny.session`` in the view, for the body's ge
 scope that commits while its application goes on, the methods of a session are guarded: a call waits
 for a commit that is under way, and the commit waits for calls that are under way.
 
-The guards are put on the session itself, and on what a block begins, which takes 1.5 us; on the
-class they would cost every use of every session. They do not refer to it: that would be a cycle.
+Such a session becomes one of a subclass of its class, as those of read-only scopes do. On the class
+itself the guards would cost every use of every session. On the session they would be eleven objects
+for each.
 """
 
 from __future__ import annotations
 
-import asyncio
-import sys
-from collections.abc import Callable, Iterable
-from itertools import repeat
+import threading
+from collections.abc import Callable
 from threading import get_ident
-from types import MethodType
-from typing import Any
-from weakref import ReferenceType, ref
+from types import new_class
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session
 
-from rope_middleware.scope.asking import is_thread_of
 from rope_middleware.scope.scope import Scope
-from rope_middleware.scope.settling import calls_of, must_wait_for
+from rope_middleware.scope.settling import GUARDED, TELLING, Calls, calls_of
+from rope_middleware.session.begun import strand
+from rope_middleware.session.by_error import CLOSING, note_errors, notes_errors
 
 __all__ = [
-    "BY_ERROR",
-    "CLOSES",
+    "CALLS",
+    "become",
     "call_at_close",
     "commit_unguarded",
     "guard",
-    "guard_transaction",
     "in_turn",
     "is_guarded",
-    "note_error",
-    "tell_of_close",
+    "plain_class",
+    "reset",
+    "wait",
+    "who",
 ]
 
 # What begins, uses or ends a transaction.
@@ -48,54 +48,10 @@ _METHODS = (
     "flush",
     "commit",
     "rollback",
-    "close",
-    "reset",
     "begin",
     "begin_nested",
     "refresh",
 )
-
-# What closes a session: what it has written is rolled back.
-_CLOSING = ("close", "reset")
-
-# What ends the transaction of a `begin()` block, and of a savepoint: by no method of the session.
-_ENDS = ("commit", "rollback", "close")
-
-
-class _Guards:
-    """Stands in front of the methods of a session, or of its transaction: see `_in_front`."""
-
-    __slots__ = ("_of", "calls", "scope")
-
-    def __init__(self, of: ReferenceType[Any], scope: Scope, calls: list[object]) -> None:
-        self._of = of
-        self.scope = scope
-        self.calls = calls
-
-    def call(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        of = self._of()
-        assert of is not None  # noqa: S101 - who calls its method has it
-        method: Callable[..., Any] = getattr(of.__class__, name)
-        calls, who = self.calls, _strand(self.scope)
-        if who in calls:  # a call within a call: the commit waits for the outer one
-            return method(of, *args, **named)
-        # Order matters. We note the call, then look for a commit; a commit makes itself known, then
-        # looks for calls. So one of the two sees the other.
-        calls.append(who)
-        try:
-            if must_wait_for(self.scope) is not None:
-                calls.remove(who)
-                try:
-                    _wait(self.scope)
-                finally:
-                    calls.append(who)
-                if isinstance(of, SessionTransaction) and _is_over(of):
-                    return None
-            if name in _CLOSING and not isinstance(of, SessionTransaction):
-                _tell(of, name)
-            return method(of, *args, **named)
-        finally:
-            calls.remove(who)
 
 
 _at_close: list[Callable[[Session, str], None]] = []
@@ -110,171 +66,186 @@ def call_at_close(func: Callable[[Session, str], None]) -> None:
     _at_close.append(func)
 
 
-def _tell(session: Session, name: str) -> None:
-    for func in _at_close:
-        func(session, f"{name}()")
+class _Telling(Session if TYPE_CHECKING else object):  # type: ignore[misc]
+    """A session that tells of what rolls back what it has written."""
+
+    def close(self) -> None:
+        """Tell who waits for it, and close."""
+        for func in _at_close:
+            func(self, "close()")
+        super().close()
+
+    def reset(self) -> None:
+        """Tell who waits for it, and reset."""
+        for func in _at_close:
+            func(self, "reset()")
+        super().reset()
 
 
-def _wait(scope: Scope) -> None:
-    from rope_middleware.session.turns import wait_for_commit  # few ever wait
+class _Guarded(_Telling):
+    """One whose calls and the commits of its scope wait for each other, too."""
 
-    wait_for_commit(scope)
-
-
-def _is_over(transaction: SessionTransaction) -> bool:
-    """Tell whether a transaction has been ended, by the commit that was waited for."""
-    session = transaction.session
-    one = session.get_nested_transaction()
-    while one is not None and one is not transaction:
-        one = one.parent
-    return one is None and session.get_transaction() is not transaction
+    _rope_middleware_calls: Calls
 
 
-def _guarded(name: str) -> Callable[..., Any]:
-    def guarded(guards: _Guards, /, *args: Any, **named: Any) -> Any:
-        return guards.call(name, args, named)
+def _guarded(name: str, above: type[Session] = _Guarded) -> Callable[..., Any]:
+    """Make what stands in front of the method of that name of what is `above` in the classes."""
+
+    def guarded(self: _Guarded, /, *args: Any, **named: Any) -> Any:
+        calls = self._rope_middleware_calls
+        me: object = get_ident()  # as `who`, without the price of a call
+        if me == calls.thread:
+            me = strand()
+        # Order matters. We note the call, then look for a commit; a commit makes itself known, then
+        # looks for calls. So one of the two sees the other.
+        calls.append(me)
+        try:
+            if calls.settling is not None:
+                wait(calls, me)
+            return getattr(super(above, self), name)(*args, **named)
+        finally:
+            calls.remove(me)
 
     return guarded
 
 
-_GUARDED = {name: _guarded(name) for name in _METHODS}
+for _name in (*_METHODS, *CLOSING):
+    setattr(_Guarded, _name, _guarded(_name))
 
 
-def _in_front(guards: _Guards, names: Iterable[str]) -> Iterable[tuple[str, Any]]:
-    """Bind what stands in the place of these methods.
+def who(calls: Calls) -> object:
+    """Return who makes a call: a thread, or of the scope's own event loop a task.
 
-    Bound methods of one object: an object for each would take four times as long to make.
+    (In another loop's thread no other task runs until a call is over.)
     """
-    return zip(
-        names, map(MethodType, map(_GUARDED.__getitem__, names), repeat(guards)), strict=False
-    )
+    me = get_ident()
+    return strand() if me == calls.thread else me
 
 
-def _strand(scope: Scope) -> object:
-    """Return who is running: a task of asyncio, or a thread."""
-    thread = get_ident()
-    if not is_thread_of(scope, thread):
-        return thread  # also of another loop's task: no other task runs until its call is over
+def wait(calls: Calls, me: object) -> bool:
+    """Let a commit under way end, unless the running code is part of it; tell whether it was so.
+
+    Not in a call within a call: the commit waits for the outer one.
+    """
+    settling = calls.settling
+    if settling is None or settling.is_ours() or calls.count(me) > 1:
+        return False
+    calls.remove(me)
     try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        task = None
-    return thread if task is None else task
+        from rope_middleware.session.turns import wait_for  # few ever wait
+
+        wait_for(settling)
+    finally:
+        calls.append(me)
+    return True
 
 
-def guard(session: Session, scope: Scope, handed_out: Any = None) -> None:
-    """Let calls on `session` and commits of `scope` wait for each other.
+# -- sessions that are of a subclass ---------------------------------------------------------------
+
+_BASE = "_rope_middleware_class_without"
+CALLS = "_rope_middleware_calls"
+"""In a guarded session's ``__dict__``: who is inside of a call."""
+
+
+def become(session: Session, needed: int, scope: Scope, handed_out: Any) -> None:
+    """Make `session` one that has what a session of `scope` needs.
 
     Args:
-        session: what is guarded.
+        session: of whatever class.
+        needed: TELLING or GUARDED.
         scope: its own.
-        handed_out: the AsyncSession around it.
+        handed_out: itself, or the AsyncSession around it.
     """
-    own = session.__dict__
-    if "flush" not in own:
-        methods = _in_front(_Guards(ref(session), scope, calls_of(scope)), _METHODS)
-        if own.keys().isdisjoint(_METHODS):
-            own.update(methods)
-        else:  # the application has put its own there: nobody knows what it does
-            own.update([one for one in methods if one[0] not in own])
-    if handed_out is not None and "close" not in (own := handed_out.__dict__):
-        of = ref(handed_out)
-        own["close"] = MethodType(_note_and_close, of)
-        own.setdefault("reset", MethodType(_note_and_reset, of))
+    base: type[Any] = type(session)
+    # Kept by the class itself: a sessionmaker makes one, which may go again.
+    found: type[Session] | None = base.__dict__.get(_CLASSES[needed])
+    if found is None:
+        if not issubclass(base, Session):
+            return  # a mock, which only says that it is a session
+        found = base if issubclass(base, _MIXINS[needed]) else _class_for(needed, base)
+    if needed == GUARDED:
+        session.__dict__[CALLS] = calls_of(scope)  # first: another thread may be using it
+        if handed_out is not session:
+            note_errors(handed_out)
+    session.__class__ = found
 
 
-def tell_of_close(session: Session) -> None:
-    """Call what waits for a ``close()``, where nothing else of a session has to be guarded."""
-    own = session.__dict__
-    if "close" not in own:
-        of = ref(session)
-        own["close"] = MethodType(_tell_and_close, of)
-        own.setdefault("reset", MethodType(_tell_and_reset, of))
+_CLASSES = {TELLING: "_rope_middleware_telling", GUARDED: "_rope_middleware_guarded"}
+_MIXINS: dict[int, type[Session]] = {TELLING: _Telling, GUARDED: _Guarded}
+_making = threading.Lock()
 
 
-def _telling(name: str) -> Callable[[ReferenceType[Session]], None]:
-    def tell_and_call(of: ReferenceType[Session]) -> None:
-        session = of()
-        assert session is not None  # noqa: S101 - who calls its method has it
-        _tell(session, name)
-        getattr(type(session), name)(session)
-
-    return tell_and_call
-
-
-_tell_and_close, _tell_and_reset = map(_telling, _CLOSING)
+def _class_for(needed: int, base: type[Session]) -> type[Session]:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, _BASE: base}
+    with _making:
+        if _CLASSES[needed] not in base.__dict__:
+            bases = _MIXINS[needed], base
+            made = new_class(base.__name__, bases, {}, lambda body: body.update(names))
+            setattr(base, _CLASSES[needed], made)
+    found: type[Session] = base.__dict__[_CLASSES[needed]]
+    return found
 
 
-BY_ERROR = "_rope_middleware_by_error"
-"""In a session's ``__dict__``: was an error being handled when its AsyncSession was closed?"""
+def guard(session: Session, scope: Scope) -> None:
+    """Let calls on `session` and commits of `scope` wait for each other."""
+    if not isinstance(session, _Guarded):
+        become(session, GUARDED, scope, session)
 
 
-def note_error(session: Session) -> None:
-    """Note whether an error is being handled where the application closes an AsyncSession.
+_SESSION_CLOSE = Session.close
+_CLOSES = (_Guarded.close, _Telling.close)
 
-    SQLAlchemy closes `session`, which is within, in a greenlet, and ``async with`` in a task of its
-    own: neither knows of the error.
+
+def plain_class(session: Any, original: Any = _SESSION_CLOSE) -> Any:
+    """Return the class of `session` without what we have put in front of it.
+
+    None where somebody has put another close() in the place of SQLAlchemy's.
     """
-    session.__dict__[BY_ERROR] = isinstance(sys.exc_info()[1], Exception)
+    if "close" in session.__dict__ and not notes_errors(session):
+        return None
+    cls: Any = type(session)  # pyright: ignore[reportUnknownVariableType]
+    close = cls.close
+    while close is not original:
+        if close not in _CLOSES:
+            return None
+        cls = cls._rope_middleware_class_without
+        close = cls.close
+    return cls
 
 
-def _noting(name: str) -> Callable[[ReferenceType[Any]], Any]:
-    def note_and_call(of: ReferenceType[Any]) -> Any:
-        session: Any = of()  # who calls its method has it
-        note_error(session.sync_session)
-        return getattr(session.__class__, name)(session)
-
-    return note_and_call
-
-
-_note_and_close, _note_and_reset = map(_noting, _CLOSING)
-
-CLOSES = (_GUARDED["close"], _tell_and_close, _note_and_close)
-"""What may stand in front of a session's own ``close()``."""
-
-
-def commit_unguarded(session: Session) -> None:
-    """Commit `session` past its guard: all others wait for the commit that this is part of."""
-    if getattr(session.__dict__.get("commit"), "__func__", None) is _GUARDED["commit"]:
-        type(session).commit(session)
+def reset(session: Session) -> None:
+    """Reset a session, and tell nobody of it: it is not the application that does."""
+    if isinstance(session, _Telling):
+        super(_Telling, session).reset()
     else:
-        session.commit()
-
-
-def guard_transaction(session: Session, transaction: SessionTransaction) -> None:
-    """Let the end of `transaction`, where its session is guarded, and commits wait, too."""
-    guards = _guards_of(session)
-    if guards is not None:
-        own = _Guards(ref(transaction), guards.scope, guards.calls)
-        transaction.__dict__.update(_in_front(own, _ENDS))
-
-
-def in_turn(session: Session, call: Callable[[Session], None]) -> None:
-    """Make `call`, which uses `session`, as if it were one of its methods."""
-    guards = _guards_of(session)
-    if guards is None:
-        call(session)
-        return
-    calls, who = guards.calls, _strand(guards.scope)
-    if must_wait_for(guards.scope) is not None:
-        _wait(guards.scope)
-    calls.append(who)
-    try:
-        call(session)
-    finally:
-        calls.remove(who)
-
-
-def _guards_of(session: Session) -> _Guards | None:
-    flush: Any = session.__dict__.get("flush")
-    return flush.__self__ if _is_guard(flush) else None
-
-
-def _is_guard(method: Any) -> bool:
-    """Tell whether `method` of a session is the session's own one behind a guard."""
-    return type(method) is MethodType and type(method.__self__) is _Guards
+        session.reset()
 
 
 def is_guarded(session: Session) -> bool:
     """Tell whether calls on `session` wait for commits."""
-    return _is_guard(session.__dict__.get("flush"))
+    # The application may have put a flush() of its own there: nobody knows what that does.
+    return isinstance(session, _Guarded) and "flush" not in session.__dict__
+
+
+def commit_unguarded(session: Session) -> None:
+    """Commit `session` past its guard: all others wait for the commit that this is part of."""
+    if isinstance(session, _Guarded) and "commit" not in session.__dict__:
+        super(_Guarded, session).commit()
+    else:
+        session.commit()
+
+
+def in_turn(session: Session, call: Callable[[Session], None]) -> None:
+    """Make `call`, which uses `session`, as if it were one of its methods."""
+    if not isinstance(session, _Guarded):
+        call(session)
+        return
+    calls: Calls = session.__dict__[CALLS]
+    me = who(calls)
+    calls.append(me)
+    try:
+        if calls.settling is not None:
+            wait(calls, me)
+        call(session)
+    finally:
+        calls.remove(me)

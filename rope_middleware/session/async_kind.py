@@ -20,7 +20,9 @@ except ImportError as _error:
 
 from sqlalchemy.orm import Session
 
+from rope_middleware.running.places import Places
 from rope_middleware.session import closing, committing
+from rope_middleware.session.aside import plain_class, reset
 from rope_middleware.session.kinds import SyncKind
 from rope_middleware.session.sharing import tell_cut_off
 
@@ -41,12 +43,11 @@ class AsyncKind(SyncKind):
         return async_session(session)
 
     def is_idle(self, session: Any, /) -> bool:
-        return closing.has_nothing_open(session.sync_session) and not closing.overrides_close(
-            session, _CLOSE
-        )
+        inner = session.sync_session
+        return closing.has_nothing_open(inner) and plain_class(session, _CLOSE) is not None
 
     def end_at_once(self, session: Any, /) -> bool:
-        return not closing.overrides_close(session, _CLOSE) and closing.end_at_once(
+        return plain_class(session, _CLOSE) is not None and closing.end_at_once(
             session.sync_session
         )
 
@@ -62,6 +63,9 @@ class AsyncKind(SyncKind):
     async def flush(self, session: Any, /) -> None:
         await session.run_sync(committing.flush)
 
+    def places_alone(self, session: Any, /) -> Places | None:
+        return committing.places_alone(session.sync_session)
+
     def commit_alone(self, _: Any, /) -> bool:
         return False
 
@@ -74,7 +78,7 @@ class AsyncKind(SyncKind):
         return None  # the application's own are to be called
 
     def close(self, session: Any, /) -> Coroutine[Any, Any, None]:
-        if closing.overrides_close(session, _CLOSE):
+        if plain_class(session, _CLOSE) is None:
             return _close_by_its_own(session)
         closes: Coroutine[Any, Any, None] = session.run_sync(closing.close)
         return closes
@@ -85,7 +89,7 @@ class AsyncKind(SyncKind):
     def end(self, session: Any, /) -> None:
         # Of an idle one: it has no close() of its own, for which `discard` asks once more.
         inner: Session = session.sync_session
-        type(inner).reset(inner)
+        reset(inner)
         closing.forget(inner)
 
     def invalidate(self, session: Any, /) -> None:
@@ -128,6 +132,9 @@ class ForeignAsyncKind(AsyncKind):
             await super().commit(session)
         else:
             await _call(session, "commit")
+
+    def places_alone(self, session: Any, /) -> Places | None:
+        return super().places_alone(session) if isinstance(session, AsyncSession) else None
 
     def acommit_alone(self, session: Any, /) -> Coroutine[Any, Any, bool] | None:
         return super().acommit_alone(session) if isinstance(session, AsyncSession) else None

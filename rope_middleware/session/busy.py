@@ -9,17 +9,18 @@ from rope_middleware.scope.settling import calls_of
 from rope_middleware.session.aside import is_guarded
 from rope_middleware.session.connections import made_connections
 from rope_middleware.session.tie import tie_of
-from rope_middleware.session.written import notes_of
+from rope_middleware.session.written import NOTES, Notes, notes_of
 
 __all__ = ["has_unread", "is_busy"]
 
 
 def has_unread(connection: Connection) -> bool:
     """Tell whether a statement on `connection` is under way, or a result is still being read."""
-    notes = notes_of(connection)
-    for one in notes.executions:
-        if one() is not None:  # of most statements nothing is left
-            return notes.has_unread()
+    notes: Notes | None = connection.__dict__.get(NOTES)  # as `notes_of`, in each request
+    if notes is not None:
+        for one in notes.executions:
+            if one() is not None:  # of most statements nothing is left
+                return notes.has_unread()
     return False
 
 

@@ -13,7 +13,7 @@ import sys
 from sqlalchemy.orm import Session
 
 from rope_middleware.scope.scope import Scope, call_after_commit
-from rope_middleware.session.aside import BY_ERROR
+from rope_middleware.session.by_error import BY_ERROR
 from rope_middleware.session.lines import application_line, text_of
 from rope_middleware.session.telling import tell_once, was_told
 from rope_middleware.session.tie import Tie

@@ -22,7 +22,7 @@ from rope_middleware.errors import belongs_to_parent
 from rope_middleware.running.finish import running_loop
 from rope_middleware.scope.asking import is_to_commit
 from rope_middleware.scope.options import DEFAULT
-from rope_middleware.session.aside import CLOSES, call_at_close
+from rope_middleware.session.aside import call_at_close, plain_class, reset
 from rope_middleware.session.begun import call_at_forks
 from rope_middleware.session.connections import (
     connections_out,
@@ -48,20 +48,7 @@ __all__ = [
     "has_open_result",
     "holds_connection",
     "invalidate",
-    "overrides_close",
 ]
-
-_SESSION_CLOSE = Session.close
-
-
-def overrides_close(session: Any, original: Any = _SESSION_CLOSE) -> bool:
-    """Tell whether somebody has put another close() in the place of SQLAlchemy's."""
-    session_class: Any = type(session)  # pyright: ignore[reportUnknownVariableType]
-    if session_class.close is not original:
-        return True
-    # A guard of ours? (Asked here and not by a function: twice for each request that commits.)
-    own = session.__dict__.get("close")
-    return own is not None and getattr(own, "__func__", None) not in CLOSES
 
 
 def has_nothing_open(session: Session) -> bool:
@@ -70,8 +57,8 @@ def has_nothing_open(session: Session) -> bool:
         return False
     tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     if tie is None or (tie.transaction is None and not tie.connections):
-        return not overrides_close(session)
-    return not (has_connection_out(tie) or overrides_close(session))
+        return plain_class(session) is not None
+    return not has_connection_out(tie) and plain_class(session) is not None
 
 
 def has_begun(session: Session) -> bool:
@@ -91,11 +78,11 @@ def holds_connection(session: Session) -> bool:
 def end_at_once(session: Session) -> bool:
     """End `session` where that needs no I/O; tell whether it has ended."""
     if has_nothing_open(session):
-        type(session).reset(session)  # see `close`
+        reset(session)  # see `close`
         forget(session)
         return True
     ends = getattr(session, "_rope_middleware_ends_at_once", None)  # it only reads: see `reading`
-    if ends is None or not ends() or overrides_close(session):
+    if ends is None or not ends() or plain_class(session) is None:
         return False
     close(session)
     return True
@@ -117,8 +104,19 @@ def end(session: Session) -> None:
     Raises:
         BaseException: as `close`.
     """
-    if has_nothing_open(session):
-        type(session).reset(session)  # see `close`
+    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
+    if (
+        tie is not None
+        and tie.transaction is None
+        and not (tie.connections or session.in_transaction())
+        and (cls := plain_class(session)) is not None
+    ):
+        # `has_nothing_open`, `reset`, and nothing to `forget` of its transaction: a commit of ours
+        # was before. Each such request comes by here.
+        cls.reset(session)
+        tie.flush = tie.written = None
+    elif has_nothing_open(session):
+        reset(session)  # see `close`
         forget(session)
     else:
         close(session)
@@ -147,19 +145,18 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
         ):
             tell_lost(tie, session)
     try:
-        if by is not None or overrides_close(session):
+        if by is not None or (cls := plain_class(session)) is None:
             _close_by(session, by or session.close)
         else:
             # close() without "permanently closed" (Session.close_resets_only=False), after which
-            # SQLAlchemy's own error would come before ours. The class's: the session's own one may
-            # be a guard, which tells of what the application calls (`aside`).
-            type(session).reset(session)
+            # SQLAlchemy's own error would come before ours.
+            cls.reset(session)
     except BaseException as error:
         if isinstance(error, IllegalStateChangeError):
             close_later(session)
         invalidate(session)
         with suppress(Exception):
-            type(session).reset(session)  # what is left of it must not be used any more
+            reset(session)  # what is left of its transaction must not be used any more
         raise
     if tie is not None:
         # After an end that has succeeded only an earlier one can have left something: it failed,
@@ -185,10 +182,11 @@ call_at_close(_note_closed)
 
 def discard(session: Session) -> None:
     """`close` for a session that has nothing open: none of its connections can be out."""
-    if overrides_close(session):
+    cls = plain_class(session)
+    if cls is None:
         _close_by(session, session.close)
     else:
-        type(session).reset(session)  # see `close`
+        cls.reset(session)  # see `close`
     forget(session)
 
 
@@ -235,7 +233,7 @@ call_at_forks(_leave_to_parent)  # sessions of other threads and tasks are the p
 def _close_by(session: Session, by: Callable[[], object]) -> None:
     by()
     if session.in_transaction():
-        type(session).reset(session)  # somebody's close() does something else
+        reset(session)  # somebody's close() does something else
 
 
 @contextmanager
@@ -294,7 +292,7 @@ def close_later(session: Session) -> None:
     with _transaction_ends(session) as wait:
         while True:
             with suppress(IllegalStateChangeError):
-                type(session).reset(session)
+                reset(session)
                 return
             if not connections_out(tie) or running_loop() is not None or not wait():
                 return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.running.finish import OutOfTimeError, limit, within
+from rope_middleware.running.places import COMMITS, NEEDS, WRITES, Places
 from rope_middleware.scope.outcome import (
     begin_commit,
     end_commit,
@@ -22,18 +23,19 @@ from rope_middleware.scope.outcome import (
     trial_of,
 )
 from rope_middleware.scope.scope import Scope
-from rope_middleware.session.aborted import ask_for_aborted, refuse_aborted
-from rope_middleware.session.aside import commit_unguarded
+from rope_middleware.session.aborted import TELLING, ask_for_aborted, refuse_aborted
+from rope_middleware.session.aside import CALLS, commit_unguarded
 from rope_middleware.session.begun import OF_BODY
 from rope_middleware.session.busy import has_unread
-from rope_middleware.session.connections import BLOCK, connections_of, made_connections
+from rope_middleware.session.connections import BLOCK, connections_of, has_out, made_connections
 from rope_middleware.session.tie import TIE, Tie, tie_of
 from rope_middleware.session.unsaved import has_pending
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-__all__ = ["acommit", "acommit_alone", "asettle", "commit", "commit_alone", "flush", "settle"]
+__all__ = ["acommit", "acommit_alone", "asettle", "commit", "commit_alone", "flush"]
+__all__ += ["places_alone", "settle"]
 
 
 def commit(session: Session) -> None:
@@ -67,10 +69,31 @@ def flush(session: Session) -> None:
         ask_for_aborted(tie.scope, made_connections(tie.transaction))
 
 
+def places_alone(session: Session) -> Places | None:
+    """Tell what `commit_alone` may wait for, and what others wait for meanwhile.
+
+    None where it does not go so: nothing has begun, a `begin()` block of a response's body has, or
+    calls on the session are not guarded yet.
+    """
+    own = session.__dict__
+    tie: Tie | None = own.get(TIE)
+    transaction = None if tie is None else tie.transaction
+    if (
+        transaction is None
+        or session.get_transaction() is not transaction
+        or OF_BODY in transaction.__dict__
+        or CALLS not in own
+    ):
+        return None
+    if not has_out(transaction):
+        return NEEDS
+    return WRITES if has_pending(session) else COMMITS
+
+
 def _commit(session: Session, scope: Scope, transaction: SessionTransaction | None) -> None:
     begin_commit(scope)
     try:
-        session.commit()
+        commit_unguarded(session)
     except Exception as error:
         if sys.is_finalizing():
             raise
@@ -122,7 +145,7 @@ def commit_alone(
         before = connection
         if has_unread(connection):
             return False
-        if is_made:
+        if is_made and connection.dialect.driver in TELLING:
             refuse_aborted(scope, (connection,))
     commit(session, scope, transaction)
     if session.in_transaction():

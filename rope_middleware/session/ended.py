@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import SessionTransaction
 
-from rope_middleware.session.begun import is_alone, name_of
+from rope_middleware.session.begun import name_of
 from rope_middleware.session.connections import connections_of, driver_of, made_connections
 from rope_middleware.session.lines import text_of
 from rope_middleware.session.written import notes_of
@@ -33,9 +33,6 @@ def note_ended(tie: Tie) -> None:
     """Write down, where a transaction is committed, that it has written and ends now."""
     transaction = tie.transaction
     if tie.line is None or transaction is None:
-        return
-    # Each commit comes by here. Where no other session lives, nobody can have waited for this one.
-    if tie.written is None and is_alone():
         return
     # A driver's own errors, another thread that forgets the old ones as well, an import at the
     # interpreter's end: the commit stands, and does not fail for a note.

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session
 
+from rope_middleware.running.places import Places
 from rope_middleware.scope.ending import explainers
 from rope_middleware.session import closing, committing
 from rope_middleware.session.aside import guard
@@ -42,6 +43,9 @@ class SyncKind:
 
     def end_at_once(self, session: Any, /) -> bool:
         return closing.end_at_once(session)
+
+    def places_alone(self, session: Any, /) -> Places | None:
+        return committing.places_alone(session)
 
     def commit_alone(self, session: Any, /) -> bool:
         return committing.commit_alone(session)
@@ -155,6 +159,9 @@ class ForeignKind(SyncKind):
             return super().commit(session)
         return _call(session, "commit")
 
+    def places_alone(self, session: Any, /) -> Places | None:
+        return super().places_alone(session) if isinstance(session, Session) else None
+
     def commit_alone(self, session: Any, /) -> bool:
         return isinstance(session, Session) and super().commit_alone(session)
 
@@ -200,6 +207,7 @@ class _ByRequest(SyncKind):
 
     is_idle = staticmethod(closing.has_nothing_open)  # pyright: ignore[reportAssignmentType]
     end_at_once = staticmethod(closing.end_at_once)  # pyright: ignore[reportAssignmentType]
+    places_alone = staticmethod(committing.places_alone)  # pyright: ignore[reportAssignmentType]
     commit_alone = staticmethod(committing.commit_alone)  # pyright: ignore[reportAssignmentType]
     end = staticmethod(closing.end)  # pyright: ignore[reportAssignmentType]
 

@@ -27,8 +27,9 @@ from rope_middleware.scope.settling import (
     needs,
     settling_of,
 )
-from rope_middleware.session.aside import guard_transaction, is_guarded
-from rope_middleware.session.begun import OF_BODY, note_begin
+from rope_middleware.session.aside import is_guarded, reset
+from rope_middleware.session.begun import OF_BODY, is_alone, note_begin
+from rope_middleware.session.blocks import guard_transaction
 from rope_middleware.session.connections import connections_out, has_made, has_out, made_connections
 from rope_middleware.session.ended import note_ended
 from rope_middleware.session.notice import KNOWN, has_modules, learn_engines, notice_begin
@@ -130,7 +131,11 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
     """`_on_begin`, in whatever case."""
     is_outermost = transaction.parent is None
     if is_outermost:
-        watch(session)
+        try:
+            watch(session)
+        except RopeError:  # its engine is async
+            reset(session)  # for the next use to come by here again
+            raise
     tie: Tie | None = session.__dict__.get(TIE)
     if tie is None:
         tie = _adopted(session)
@@ -165,7 +170,7 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
         try:
             notice_begin(tie, session)
         except RopeError:
-            type(session).reset(session)
+            reset(session)
             raise
 
 
@@ -190,7 +195,7 @@ def _check_loop(session: Session, scope: Scope, is_outermost: bool) -> None:
         check_loop(cast("AsyncScope", scope))
     except CrossLoopError:
         if is_outermost:
-            type(session).reset(session)
+            reset(session)
         raise
 
 
@@ -220,7 +225,7 @@ def _wait_or_refuse(session: Session, tie: Tie, scope: Scope, is_outermost: bool
         if is_outermost:
             # SQLAlchemy has assigned the transaction already; it must go, for the next use
             # to come by here again.
-            type(session).reset(session)
+            reset(session)
         require_open(scope)
 
 
@@ -239,7 +244,8 @@ def _on_commit(session: Session) -> None:
     tie: Tie | None = session.__dict__.get(TIE)
     if tie is None:
         return
-    if not session.in_nested_transaction():
+    # Each commit comes by here. Where no other session lives, nobody can have waited for this one.
+    if (tie.written is not None or not is_alone()) and not session.in_nested_transaction():
         note_ended(tie)
     if tie.written is not None:
         forget_committed(tie, session)

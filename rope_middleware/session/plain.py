@@ -153,6 +153,9 @@ class PlainSessions:
         commit: Any = committing.acommit if self.is_async else committing.commit
         return commit(self.registry())
 
+    def places_alone(self, _: Any, /) -> None:
+        return None
+
     def commit_alone(self, _: Any, /) -> bool:
         return False
 

@@ -25,15 +25,15 @@ from rope_middleware.scope.scope import (
     session_of,
 )
 from rope_middleware.scope.settling import (
-    GUARDED,
     READING,
-    TELLING,
-    has_company,
+    TIED,
     may_begin,
     needs,
+    needs_for_commit,
     settling_of,
 )
-from rope_middleware.session.aside import guard, note_error, tell_of_close
+from rope_middleware.session.aside import become
+from rope_middleware.session.by_error import note_error
 from rope_middleware.session.failures import listen_for_errors
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.listeners import listen_to
@@ -145,10 +145,8 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             and (needed := needs(scope)) != READING
         ):
             tie = tie_to(inner, scope, kind)  # most of all: 60 instructions less
-            if needed == TELLING:
-                tell_of_close(inner)
-            elif needed == GUARDED:
-                guard(inner, scope)
+            if needed:
+                become(inner, needed, scope, session)
             if self.replicas is not None:
                 self.replicas.follow(tie, scope)
         else:
@@ -174,10 +172,9 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             if session_class is not self._listening and listen_to(inner):
                 self._listening = session_class
             tie = tie_to(inner, scope, self.kind)
-            if has_company(scope):
-                guard(inner, scope, session if self.kind.is_async else None)
-            elif needs(scope) == TELLING:
-                tell_of_close(inner)
+            needed = needs_for_commit(scope)
+            if needed != TIED:
+                become(inner, needed, scope, session)
             if self.replicas is not None:
                 self.replicas.follow(tie, scope)
 

@@ -30,12 +30,11 @@ TIE = "_rope_middleware_tie"
 class Tie:
     """What a session must know of where it comes from; an attribute of the session."""
 
+    # What most never change has its value on the class.
     __slots__ = (
+        "__dict__",
         "__weakref__",
-        "connections",
         "flush",
-        "follow",
-        "is_removed",
         "kind",
         "line",
         "scope",
@@ -48,11 +47,13 @@ class Tie:
 
     scope: Scope | None
     kind: SessionKind | None  # None where no jenny has made it
-    is_removed: bool  # from its scope, which does not know it any more
+    is_removed: bool = False  # from its scope, which does not know it any more
     transaction: SessionTransaction | None  # the last one that the session began
-    connections: Sequence[Connection]  # of earlier ones, where an end has failed
+    connections: Sequence[Connection] = ()  # of earlier ones, where an end has failed
     flush: tuple[SessionTransaction, int] | None  # the last one, and the thread it ran in
-    follow: Callable[[Collection[Connection]], None] | None  # called after each commit: see R3
+    follow: Callable[[Collection[Connection]], None] | None = (
+        None  # called after each commit: see R3
+    )
     # Of the last transaction: see `begun`.
     line: Line | None
     since: float
@@ -83,12 +84,9 @@ def tie_to(
     tie = session.__dict__[TIE] = Tie() if made is None else made
     tie.scope = scope
     tie.kind = kind
-    tie.is_removed = False
-    tie.transaction = session.get_transaction()  # a factory may have begun one
-    tie.connections = ()
-    tie.follow = None
-    tie.flush = tie.line = tie.task = tie.written = None
-    if tie.transaction is not None:
+    tie.transaction = tie.flush = tie.line = tie.task = tie.written = None
+    if session.in_transaction():  # a factory may have begun one
+        tie.transaction = session.get_transaction()
         note_begin(tie, 2)
     return tie
 

@@ -26,6 +26,7 @@ from rope_middleware.scope.outcome import (
 )
 from rope_middleware.scope.reading import tell_unknown
 from rope_middleware.scope.scope import Scope
+from rope_middleware.session.aside import reset
 from rope_middleware.session.connections import leave_block
 from rope_middleware.session.doubt import HERE, Asking, AsyncAsking, Verdict, verdict_on
 from rope_middleware.session.lost import is_told, was_sent
@@ -181,7 +182,7 @@ def _why(scope: Scope, failure: Exception) -> str:
 def _as_committed(session: Session) -> None:
     """Bring the session into the state after a commit: its objects stay in it."""
     objects = list(session)
-    type(session).reset(session)
+    reset(session)
     leave_block(session)
     session.add_all(objects)
     if session.expire_on_commit:

@@ -27,9 +27,10 @@ from sqlalchemy.orm import Session, SessionTransaction
 from rope_middleware.errors import RopeError, async_engine
 from rope_middleware.session.connections import refuse_begun
 
-__all__ = ["Notes", "is_watched", "notes_of", "take", "watch", "watch_binds", "watch_engine"]
+__all__ = ["NOTES", "Notes", "is_watched", "notes_of", "take"]
+__all__ += ["watch", "watch_binds", "watch_engine"]
 
-_NOTES = "_rope_middleware_notes"
+NOTES = "_rope_middleware_notes"
 _WATCHED = "_rope_middleware_watches"
 _MANY = 200  # statements after which the notes are put together
 _MOST = 20  # names that are kept then
@@ -97,15 +98,15 @@ class Notes:
 
 def notes_of(connection: Connection) -> Notes:
     """Return what was executed on `connection` since it came from its pool."""
-    notes: Notes | None = connection.__dict__.get(_NOTES)
+    notes: Notes | None = connection.__dict__.get(NOTES)
     return Notes() if notes is None else notes
 
 
 def _on_execute(_: Any, statement: str, __: Any, context: ExecutionContext) -> None:
     attributes = context.root_connection.__dict__
-    notes: Notes | None = attributes.get(_NOTES)
+    notes: Notes | None = attributes.get(NOTES)
     if notes is None:
-        notes = attributes[_NOTES] = Notes()
+        notes = attributes[NOTES] = Notes()
     compiled = context.compiled
     notes.statements[statement if compiled is None else compiled] = None
     executions = notes.executions
@@ -124,7 +125,7 @@ def _on_error(error: ExceptionContext) -> None:
     """A statement that failed is over, though its error's traceback keeps its cursor alive."""
     failed = error.execution_context
     if failed is not None:
-        notes: Notes | None = failed.root_connection.__dict__.get(_NOTES)
+        notes: Notes | None = failed.root_connection.__dict__.get(NOTES)
         if notes is not None and (one := ref(failed)) in notes.executions:
             notes.executions.remove(one)
 
@@ -188,11 +189,10 @@ def watch(session: Session) -> None:
     try:
         is_new = _WATCHED not in bind.__dict__
     except AttributeError:  # an AsyncEngine has none
-        type(session).reset(session)  # for the next use to come by here again
         raise async_engine(bind) from None
     if is_new:
         if isinstance(bind, Connection):
-            bind.__dict__.pop(_NOTES, None)  # it is lent: of an earlier transaction
+            bind.__dict__.pop(NOTES, None)  # it is lent: of an earlier transaction
         else:
             bind.__dict__[_WATCHED] = True
         watch_engine(bind.engine)
