@@ -67,10 +67,16 @@ MOST_ROUNDS = 10
 async def _commit_all(scope: Scope, hands: Hands, goes_on: bool) -> None:
     """Commit until no session has anything to commit: a listener may write by another jenny."""
     told: set[SessionKey] = set()  # opaque ones that are committed; they always look open
-    for _ in range(MOST_ROUNDS):
+    for number in range(MOST_ROUNDS):
         work = hands.takes(open_sessions(scope))
-        # A class with a close() of its own is never idle: its end needs a thread.
-        work = [one for one in work if one[0] not in told and one[0].kind.has_begun(one[1])]
+        # A class with a close() of its own is never idle: its end needs a thread. What was added
+        # while a commit was under way has begun nothing. (A listener may add at each commit.)
+        work = [
+            (key, session)
+            for key, session in work
+            if key not in told
+            and (key.kind.has_begun(session) or (not number and key.kind.has_changes(session)))
+        ]
         if goes_on:  # a block that the response's body is in is the application's to end
             work = [one for one in work if not one[0].kind.is_of_body(one[1])]
         if not work:

@@ -55,6 +55,8 @@ def has_nothing_open(session: Session) -> bool:
     """Tell whether ending `session` needs no I/O."""
     if session.in_transaction():
         return False
+    if "flush" in session.__dict__ and not session._is_clean():  # noqa: SLF001
+        return False  # guarded: it may have been added to while it was committed (C10)
     tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     if tie is None or (tie.transaction is None and not tie.connections):
         return plain_class(session) is not None
@@ -269,10 +271,8 @@ def _wait_for_flush(session: Session, tie: Tie) -> None:
     assert tie.flush is not None  # noqa: S101 - the caller has looked
     transaction, thread = tie.flush
     tie.flush = None
-    if thread == threading.get_ident() or not transaction.is_active:
-        return
-    if running_loop() is not None:
-        return  # nobody can be waited for here
+    if thread == threading.get_ident() or not transaction.is_active or running_loop() is not None:
+        return  # on an event loop nobody can be waited for
     with _transaction_ends(session) as wait:
         while transaction.is_active:
             if not wait():

@@ -51,6 +51,8 @@ def commit(session: Session) -> None:
     if tie is None or scope is None:
         session.commit()
         return
+    if not session.in_transaction():
+        session.flush()  # what was added while the commit before was under way begins here
     transaction = tie.transaction
     refuse_aborted(scope, made_connections(transaction))
     _commit(session, scope, transaction)
@@ -165,6 +167,8 @@ async def acommit(session: AsyncSession) -> None:
     if tie is None or scope is None:
         await session.commit()
         return
+    if not inner.in_transaction():
+        await session.flush()
     transaction = tie.transaction
     refuse_aborted(scope, made_connections(transaction))
     begin_commit(scope)

@@ -52,6 +52,41 @@ def test_C10_a_stream_that_keeps_the_views_session(make_engine: MakeEngine) -> N
     assert checked_out(engine) == 0
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_C10_what_is_added_while_the_commit_is_under_way(
+    make_engine: MakeEngine, kind: str
+) -> None:
+    """It is written at the end, also where nothing else is done with the session."""
+    engine = make_engine()
+    jenny: Any = SessionJenny(sessionmaker(engine, expire_on_commit=False))
+    if kind == "async":
+        async_engine = create_async_engine(engine.url.set(drivername="sqlite+aiosqlite"))
+        jenny = AsyncSessionJenny(async_sessionmaker(async_engine, expire_on_commit=False))
+    commits, may_go = hold_up(async_engine.sync_engine if kind == "async" else engine)
+    if kind == "async":
+        may_go.set()  # its COMMIT is awaited
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = jenny.session
+
+        async def beside() -> None:
+            while not commits.is_set():
+                await asyncio.sleep(0)
+            session.add(Row(name="late"))
+            may_go.set()
+
+        await asyncio.to_thread(session.add, Row(name="view"))
+        other = asyncio.create_task(beside())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await other
+        await send({"type": "http.response.body", "body": b""})
+        if kind == "async":
+            scope["rope_middleware.scope"].on_close(async_engine.dispose)
+
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
+    assert rows(engine) == 2
+
+
 def test_C10_who_is_on_the_way_to_a_statement_is_waited_for(
     make_engine: MakeEngine,
 ) -> None:
