@@ -22,7 +22,7 @@ from rope_middleware.errors import belongs_to_parent
 from rope_middleware.running.finish import running_loop
 from rope_middleware.scope.asking import is_to_commit
 from rope_middleware.scope.options import DEFAULT
-from rope_middleware.session.aside import call_at_close, plain_class, reset
+from rope_middleware.session.aside import CALLS, call_at_close, plain_class, reset
 from rope_middleware.session.begun import call_at_forks
 from rope_middleware.session.connections import (
     connections_out,
@@ -55,7 +55,7 @@ def has_nothing_open(session: Session) -> bool:
     """Tell whether ending `session` needs no I/O."""
     if session.in_transaction():
         return False
-    if "flush" in session.__dict__ and not session._is_clean():  # noqa: SLF001
+    if CALLS in session.__dict__ and not session._is_clean():  # noqa: SLF001
         return False  # guarded: it may have been added to while it was committed (C10)
     tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     if tie is None or (tie.transaction is None and not tie.connections):
