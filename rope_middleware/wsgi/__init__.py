@@ -30,7 +30,7 @@ from rope_middleware.scope.response import (
 from rope_middleware.scope.scope import OPEN, Scope, SyncScope
 from rope_middleware.wsgi.body import Body, ListBody, hand_on
 from rope_middleware.wsgi.commit import AGAIN, Gate
-from rope_middleware.wsgi.files import CLASS_OR_NONE, STREAMS, note_files
+from rope_middleware.wsgi.files import KINDS, kinds_by
 from rope_middleware.wsgi.position import Telling, carried_by
 from rope_middleware.wsgi.replay import Replay
 
@@ -47,8 +47,6 @@ __all__ = ["WSGIRopeMiddleware"]
 # Bound once: this is the way of every request.
 _set_current = current.set
 _reset_current = current.reset
-
-_NO_WRAPPER = object()
 
 
 class _RequestScope(SyncScope):
@@ -99,14 +97,15 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
             or (self._reads and following.is_on)
         ):
             return self._serve_otherwise(environ, start_response)
-        get = environ.get
-        wrapper = get("wsgi.file_wrapper")
-        if type(wrapper) not in CLASS_OR_NONE:
-            note_files(environ)
+        try:  # `kinds_by`, without the price of a call
+            kinds = KINDS[environ.get("wsgi.file_wrapper")]
+        except (KeyError, TypeError):  # it may be an object that has no hash
+            kinds = kinds_by(environ)
         # The slots are set by hand and the ContextVar is reset without `unbind`: a call for
         # each would cost 0.1 us and 0.04 us of the 1.4 us that a request pays here.
         scope = _RequestScope()
-        scope._name = get("REQUEST_METHOD"), get("SCRIPT_NAME"), get("PATH_INFO")
+        name = environ.get("REQUEST_METHOD"), environ.get("SCRIPT_NAME"), environ.get("PATH_INFO")
+        scope._name = name
         scope._options = options = self._options
         scope._sessions = None
         scope._state = OPEN
@@ -116,12 +115,15 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
             if options.commit_on_success:
                 return Gate(scope, start_response).serve(self.app, environ)
             body = self.app(environ, start_response)
-            kind = type(body)
-            if kind is list or kind is tuple:
-                return ListBody(body, scope)
-            if STREAMS.get(kind, _NO_WRAPPER) is wrapper:
-                return Body(body, scope)
-            return hand_on(body, environ, scope)
+            is_stream = kinds.get(type(body))
+            if is_stream is None:
+                return hand_on(body, environ, scope)
+            # `made`, without the price of a call: 3 % of what a request pays here.
+            ours: Body | ListBody = Body() if is_stream else ListBody()
+            ours._body, ours._scope = body, scope
+            ours._owns = True
+            ours._commits = ours._read = False
+            return ours
         except BaseException as error:
             end_failed(scope, error)
             raise
@@ -207,8 +209,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         replay: Replay | None = None,
     ) -> tuple[Scope, Iterable[bytes]]:
         """Serve one try of a request; the response is AGAIN where there should be another."""
-        if type(environ.get("wsgi.file_wrapper")) not in CLASS_OR_NONE:
-            note_files(environ)
+        kinds_by(environ)
         scope = _RequestScope()
         name = tuple(map(environ.get, ("REQUEST_METHOD", "SCRIPT_NAME", "PATH_INFO")))
         open_as(scope, name, self._options, self._registries)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from rope_middleware.scope.context import current, logger
@@ -34,6 +34,8 @@ def to_the_end(body: Iterable[bytes]) -> Iterator[bytes]:
 class Begun:
     """A body whose first chunk has been made already."""
 
+    __slots__ = ("_body", "_chunks", "_first", "_inner")
+
     def __init__(self, body: Iterable[bytes]) -> None:
         self._body = body
         self._chunks = iter(body)
@@ -44,9 +46,7 @@ class Begun:
 
     def __iter__(self) -> Iterator[bytes]:
         current.set(self._inner)  # undone by who asks for the chunk
-        yield from self._first
-        for chunk in self._chunks:  # noqa: UP028 - `yield from` would close the iterator, too
-            yield chunk
+        return chain(self._first, self._chunks)
 
     def close(self) -> None:
         """Close the app's body."""

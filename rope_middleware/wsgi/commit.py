@@ -13,7 +13,7 @@ from rope_middleware.scope.response import doom_rest, is_head
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.committing import settle
 from rope_middleware.wsgi.begun import Begun, close_unsent
-from rope_middleware.wsgi.body import Body, ListBody, hand_on
+from rope_middleware.wsgi.body import Body, ListBody, hand_on, hand_on_late, made
 from rope_middleware.wsgi.files import is_odd, is_streamed
 from rope_middleware.wsgi.position import told_again
 
@@ -94,7 +94,7 @@ class Gate(answer.Gate):
             if kind is list or kind is tuple:  # most of all: 0.3 us less than the way below
                 self.announce()
                 if self.state == STARTED and self._owns:
-                    return ListBody(body, self._scope, self.commits)
+                    return made(ListBody, body, self._scope, self.commits)
             streamed = self.state == WAITING and (
                 is_streamed(body, environ) or self._starts_late(body)
             )
@@ -102,7 +102,9 @@ class Gate(answer.Gate):
                 body = Begun(body)
             self.announce()
             if streamed and self.state == WAITING:
-                return Body(body, self._scope, False, self._owns, self)
+                return hand_on_late(body, self._scope, self._owns, self)
+            if streamed and self.state == STARTED:
+                return made(Body, body, self._scope, self.commits, self._owns)
         except BaseException as error:
             self._note_error(error, body)
         if self.state in (WAITING, STARTED):

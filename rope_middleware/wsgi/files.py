@@ -14,12 +14,28 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import WSGIEnvironment
 
-__all__ = ["CLASS_OR_NONE", "STREAMS", "is_file", "is_odd", "is_streamed", "note_files"]
+__all__ = ["KINDS", "is_file", "is_odd", "is_streamed", "kinds_by", "note_files"]
 
-# Classes of bodies that are streams, each with the ``wsgi.file_wrapper`` that did not make them.
+_LISTS: dict[type, bool] = {list: False, tuple: False}
+
+# Is a body of this class a stream, by the server's ``wsgi.file_wrapper``, which did not make it?
 # To ask all questions again for each response costs 1 us. Only classes that live as long as their
 # module: one that a request has made would keep what that request had.
-STREAMS: dict[type, object] = {}
+KINDS: dict[object, dict[type, bool]] = {None: _LISTS.copy()}
+
+
+def kinds_by(environ: WSGIEnvironment) -> dict[type, bool]:
+    """Return which classes of bodies are known in this request: True where it is a stream.
+
+    Files are not among them.
+    """
+    wrapper = environ.get("wsgi.file_wrapper")
+    if wrapper is None or (isinstance(wrapper, type) and wrapper in KINDS):
+        return KINDS[wrapper]
+    note_files(environ)
+    if isinstance(wrapper, type) and _stays(wrapper):
+        return KINDS.setdefault(wrapper, _LISTS.copy())
+    return _LISTS
 
 
 def is_odd(body: object) -> bool:
@@ -30,13 +46,13 @@ def is_odd(body: object) -> bool:
 def is_streamed(body: object, environ: WSGIEnvironment) -> bool:
     """Tell whether code of the application runs while the server reads the body."""
     kind = type(body)
-    wrapper = environ.get("wsgi.file_wrapper")
-    if kind in STREAMS and STREAMS[kind] is wrapper:
-        return True
+    kinds = kinds_by(environ)
+    if kind in kinds:
+        return kinds[kind]
     if hasattr(kind, "__len__") or is_odd(body) or is_file(body, environ):
         return False
-    if _stays(kind) and hasattr(kind, "__iter__") and type(wrapper) in CLASS_OR_NONE:
-        STREAMS[kind] = wrapper
+    if kinds is not _LISTS and _stays(kind) and hasattr(kind, "__iter__"):
+        kinds[kind] = True
     return True
 
 
@@ -54,9 +70,6 @@ def is_file(body: object, environ: WSGIEnvironment) -> bool:
     if isinstance(wrapper, _FileWrapper):
         return any(body is made for made in wrapper.made)
     return isinstance(wrapper, type) and isinstance(body, wrapper)
-
-
-CLASS_OR_NONE = frozenset({type, type(None)})
 
 
 class _FileWrapper:

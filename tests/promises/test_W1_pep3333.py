@@ -498,7 +498,27 @@ def file_app(jenny: Jenny, file: Any, made: list[Any]) -> Any:
     return app
 
 
-@pytest.mark.parametrize("wrapper", FILE_WRAPPERS, ids=["class", "function"])
+class Unhashable:
+    """As a function, with no hash."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, file: Any, size: int) -> Any:
+        return ClassWrapper(file, size)
+
+
+def local_class() -> Any:
+    class Local(ClassWrapper):
+        pass
+
+    return Local
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [*FILE_WRAPPERS, Unhashable(), local_class()],
+    ids=["class", "function", "unhashable", "local class"],
+)
 @pytest.mark.parametrize("take", [None, 1, 0], ids=["all", "abandoned", "sendfile"])
 def test_W1_what_the_file_wrapper_made_is_handed_on(
     wrap: Wrap, wrapper: Any, take: int | None, jenny: Jenny, engine: Engine
@@ -508,7 +528,7 @@ def test_W1_what_the_file_wrapper_made_is_handed_on(
     environ = make_environ(**{"wsgi.file_wrapper": wrapper})
     result = wrap(file_app(jenny, file, made))(environ, lambda *args: print)
     assert result is made[0]
-    assert type(result) is ClassWrapper
+    assert isinstance(result, ClassWrapper)
     assert not scope_of(environ).closed
     assert file.closes == 0
     if take == 0:

@@ -24,6 +24,7 @@ from tests.kit.engines import MakeEngine, rows
 from tests.kit.flask_app import flask_app
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Row
+from tests.kit.said import Said
 from tests.kit.sessions import Jenny, touch
 from tests.kit.wsgi import (
     BODIES,
@@ -295,6 +296,22 @@ def test_W3_nothing_is_committed_on_collection(
     assert rows(engine) == 0
     assert Server()(middleware).body == b"ab"
     assert rows(engine) == 1
+
+
+@pytest.mark.told
+def test_W3_what_is_lost_of_a_body_that_is_left_early_is_told(jenny: Jenny, said: Said) -> None:
+    """The client has gone: the application has not failed, and what it wrote is missed (L1)."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", HEADERS)
+        jenny.session.add(Row(name="lost"))
+        yield b"a"
+        yield b"b"
+
+    seen = Server(take=1)(WSGIRopeMiddleware(app))
+    assert (seen.body, seen.error, seen.close_error) == (b"a", None, None)
+    assert len(said.warnings) == 1
+    assert "1 Row" in said.warnings[0]
 
 
 def test_W3_collection_in_another_thread(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
