@@ -99,8 +99,16 @@ _TOLD = "_rope_middleware_shared"  # in a session: it has been told that two tas
 
 def note_shared(session: Session, error: BaseException) -> None:
     """Add to an error of `session` the note that two tasks share it, where it tells of that."""
-    if _tells_of_sharing(error) and not getattr(error, "__notes__", None):
+    if not getattr(error, "__notes__", None) and (
+        _tells_of_sharing(error) or (_has_text(error, _AMBIGUOUS) and _is_with_other(session))
+    ):
         error.add_note(_SHARED_SESSION + _both(session, application_line(2)))
+
+
+def _is_with_other(session: Session) -> bool:
+    from rope_middleware.session.shared_at import line_of_other
+
+    return line_of_other(session) is not None
 
 
 _CALLS = (
@@ -162,11 +170,20 @@ def tell_cut_off(session: Session, error: BaseException, name: str) -> bool:
 _TEXTS = ("another operation is in progress", "another command is already in")
 
 
+# SQLAlchemy's own without a code. A listener that calls what it may not meets them as well, so they
+# tell of sharing only while another task is in the middle of a call.
+_AMBIGUOUS = ("Session is already flushing", "This session is in 'prepared' state")
+
+
 def _tells_of_sharing(error: BaseException) -> bool:
     # SQLAlchemy gives its own errors of this kind the code "isce".
     # https://docs.sqlalchemy.org/en/20/errors.html#error-isce
     if getattr(error, "code", None) == "isce":
         return True
+    return _has_text(error, _TEXTS)
+
+
+def _has_text(error: BaseException, texts: tuple[str, ...]) -> bool:
     # Only what is short: the text of an error with many bound values takes its time.
     told = error.args[0] if error.args else None
-    return isinstance(told, str) and any(text in told for text in _TEXTS)
+    return isinstance(told, str) and any(text in told for text in texts)

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, event, select, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import (
     AsyncSession,
@@ -326,6 +326,44 @@ async def test_Y3_the_log_tells_it_where_the_application_swallows_the_error(
     for query in (one, other):
         assert f"{Path(__file__).name}:{query.__code__.co_firstlineno + 1}" in warning
     assert [record.levelname for record in said.records] == ["WARNING"]
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("how", ["flush", "commit"])
+async def test_Y3_two_tasks_that_write_are_told_as_well(store: Store, said: Said, how: str) -> None:
+    """SQLAlchemy's errors for that have no code: "Session is already flushing", for example."""
+    jenny = AsyncSessionJenny(async_sessionmaker(store.async_engine))
+
+    async def one() -> None:
+        await (jenny.flush() if how == "flush" else jenny.commit())
+
+    async def other() -> None:
+        await jenny.flush()
+
+    async def handler() -> None:
+        jenny.add(Row(name="x"))
+        (error,) = filter(None, await asyncio.gather(one(), other(), return_exceptions=True))
+        assert len([note for note in error.__notes__ if "open_scope" in note]) == 1
+        await jenny.rollback()
+
+    await serve(handler)
+    (warning,) = said.warnings
+    assert "Two tasks" in warning and "test_Y_async.py" in warning.partition("the other at")[2]
+
+
+async def test_Y3_a_flush_within_a_flush_gets_no_note(store: Store) -> None:
+    """A listener's: nobody shares the session."""
+    jenny = AsyncSessionJenny(async_sessionmaker(store.async_engine))
+
+    async def handler() -> None:
+        session = jenny().sync_session
+        event.listen(session, "before_flush", lambda *_: session.flush())
+        jenny.add(Row(name="x"))
+        await jenny.flush()
+
+    with pytest.raises(InvalidRequestError, match="already flushing") as caught:
+        await serve(handler)
+    assert getattr(caught.value, "__notes__", []) == []
 
 
 @pytest.mark.told
