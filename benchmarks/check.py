@@ -9,8 +9,9 @@ A row is *kept* where the median of its runs is at most the bound, rounded as th
 *broken* where the median is above by more than the error of the measurement, and *unclear* in
 between: then more runs are made, and what is still unclear in the end is said, and fails nothing.
 With ``--short`` it is broken only where every single run is above the bound.
-What a request with a SELECT costs is compared with the least that could do the same, which is a
-bound, and with the handler by hand, which was aimed at: `missed` or `reached`.
+What a request with a SELECT costs, or one of Flask's without, is compared with the least that could
+do the same, which is a bound, and with what was aimed at, the handler by hand or Flask-SQLAlchemy:
+`missed` or `reached`.
 What runs in one thread and waits for nothing (P1, P3, P4, H1, a SELECT from SQLite under WSGI)
 is measured in CPU time of that thread; what waits for threads or a server, in wall-clock time.
 """
@@ -126,7 +127,7 @@ def _p1() -> Iterator[Row]:
         for lane, bound in zip(("ours", "commit"), bounds, strict=True):
             yield row(body, side, lane, "minimal", bound)
     flask = _side(promised.untouched, body=FLASK)
-    for base, bound in (("Flask-SQLAlchemy", 1.0), ("minimal", inf)):
+    for base, bound in ((promised.LEAST, 1.5), ("Flask-SQLAlchemy", 1.0), ("minimal", inf)):
         one = row(FLASK, flask, "ours", base, bound)
         yield replace(one, where="SQLite", is_aim=bound == 1.0)
 

@@ -14,6 +14,7 @@ from benchmarks.drivers import Lane, answer, asgi_lane, wsgi_lane
 from benchmarks.lanes import Lanes
 from benchmarks.sites import FLASK, HAND, HEADERS, OURS, START, WAYS
 
+LEAST = "the least with a scope"
 BODY = {"type": "http.response.body", "body": b"ok"}
 
 
@@ -84,6 +85,64 @@ class MinimalBody:
             minimal.reset(self.token)
 
 
+class LeastWSGI:
+    """By hand: the least of what W2 and W3 ask for, with nothing in the scope and nothing to end.
+
+    The scope lies in the environ, and is current while the application, each chunk and `close()`
+    run; not in between. It ends once, also where the server forgets to close the body.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        environ["least"] = scope = object()
+        token = minimal.set(scope)
+        try:
+            chunks = self.app(environ, start_response)
+            body = LeastBody()
+            body.chunks, body.scope = chunks, scope
+            return body
+        finally:
+            minimal.reset(token)
+
+
+class LeastBody:
+    __slots__ = ("chunks", "scope")
+
+    chunks: Any
+    scope: Any
+
+    def __iter__(self) -> Iterator[bytes]:
+        scope = self.scope
+        token: Any = minimal.set(scope)
+        try:
+            for chunk in self.chunks:
+                minimal.reset(token)
+                token = None
+                yield chunk
+                token = minimal.set(scope)
+        finally:
+            if token is not None:
+                minimal.reset(token)
+
+    def close(self) -> None:
+        scope, self.scope = self.scope, None
+        if scope is None:
+            return
+        token = minimal.set(scope)
+        try:
+            close = getattr(self.chunks, "close", None)
+            if close is not None:
+                close()
+        finally:
+            minimal.reset(token)
+
+    def __del__(self) -> None:
+        if self.scope is not None:
+            self.close()
+
+
 async def untouched(where: Any, stack: AsyncExitStack, body: str) -> Lanes:
     """Side by side: nothing, a minimal middleware, ours, and ours with commit_on_success."""
     from rope_middleware import RopeMiddleware
@@ -93,6 +152,7 @@ async def untouched(where: Any, stack: AsyncExitStack, body: str) -> Lanes:
     bare: Any = {"ASGI": bare_asgi, "WSGI, list body": bare_wsgi}.get(body, bare_wsgi_generator)
     if body == FLASK:
         bare = WAYS[HAND](FLASK, where, stack).wsgi_app
+        theirs[LEAST] = LeastWSGI(bare)
         theirs["Flask-SQLAlchemy"] = WAYS["Flask-SQLAlchemy"](FLASK, where, stack).wsgi_app
     apps = {
         "bare": bare,
