@@ -100,7 +100,16 @@ ON_DEMAND = [
     *(
         f"rope_middleware.session.{name}"
         # Errors, retries, refusals.
-        for name in ("doubt", "locks", "lost", "refusal", "sharing", "trial", "unanswered")
+        for name in (
+            "doubt",
+            "locks",
+            "lost",
+            "refusal",
+            "sharing",
+            "taking",
+            "trial",
+            "unanswered",
+        )
     ),
     *(
         f"rope_middleware.session.{name}"

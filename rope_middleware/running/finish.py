@@ -23,6 +23,7 @@ __all__ = [
     "is_async_running",
     "limit",
     "look_at_deadlines",
+    "may_block",
     "pause",
     "running_loop",
     "shield",
@@ -57,6 +58,11 @@ def is_async_running() -> bool:
     except RuntimeError:
         trio = sys.modules.get("trio")
         return trio is not None and trio.lowlevel.in_trio_task()
+
+
+def may_block() -> bool:
+    """Tell whether the caller may wait in its thread: it runs no event loop."""
+    return running_loop() is None and not is_async_running()
 
 
 async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _T:

@@ -18,12 +18,22 @@ from rope_middleware.scope.options import DEFAULT
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import Call, SessionKind, Work
 
-__all__ = ["CLOSING", "HERE", "TURN", "run_now"]
+__all__ = ["CLOSING", "HERE", "MOST_SECONDS", "TURN", "run_now", "wait_until"]
 
 _T = TypeVar("_T")
 
 # Seconds between two looks at a statement that is under way: the drivers have no event for its end.
 TURN = 0.001
+
+# Seconds that the end of a scope waits at most for such a statement: nobody wants it any more.
+MOST_SECONDS = 1.0
+
+
+def wait_until(is_free: Callable[[], bool], seconds: float) -> None:
+    """Wait in this thread, not longer than so, until a statement of another one is over."""
+    deadline = time.monotonic() + seconds
+    while not is_free() and time.monotonic() < deadline:
+        time.sleep(TURN)
 
 
 class Here:
@@ -34,9 +44,7 @@ class Here:
         return [(key, session) for key, session in work if not key.kind.is_async]
 
     async def until(self, is_free: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + DEFAULT.close_timeout
-        while not is_free() and time.monotonic() < deadline:
-            time.sleep(TURN)  # noqa: ASYNC251 - here nothing is async
+        wait_until(is_free, DEFAULT.close_timeout)
 
     async def use(
         self,

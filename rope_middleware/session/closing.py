@@ -1,16 +1,13 @@
 """How one session ends: closed, discarded where it has nothing open, invalidated, detached.
 
-Another thread may be inside a call on the session when its scope ends. Two cases need a wait; both
-wait for the end of a transaction, by its event.
+Another thread may be inside a call on the session when its scope ends: see `busy`.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
-import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,11 +16,13 @@ from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import Session
 
 from rope_middleware.errors import belongs_to_parent
-from rope_middleware.running.finish import running_loop
+from rope_middleware.running.finish import may_block
 from rope_middleware.scope.asking import is_to_commit
+from rope_middleware.scope.hands import wait_until
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.session.aside import CALLS, call_at_close, plain_class, reset
 from rope_middleware.session.begun import call_at_forks
+from rope_middleware.session.busy import allow_others, is_flushing, stop_others, wait_for_flush
 from rope_middleware.session.connections import (
     connections_out,
     has_connection_out,
@@ -49,6 +48,9 @@ __all__ = [
     "holds_connection",
     "invalidate",
 ]
+
+
+_SESSION_CLOSE = Session.close
 
 
 def has_nothing_open(session: Session) -> bool:
@@ -107,10 +109,12 @@ def end(session: Session) -> None:
         BaseException: as `close`.
     """
     tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
-    if (
+    if session.in_transaction():
+        close(session)  # first: nearly all that comes by here without a commit
+    elif (
         tie is not None
         and tie.transaction is None
-        and not (tie.connections or session.in_transaction())
+        and not tie.connections
         and (cls := plain_class(session)) is not None
     ):
         # `has_nothing_open`, `reset`, and nothing to `forget` of its transaction: a commit of ours
@@ -137,29 +141,31 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
     tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     if tie is not None:
         if tie.flush is not None:
-            _wait_for_flush(session, tie)
+            wait_for_flush(tie)
         if tie.is_removed:
             _note_closed(session, "remove()")
-        elif (
-            by is None
-            and tie.scope is not None
-            and (tie.written is not None or has_pending(session))
-        ):
-            tell_lost(tie, session)
+        elif (scope := tie.scope) is not None:
+            if (kind := tie.kind) is None or not kind.is_async:
+                stop_others(tie, scope)
+            if by is None and (tie.written is not None or has_pending(session)):
+                tell_lost(tie, session)
+    cls: Any = type(session)
+    if cls.close is not _SESSION_CLOSE or "close" in session.__dict__:  # else a call less
+        cls = plain_class(session)
     try:
-        if by is not None or (cls := plain_class(session)) is None:
+        if by is not None or cls is None:
             _close_by(session, by or session.close)
         else:
             # close() without "permanently closed" (Session.close_resets_only=False), after which
             # SQLAlchemy's own error would come before ours.
             cls.reset(session)
     except BaseException as error:
-        if isinstance(error, IllegalStateChangeError):
-            close_later(session)
-        invalidate(session)
-        with suppress(Exception):
-            reset(session)  # what is left of its transaction must not be used any more
-        raise
+        is_closed = isinstance(error, IllegalStateChangeError) and close_later(session)
+        if not is_closed or by is not None or cls is None:
+            invalidate(session)
+            with suppress(Exception):
+                reset(session)  # what is left of its transaction must not be used any more
+            raise
     if tie is not None:
         # After an end that has succeeded only an earlier one can have left something: it failed,
         # in the application's hands, and its transaction has forgotten its connections.
@@ -238,61 +244,28 @@ def _close_by(session: Session, by: Callable[[], object]) -> None:
         reset(session)  # somebody's close() does something else
 
 
-@contextmanager
-def _transaction_ends(session: Session) -> Generator[Callable[[], bool]]:
-    """Give a function that waits for the next end of one of the session's transactions.
-
-    It returns False once the time of all waiting is up.
-    """
-    ended = threading.Event()
-    deadline = time.monotonic() + DEFAULT.close_timeout
-
-    def on_end(*_: object) -> None:
-        ended.set()
-
-    def wait() -> bool:
-        in_time = ended.wait(max(0.0, deadline - time.monotonic()))
-        ended.clear()
-        return in_time
-
-    event.listen(session, "after_transaction_end", on_end)
-    try:
-        yield wait
-    finally:
-        event.remove(session, "after_transaction_end", on_end)
-
-
-def _wait_for_flush(session: Session, tie: Tie) -> None:
-    """Let a flush end that another thread is in the middle of.
-
-    Its next statement would land on a connection that is back in the pool already, and be
-    committed by whoever has it then.
-    """
-    assert tie.flush is not None  # noqa: S101 - the caller has looked
-    transaction, thread = tie.flush
-    tie.flush = None
-    if thread == threading.get_ident() or not transaction.is_active or running_loop() is not None:
-        return  # on an event loop nobody can be waited for
-    with _transaction_ends(session) as wait:
-        while transaction.is_active:
-            if not wait():
-                return
-
-
-def close_later(session: Session) -> None:
+def close_later(session: Session) -> bool:
     """Close a session that another thread is inside a call of: its connection must not stay out.
 
     If that call is waiting for a connection, `refuse_late` returns the connection when it arrives.
     If it has one (during a commit, say), we wait for the call.
+
+    Returns:
+        Whether the session is closed.
     """
     tie = tie_of(session)
     if tie is None:
-        return
+        return False
     event.listen(session, "after_begin", refuse_late)
-    with _transaction_ends(session) as wait:
-        while True:
+    allow_others(tie)  # that call may have statements to make
+    closed: list[None] = []
+
+    def is_done() -> bool:
+        if not is_flushing(tie, session):  # else it would be cut off in its middle
             with suppress(IllegalStateChangeError):
                 reset(session)
-                return
-            if not connections_out(tie) or running_loop() is not None or not wait():
-                return
+                closed.append(None)
+        return bool(closed) or not connections_out(tie)
+
+    wait_until(is_done, DEFAULT.close_timeout if may_block() else 0)
+    return bool(closed)

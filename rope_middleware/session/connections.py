@@ -74,8 +74,8 @@ def connections_of(
     """Return each connection with what its session does to it: by its engine, and by itself."""
     if transaction is None:
         return ()
-    known: dict[Any, tuple[Connection, Any, bool, bool]] = transaction.__dict__["_connections"]
-    return (*known.values(),)  # at once: another thread may be using the session
+    # At once: another thread may be using the session.
+    return (*transaction._connections.values(),)  # noqa: SLF001 - by __dict__ it takes twice as long
 
 
 def connections_out(tie: Tie) -> list[Connection]:

@@ -41,8 +41,9 @@ from rope_middleware.session.connections import (
 from rope_middleware.session.lines import variables_of
 from rope_middleware.session.stacks import stacks_of_others
 from rope_middleware.session.statements import READS, effect_of, late
+from rope_middleware.session.taking import take
 from rope_middleware.session.writes import may_write
-from rope_middleware.session.written import notes_of, take
+from rope_middleware.session.written import notes_of
 
 if TYPE_CHECKING:
     from rope_middleware.scope.scope import Scope
@@ -90,7 +91,7 @@ def _gives_back(tie: Tie, pool: Pool) -> bool:
         or _is_in_call(session)
     ):
         return False
-    is_given = take(out, lambda: end_transaction(transaction, out))
+    is_given = take([*map(notes_of, out)], lambda: end_transaction(transaction, out))
     if is_given and tie.transaction is transaction:
         tie.transaction = tie.flush = None  # they refer to the session: a cycle
     return is_given

@@ -14,21 +14,30 @@ from __future__ import annotations
 
 import re
 import sys
-import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakSet, ref
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine, ExceptionContext, ExecutionContext
-from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import Session, SessionTransaction
 
-from rope_middleware.errors import RopeError, async_engine
+from rope_middleware.errors import async_engine
 from rope_middleware.session.connections import refuse_begun
 
-__all__ = ["NOTES", "Notes", "is_watched", "notes_of", "take"]
-__all__ += ["watch", "watch_binds", "watch_engine"]
+if TYPE_CHECKING:
+    from rope_middleware.scope.scope import Scope
+
+__all__ = [
+    "NOTES",
+    "Notes",
+    "is_watched",
+    "notes_of",
+    "notes_to_be",
+    "watch",
+    "watch_binds",
+    "watch_engine",
+]
 
 NOTES = "_rope_middleware_notes"
 _WATCHED = "_rope_middleware_watches"
@@ -41,18 +50,20 @@ class Notes:
     """The statements that were executed on one connection."""
 
     # There are some for each transaction. What most never change has its value on the class.
-    __slots__ = ("__dict__", "executions", "statements")
+    __slots__ = ("__dict__", "executions", "gone", "statements")
+
+    gone: tuple[Scope | None, int] | None  # once it is taken from who uses it: see `taking`
 
     _dml: Sequence[str] = ()  # of statements that are not kept any more
     _texts: Sequence[str] = ()
     is_whole: bool = True  # False once there were so many that not all of them are kept
     many: int = _MANY  # executions that are noted before they are looked through
-    is_gone: bool = False  # True once the connection is taken from its session: see `take`
 
     def __init__(self) -> None:
         # Each once: what SQLAlchemy has compiled, or the text that was given to the driver.
         self.statements: dict[Any, None] = {}
         self.executions: list[ReferenceType[ExecutionContext]] = []
+        self.gone = None
 
     def sql(self) -> list[str]:
         """Return the SQL of what was executed, each once; of all of it where `is_whole`."""
@@ -86,6 +97,10 @@ class Notes:
             if (context := one()) is not None
         )
 
+    def forget(self, context: ExecutionContext) -> None:
+        if (one := ref(context)) in self.executions:
+            self.executions.remove(one)
+
     def put_together(self) -> None:
         self.executions = [one for one in self.executions if one() is not None]
         self.many = max(_MANY, 2 * len(self.executions))  # somebody may keep all results
@@ -102,19 +117,31 @@ def notes_of(connection: Connection) -> Notes:
     return Notes() if notes is None else notes
 
 
+def notes_to_be(connection: Connection) -> Notes:
+    """`notes_of`, also of what is still to be executed on `connection`."""
+    notes: Notes = connection.__dict__.setdefault(NOTES, Notes())
+    return notes
+
+
 def _on_execute(_: Any, statement: str, __: Any, context: ExecutionContext) -> None:
     attributes = context.root_connection.__dict__
-    notes: Notes | None = attributes.get(NOTES)
-    if notes is None:
-        notes = attributes[NOTES] = Notes()
+    found: Notes | None = attributes.get(NOTES)
+    # By setdefault(): the end of its scope may do the same in this instant.
+    notes: Notes = attributes.setdefault(NOTES, Notes()) if found is None else found
     compiled = context.compiled
     notes.statements[statement if compiled is None else compiled] = None
     executions = notes.executions
     executions.append(ref(context))
-    if notes.is_gone:  # after the append: see `take`
-        _refuse_gone(notes)
+    if notes.gone is not None:  # after the append: see `taking`
+        _refuse(notes, context)
     if len(executions) > notes.many:
         notes.put_together()
+
+
+def _refuse(notes: Notes, context: ExecutionContext) -> None:
+    from rope_middleware.session.taking import refuse_gone  # few ever are
+
+    refuse_gone(notes, context)
 
 
 def _on_execute_no_params(_: Any, statement: str, context: ExecutionContext) -> None:
@@ -126,53 +153,8 @@ def _on_error(error: ExceptionContext) -> None:
     failed = error.execution_context
     if failed is not None:
         notes: Notes | None = failed.root_connection.__dict__.get(NOTES)
-        if notes is not None and (one := ref(failed)) in notes.executions:
-            notes.executions.remove(one)
-
-
-# -- connections that are taken from a session that is not in use ----------------------------------
-
-_taking = threading.Lock()
-
-
-def take(connections: Collection[Connection], end: Callable[[], None]) -> bool:
-    """End a transaction, unless a statement of it is under way, or a result is being read.
-
-    A statement that another thread begins in this instant is either seen here, and nothing is
-    done; or it sees that its connection is gone, before it is executed. (It notes itself, then
-    looks; we mark the connections, then look.)
-
-    Args:
-        connections: of the transaction.
-        end: ends it.
-
-    Returns:
-        Whether it was ended.
-    """
-    notes = [notes_of(connection) for connection in connections]
-    with _taking:
-        for one in notes:
-            one.is_gone = True
-        is_used = any(one.has_unread() for one in notes)
-    try:
-        if not is_used:
-            end()
-            return True
-    except IllegalStateChangeError:  # another call of the session's is under way: a commit, say
-        pass
-    for one in notes:
-        one.is_gone = False
-    return False
-
-
-def _refuse_gone(notes: Notes) -> None:
-    with _taking:  # somebody may be about to decide
-        if notes.is_gone:
-            raise RopeError(
-                "The connection of this statement was given to an inner scope, because nobody was "
-                "using it. Do not keep what session.connection() returns over an open_scope(): "
-                "ask for it again."
-            )
+        if notes is not None:
+            notes.forget(failed)
 
 
 # -- which engines are watched ---------------------------------------------------------------------

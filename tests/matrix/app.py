@@ -49,24 +49,13 @@ DATA = table("data", column("name"), column("count"))
 
 
 class Complained(Complaints):
-    """As its base, and of the package's own log everything but one."""
-
-    def __init__(self, is_async: bool) -> None:
-        super().__init__()
-        self.is_async = is_async
+    """As its base, and of the package's own log everything."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not record.name.startswith("rope_middleware"):
+        if record.name.startswith("rope_middleware"):
+            self.heard.append(f"{record.name}: {record.getMessage()} {record.exc_info}")
+        else:
             super().emit(record)
-            return
-        told = record.getMessage()
-        cut = told.startswith("closing a session of 'GET /slow' failed") and "pymysql" in told
-        if cut and not self.is_async:
-            # S4: the framework's thread was making a chunk as the client left, and its call was cut
-            # by the end. PyMySQL's connection is lost by that; the other checks show that it is
-            # given up. No other driver's is.
-            return
-        self.heard.append(f"{record.name}: {told} {record.exc_info}")
 
     def install(self) -> None:
         super().install()
@@ -76,13 +65,13 @@ class Complained(Complaints):
 class State:
     """What the process has seen."""
 
-    def __init__(self, is_async: bool) -> None:
+    def __init__(self) -> None:
         self.mixed_up: list[str] = []
         self.seen = 0
         self.busy = 0
         self.most_at_once = 0
         self.released = threading.Event()
-        self.complaints = Complained(is_async)
+        self.complaints = Complained()
         self.lock = threading.Lock()
 
     @contextmanager
@@ -158,7 +147,7 @@ class Views:
             engine = create_engine(url, **options)
             self.jenny = SessionJenny(sessionmaker(engine))
         self.pool = engine.pool
-        self.state = State(self.is_async)
+        self.state = State()
         mine = DATA.c.name == name
         self.read_it = select(DATA.c.count).where(mine)
         self.add_one = update(DATA).where(mine).values(count=DATA.c.count + 1)
