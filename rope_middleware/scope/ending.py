@@ -22,7 +22,7 @@ from rope_middleware.scope.order import (
     rolling_back,
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, OPEN, Scope
-from rope_middleware.scope.settling import Settling
+from rope_middleware.scope.settling import Settling, reset_committing, set_committing
 from rope_middleware.scope.short import (
     commit_plainly,
     end_shortly,
@@ -66,9 +66,15 @@ def commit(scope: Scope, note: Callable[[], None]) -> None:
     if current.get(None) is not scope:
         _within(scope, commit, note)
         return
-    with Settling(scope):
+    settling = Settling(scope)
+    settling.begin()
+    token = set_committing(scope)
+    try:
         is_done = commit_plainly(scope)
         failure = None if is_done else run_now(committing(scope, HERE, note))
+    finally:
+        settling.end()
+        reset_committing(token)
     if is_done:
         note()
     if failure is not None:

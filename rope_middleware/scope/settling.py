@@ -33,11 +33,17 @@ __all__ = [
     "must_wait_for",
     "needs",
     "needs_for_commit",
+    "reset_committing",
+    "set_committing",
     "settling_of",
 ]
 
 # The scope whose commit the running code is part of: its listeners have the commit's own sessions.
 _committing: ContextVar[Scope | None] = ContextVar("rope_middleware.committing", default=None)
+
+# Bound once: each commit of a sync scope comes by here.
+set_committing = _committing.set
+reset_committing = _committing.reset
 
 
 class Calls(list[object]):
@@ -45,12 +51,10 @@ class Calls(list[object]):
 
     __slots__ = ("settling", "thread")
 
-    def __init__(self, thread: int) -> None:
-        super().__init__()
-        self.thread: int = thread
-        """That of the scope's event loop."""
-        self.settling: Settling | None = None
-        """The scope's, where each call looks for it: a call for each would cost as much again."""
+    thread: int
+    """That of the scope's event loop."""
+    settling: Settling | None
+    """The scope's, where each call looks for it: a call for each would cost as much again."""
 
 
 class _Aside:
@@ -188,13 +192,16 @@ def _wake(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-def calls_of(scope: Scope) -> Calls:
+def calls_of(scope: Any) -> Calls:
     """Return who is inside of a call on a guarded session of `scope`."""
-    calls = scope._calls
+    calls: Calls | None = scope._calls
     if calls is None:
-        made = Calls(scope._thread if isinstance(scope, AsyncScope) else 0)
-        calls = scope.__dict__.setdefault("_calls", made)  # J6: two threads may come at once
-        calls.settling = scope._settling
+        made = Calls()
+        made.thread = scope._thread if scope._is_async else 0
+        made.settling = None
+        found: Calls = scope.__dict__.setdefault("_calls", made)  # two threads may come at once
+        found.settling = scope._settling
+        return found
     return calls
 
 

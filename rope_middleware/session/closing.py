@@ -81,14 +81,30 @@ def holds_connection(session: Session) -> bool:
 
 def end_at_once(session: Session) -> bool:
     """End `session` where that needs no I/O; tell whether it has ended."""
-    if has_nothing_open(session):
-        reset(session)  # see `close`
-        forget(session)
+    if _end_idle(session):
         return True
     ends = getattr(session, "_rope_middleware_ends_at_once", None)  # it only reads: see `reading`
     if ends is None or not ends() or plain_class(session) is None:
         return False
     close(session)
+    return True
+
+
+def _end_idle(session: Session) -> bool:
+    """End `session` if it `has_nothing_open`; tell whether it has ended."""
+    if session.in_transaction():
+        return False
+    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
+    if tie is not None and (tie.transaction is not None or tie.connections):
+        if has_connection_out(tie):
+            return False
+        tie.transaction = None  # it refers to the session: a cycle
+    cls = plain_class(session)
+    if cls is None:
+        return False
+    cls.reset(session)  # see `close`
+    if tie is not None:
+        tie.flush = tie.written = None
     return True
 
 
@@ -108,23 +124,8 @@ def end(session: Session) -> None:
     Raises:
         BaseException: as `close`.
     """
-    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
-    if session.in_transaction():
-        close(session)  # first: nearly all that comes by here without a commit
-    elif (
-        tie is not None
-        and tie.transaction is None
-        and not tie.connections
-        and (cls := plain_class(session)) is not None
-    ):
-        # `has_nothing_open`, `reset`, and nothing to `forget` of its transaction: a commit of ours
-        # was before. Each such request comes by here.
-        cls.reset(session)
-        tie.flush = tie.written = None
-    elif has_nothing_open(session):
-        reset(session)  # see `close`
-        forget(session)
-    else:
+    # The first: nearly all that comes by here without a commit.
+    if session.in_transaction() or not _end_idle(session):
         close(session)
 
 

@@ -183,33 +183,32 @@ class Gate(answer.Gate):
             self._write_on = self._start_response(*call)
             return
         if self.commits_plainly(status):
-            act = Act.COMMIT
-        else:
-            settle(self._scope)
-            act = self.decide(status, partial(_headers, call))
+            self._commit(call)
+            return
+        settle(self._scope)
+        act = self.decide(status, partial(_headers, call))
         if act is Act.HOLD:
             self.state = HELD
+        elif act is Act.COMMIT:
+            self._commit(call)
         elif act is not Act.REPLACE:
             if act is Act.ROLL_BACK:
                 self._refuse_success(self.why)
-            elif act is Act.COMMIT:
-                self.state = FAILED  # assumed; corrected below when the commit has succeeded
-                if not self._commit():
-                    return
-                if self._told_inside is not None:
-                    call = (call[0], told_again(call[1], self._told_inside), *call[2:])
             self._start(call)
 
-    def _commit(self) -> bool:
-        """Commit; tell whether the response may start."""
+    def _commit(self, call: Any) -> None:
+        """Commit, then start the response."""
+        self.state = FAILED  # assumed; corrected when the commit has succeeded
         try:
             commit(self._scope, self._note_commit)
         except Exception as error:
             self._instead = self.instead_of(error, "wsgi")
             if self._instead is None:
                 raise
-            return False
-        return True
+            return
+        if self._told_inside is not None:
+            call = (call[0], told_again(call[1], self._told_inside), *call[2:])
+        self._start(call)
 
     def _start(self, call: Any) -> None:
         self.state = STARTED
