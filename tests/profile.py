@@ -1,7 +1,7 @@
 """Where does the time of one request go? Counts, not seconds: they repeat exactly.
 
-    python -m benchmarks.profile wsgi-select
-    python -m benchmarks.profile threads-commit
+    python -m tests.profile wsgi-select
+    python -m tests.profile threads-commit
 
 Each line is a function: how often one request calls it (or goes on with it, for a coroutine), and
 how many of Python's instructions it runs itself, next to the same request by hand.
