@@ -182,8 +182,11 @@ class _Way:
         if self._sandbox is None or not issubclass(its_class, Reading):
             return self._engine(its_class.get_bind(session, *args, **kw))
         # It would read from a replica, which knows nothing of the sandbox.
+        # The first that is neither a reading one, nor a guard that is put in front of one.
         bases: tuple[Any, ...] = its_class.__mro__
-        plain = next(one for one in bases if not issubclass(one, Reading))
+        plain = next(
+            one for one in bases if issubclass(one, Session) and not issubclass(one, Reading)
+        )
         bind = plain.get_bind(session, *args, **kw)
         return self._engine(reading_bind(bind, kw.get("clause")))
 
