@@ -24,6 +24,7 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import GUARDED, TELLING, Calls, calls_of
 from rope_middleware.session.begun import strand
 from rope_middleware.session.by_error import CLOSING, note_errors, notes_errors
+from rope_middleware.session.unsaved import has_pending
 
 __all__ = [
     "CALLS",
@@ -80,6 +81,12 @@ class _Telling(Session if TYPE_CHECKING else object):  # type: ignore[misc]
         for func in _at_close:
             func(self, "reset()")
         super().reset()
+
+    def rollback(self) -> None:
+        """Roll back what was added while the commit before was under way, too: it began nothing."""
+        if not self.in_transaction() and has_pending(self):
+            self.begin()
+        super().rollback()
 
 
 class _Guarded(_Telling):

@@ -53,10 +53,11 @@ def test_C10_a_stream_that_keeps_the_views_session(make_engine: MakeEngine) -> N
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("then", ["", "rollback"])
 def test_C10_what_is_added_while_the_commit_is_under_way(
-    make_engine: MakeEngine, kind: str
+    make_engine: MakeEngine, kind: str, then: str
 ) -> None:
-    """It is written at the end, also where nothing else is done with the session."""
+    """It is written at the end, where the application does not roll it back."""
     engine = make_engine()
     jenny: Any = SessionJenny(sessionmaker(engine, expire_on_commit=False))
     if kind == "async":
@@ -74,6 +75,10 @@ def test_C10_what_is_added_while_the_commit_is_under_way(
                 await asyncio.sleep(0)
             session.add(Row(name="late"))
             may_go.set()
+            if then:
+                await (
+                    session.rollback() if kind == "async" else asyncio.to_thread(session.rollback)
+                )
 
         await asyncio.to_thread(session.add, Row(name="view"))
         other = asyncio.create_task(beside())
@@ -84,7 +89,7 @@ def test_C10_what_is_added_while_the_commit_is_under_way(
             scope["rope_middleware.scope"].on_close(async_engine.dispose)
 
     asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
-    assert rows(engine) == 2
+    assert rows(engine) == (1 if then else 2)
 
 
 def test_C10_who_is_on_the_way_to_a_statement_is_waited_for(
