@@ -179,6 +179,37 @@ def test_C10_what_guards_a_session_keeps_it_not_alive(make_engine: MakeEngine) -
         gc.enable()
 
 
+@pytest.mark.parametrize("where", ["class", "session", "patched"])
+def test_C10_a_guarded_session_has_the_applications_own_methods(
+    make_engine: MakeEngine, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is one of the application's class, and what that or it overrides is what is called."""
+    calls: list[str] = []
+
+    class Own(Session):
+        def commit(self) -> None:
+            calls.append("class")
+            super().commit()
+
+    jenny = SessionJenny(sessionmaker(make_engine(), class_=Own))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = jenny.session
+        assert isinstance(session, Own)
+        await asyncio.to_thread(session.scalar, COUNT)
+
+        def commit(*_: object) -> None:
+            calls.append(where)
+            Session.commit(session)
+
+        if where != "class":
+            monkeypatch.setattr(Own if where == "patched" else session, "commit", commit)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
+    assert calls == [where]
+
+
 # -- PostgreSQL --------------------------------------------------------------------------------
 
 
