@@ -144,7 +144,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
             factory: Any = self.session_factory
             session: _AS = factory(**_with_own_class(factory, kw))
             made: object = session  # a factory of the user's may return anything
-            if not isinstance(made, AsyncSession):
+            if not issubclass(type(made), AsyncSession):
                 check_session(made, AsyncSession, factory, _ASYNC_EXAMPLE)
                 self.registry.kind = FOREIGN_ASYNC
             elif factory is AsyncSession and session.sync_session.bind is None:

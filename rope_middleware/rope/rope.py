@@ -12,7 +12,6 @@ import os
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from weakref import WeakSet, WeakValueDictionary
 
-from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.scope.context import logger
@@ -21,7 +20,7 @@ from rope_middleware.session.lines import Line
 from rope_middleware.session.listeners import listen_to
 from rope_middleware.session.notice import notice_module
 from rope_middleware.session.registry import ScopeRegistry, check_own
-from rope_middleware.session.tie import tie_of, tie_to
+from rope_middleware.session.tie import is_session, tie_of, tie_to
 from rope_middleware.session.unsaved import tell_lost
 from rope_middleware.signature import explained
 
@@ -134,7 +133,7 @@ class SessionRope(Generic[_T]):
     def detach(self) -> None:
         """Leave the session to the parent process: see `closing.detach`."""
         session, self._session = self._session, None
-        if isinstance(session, Session):
+        if is_session(session):
             detach(session)
 
     def _is_in_scope(self) -> bool:
@@ -181,7 +180,7 @@ class OwnRope(SessionRope[_T]):
     def hold(self, session: _T) -> _T:
         self._session = _watched(session)
         made: object = session
-        tie = tie_of(made) if isinstance(made, Session) else None
+        tie = tie_of(made) if is_session(made) else None
         if self.module is not None and tie is not None:
             notice_module(tie, self.module)
         return session
@@ -202,7 +201,7 @@ class OwnRope(SessionRope[_T]):
 
 
 def _tell_lost(session: Any) -> None:
-    tie = tie_of(session) if isinstance(session, Session) else None
+    tie = tie_of(session) if is_session(session) else None
     if tie is not None and tie.scope is None:
         tell_lost(tie, session)
 
@@ -210,7 +209,7 @@ def _tell_lost(session: Any) -> None:
 def _watched(session: _T) -> _T:
     """Tie `session` to no scope: its connections are known if it cannot be closed."""
     made: object = session
-    if isinstance(made, Session):  # and no mock or wrapper: that is kept and closed
+    if is_session(made):  # and no mock or wrapper: that is kept and closed
         check_own(made, None)
         listen_to(made)
         tie = tie_of(made)
@@ -220,7 +219,7 @@ def _watched(session: _T) -> _T:
 
 
 def _close(session: Any) -> None:
-    if isinstance(session, Session):
+    if is_session(session):
         close(session)
     else:
         session.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeGuard
 
 try:
     from sqlalchemy.ext.asyncio import AsyncSession, async_session
@@ -103,56 +103,60 @@ class AsyncKind(SyncKind):
         return inner is not None and tell_cut_off(inner, error, name)
 
 
+def _is_session(thing: object) -> TypeGuard[AsyncSession]:
+    return issubclass(type(thing), AsyncSession)  # see `tie.is_session`
+
+
 class ForeignAsyncKind(AsyncKind):
     """What a factory may return besides: anything that has a `close()`. See `ForeignKind`."""
 
     def inner(self, session: Any, /) -> Any:
-        return session.sync_session if isinstance(session, AsyncSession) else None
+        return session.sync_session if _is_session(session) else None
 
     def is_opaque(self, session: Any, /) -> bool:
         return self.inner(session) is None
 
     def is_idle(self, session: Any, /) -> bool:
-        return isinstance(session, AsyncSession) and super().is_idle(session)
+        return _is_session(session) and super().is_idle(session)
 
     def end_at_once(self, session: Any, /) -> bool:
-        return isinstance(session, AsyncSession) and super().end_at_once(session)
+        return _is_session(session) and super().end_at_once(session)
 
     def is_twophase(self, session: Any, /) -> bool:
-        return isinstance(session, AsyncSession) and super().is_twophase(session)
+        return _is_session(session) and super().is_twophase(session)
 
     async def flush(self, session: Any, /) -> None:
-        if isinstance(session, AsyncSession):
+        if _is_session(session):
             await super().flush(session)
         else:
             await _call(session, "flush")
 
     async def commit(self, session: Any, /) -> None:
-        if isinstance(session, AsyncSession):
+        if _is_session(session):
             await super().commit(session)
         else:
             await _call(session, "commit")
 
     def places_alone(self, session: Any, /) -> Places | None:
-        return super().places_alone(session) if isinstance(session, AsyncSession) else None
+        return super().places_alone(session) if _is_session(session) else None
 
     def acommit_alone(self, session: Any, /) -> Coroutine[Any, Any, bool] | None:
-        return super().acommit_alone(session) if isinstance(session, AsyncSession) else None
+        return super().acommit_alone(session) if _is_session(session) else None
 
     async def rollback(self, session: Any, /) -> None:
         await _call(session, "rollback")
 
     def close(self, session: Any, /) -> Coroutine[Any, Any, None]:
-        if isinstance(session, AsyncSession):
+        if _is_session(session):
             return super().close(session)
         return _call(session, "close")
 
     def invalidate(self, session: Any, /) -> None:
-        if isinstance(session, AsyncSession):
+        if _is_session(session):
             super().invalidate(session)
 
     def detach(self, session: Any, /) -> None:
-        if isinstance(session, AsyncSession):
+        if _is_session(session):
             super().detach(session)
 
 

@@ -87,8 +87,8 @@ def check_session(session: object, expected: type, factory: object, example: str
     """
     close = getattr(session, "close", None)
     is_class = isinstance(session, type)
-    is_other_kind = isinstance(session, Session) or (
-        expected is Session and is_async_callable(close)
+    is_other_kind = (
+        is_async_callable(close) if expected is Session else isinstance(session, Session)
     )
     # They have a close(), too: of a `get_db` for Depends(), and of an async function.
     is_generator = inspect.isgenerator(session) or inspect.iscoroutine(session)

@@ -11,7 +11,6 @@ from collections.abc import Coroutine
 from typing import Any
 
 from sqlalchemy.exc import PendingRollbackError
-from sqlalchemy.orm import Session
 
 from rope_middleware.running.places import Places
 from rope_middleware.scope.ending import explainers
@@ -20,6 +19,7 @@ from rope_middleware.session.aside import guard
 from rope_middleware.session.begun import is_of_body
 from rope_middleware.session.busy import is_busy
 from rope_middleware.session.connections import leave_block
+from rope_middleware.session.tie import is_session
 from rope_middleware.session.unsaved import has_pending
 
 __all__ = ["FOREIGN", "SYNC", "ForeignKind", "SyncKind"]
@@ -137,51 +137,51 @@ class ForeignKind(SyncKind):
     """
 
     def inner(self, session: Any, /) -> Any:
-        return session if isinstance(session, Session) else None
+        return session if is_session(session) else None
 
     def is_idle(self, session: Any, /) -> bool:
-        return isinstance(session, Session) and super().is_idle(session)
+        return is_session(session) and super().is_idle(session)
 
     def end_at_once(self, session: Any, /) -> bool:
-        return isinstance(session, Session) and super().end_at_once(session)
+        return is_session(session) and super().end_at_once(session)
 
     def is_twophase(self, session: Any, /) -> bool:
-        return isinstance(session, Session) and super().is_twophase(session)
+        return is_session(session) and super().is_twophase(session)
 
     def is_opaque(self, session: Any, /) -> bool:
         return self.inner(session) is None
 
     def flush(self, session: Any, /) -> Any:
-        return super().flush(session) if isinstance(session, Session) else _call(session, "flush")
+        return super().flush(session) if is_session(session) else _call(session, "flush")
 
     def commit(self, session: Any, /) -> Any:
-        if isinstance(session, Session):
+        if is_session(session):
             return super().commit(session)
         return _call(session, "commit")
 
     def places_alone(self, session: Any, /) -> Places | None:
-        return super().places_alone(session) if isinstance(session, Session) else None
+        return super().places_alone(session) if is_session(session) else None
 
     def commit_alone(self, session: Any, /) -> bool:
-        return isinstance(session, Session) and super().commit_alone(session)
+        return is_session(session) and super().commit_alone(session)
 
     def rollback(self, session: Any, /) -> Any:
-        if isinstance(session, Session):
+        if is_session(session):
             return super().rollback(session)
         return _call(session, "rollback")
 
     def close(self, session: Any, /) -> Any:
-        return super().close(session) if isinstance(session, Session) else session.close()
+        return super().close(session) if is_session(session) else session.close()
 
     def end(self, session: Any, /) -> None:
         self.close(session)
 
     def invalidate(self, session: Any, /) -> None:
-        if isinstance(session, Session):
+        if is_session(session):
             super().invalidate(session)
 
     def detach(self, session: Any, /) -> None:
-        if isinstance(session, Session):
+        if is_session(session):
             super().detach(session)
 
 

@@ -27,7 +27,7 @@ from rope_middleware.session.kinds import SYNC
 from rope_middleware.session.listeners import listen
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.sharing import tell_cut_off
-from rope_middleware.session.tie import tie_of, tie_to
+from rope_middleware.session.tie import is_session, tie_of, tie_to
 from rope_middleware.session.unsaved import has_pending
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class PlainSessions:
 
     def guard(self, _: Any, scope: Any, /) -> None:
         session = self.find()
-        if isinstance(session, Session):
+        if is_session(session):
             guard(session, scope)
 
     def is_twophase(self, _: Any, /) -> bool:
@@ -191,7 +191,7 @@ class PlainSessions:
     def _tied(self) -> Session | None:
         """Return the session, tied to its scope: one that has not begun yet must not do so now."""
         session = self.find()
-        if not isinstance(session, Session):
+        if not is_session(session):
             return None
         if tie_of(session) is None:
             tie_to(session, current_scope())

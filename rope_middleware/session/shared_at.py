@@ -15,6 +15,7 @@ from rope_middleware.session.lines import (
     line_of,
     variables_of,
 )
+from rope_middleware.session.tie import is_session
 
 __all__ = ["line_of_other", "session_in"]
 
@@ -40,7 +41,7 @@ def _session_of(frame: FrameType) -> Session | None:
     if isinstance(found, SessionTransaction):
         return found.session
     found = getattr(found, "sync_session", found)
-    return found if isinstance(found, Session) else None
+    return found if is_session(found) else None
 
 
 def line_of_other(session: Session) -> Line | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from asyncio import Task
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import ReferenceType
 
 from sqlalchemy.engine import Connection
@@ -21,7 +21,7 @@ from rope_middleware.session.unsaved import Written
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import PlainKind, SessionKind
 
-__all__ = ["TIE", "PlainTie", "Tie", "keep_also", "tie_of", "tie_to"]
+__all__ = ["TIE", "PlainTie", "Tie", "is_session", "keep_also", "tie_of", "tie_to"]
 
 TIE = "_rope_middleware_tie"
 """The name of that attribute."""
@@ -89,6 +89,11 @@ def tie_to(
         tie.transaction = session.get_transaction()
         note_begin(tie, 2)
     return tie
+
+
+def is_session(thing: object) -> TypeGuard[Session]:
+    """Tell whether `thing` is a Session: a ``Mock(spec=Session)`` is none, whatever it says."""
+    return issubclass(type(thing), Session)
 
 
 def tie_of(session: Session) -> Tie | None:

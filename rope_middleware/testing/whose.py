@@ -22,7 +22,7 @@ from rope_middleware.scope.context import current
 from rope_middleware.scope.scope import Scope, session_of
 from rope_middleware.session.reading import Reading, reading_bind
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry
-from rope_middleware.session.tie import tie_of
+from rope_middleware.session.tie import is_session, tie_of
 from rope_middleware.testing.words import closed
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Route:
     def _made(self, **kw: Any) -> Any:
         made = self._create(**kw)
         session = self._registry.kind.inner(made)
-        if isinstance(session, Session):
+        if is_session(session):
             _Way(session, self)
         return made
 

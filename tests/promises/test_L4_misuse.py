@@ -11,6 +11,7 @@ from unittest.mock import AsyncMock, Mock
 
 import pytest
 from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import (
@@ -35,9 +36,10 @@ def names(mock: Any) -> list[str]:
     return [call[0] for call in mock.mock_calls]
 
 
-def test_J1_a_mock_is_committed_once_and_closed() -> None:
+@pytest.mark.parametrize("spec", [None, Session])
+def test_J1_a_mock_is_committed_once_and_closed(spec: Any) -> None:
     """By `open_scope` and by a response; nobody can ask what it has open."""
-    made: Any = Mock()
+    made: Any = Mock(spec=spec)
     jenny = SessionJenny(lambda: made)
     with open_scope(commit_on_success=True):
         jenny.add(1)
@@ -57,9 +59,10 @@ def test_J1_a_mock_is_committed_once_and_closed() -> None:
     assert names(made)[-1] == "close"
 
 
-def test_J1_an_async_mock_is_committed_once_and_closed() -> None:
+@pytest.mark.parametrize("spec", [None, AsyncSession])
+def test_J1_an_async_mock_is_committed_once_and_closed(spec: Any) -> None:
     """The twin."""
-    made: Any = AsyncMock()
+    made: Any = AsyncMock(spec=spec)
     jenny: Any = AsyncSessionJenny(lambda: made)
 
     async def main() -> None:
