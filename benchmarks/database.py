@@ -10,6 +10,8 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from benchmarks.measure import one_cpu
+
 POOL = {"pool_size": 5, "max_overflow": 0}  # the same for everybody
 
 
@@ -80,8 +82,10 @@ def sqlite() -> Iterator[Database]:
 def postgresql() -> Iterator[Database]:
     from tests.servers.postgres import postgres_server
 
-    with postgres_server().new_database() as server:
-        urls = (server.text_url(driver) for driver in ("psycopg", "asyncpg"))
+    with one_cpu(0):
+        server = postgres_server()
+    with server.new_database() as database:
+        urls = (database.text_url(driver) for driver in ("psycopg", "asyncpg"))
         yield _filled(Database("PostgreSQL", *urls))
 
 

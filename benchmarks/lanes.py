@@ -16,7 +16,7 @@ from time import process_time
 from typing import Any, NamedTuple
 
 from benchmarks.database import Database
-from benchmarks.measure import Times
+from benchmarks.measure import Times, one_cpu
 
 Lanes = dict[str, Callable[[int], Awaitable[float]]]
 CPU = " (CPU)"  # ends the name of a lane where the CPU seconds of its process stand
@@ -138,6 +138,7 @@ async def _serve(side: Side, where: Database | None, pipe: Connection) -> None:
 def _answer(side: Side, where: Database | None, pipe: Connection) -> None:
     """Serve as the other process."""
     try:
-        run(side, _serve(side, where, pipe))
+        with one_cpu(-1):
+            run(side, _serve(side, where, pipe))
     except Exception as error:
         pipe.send(RuntimeError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))

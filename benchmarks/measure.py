@@ -13,7 +13,8 @@ import platform
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,21 @@ def added(times: Times, lane: str, base: str) -> float:
 def microseconds(runs: Sequence[Times], lane: str) -> float:
     """Return what a request takes."""
     return statistics.median(statistics.median(times[lane]) for times in runs) * 1e6
+
+
+@contextmanager
+def one_cpu(which: int) -> Iterator[None]:
+    """Keep this process, and what it starts, on one CPU of those it may use.
+
+    Where the kernel puts the threads of a request decides more than what they do: to wake one that
+    sleeps on another CPU takes as long as a transaction of SQLite's.
+    """
+    cpus = os.sched_getaffinity(0) if LINUX else set()
+    if LINUX:
+        os.sched_setaffinity(0, [sorted(cpus)[which]])
+    yield
+    if LINUX:
+        os.sched_setaffinity(0, cpus)
 
 
 def surroundings(distributions: Iterable[str] = ()) -> dict[str, str]:

@@ -28,7 +28,7 @@ class Call:
     _asyncio_future_blocking = False
     _is_cancelled = False
     _is_left = False
-    has_ended = False
+    has_ended: bool = False
 
     def __init__(
         self,

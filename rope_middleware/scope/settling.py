@@ -42,8 +42,8 @@ __all__ = [
 _committing: ContextVar[Scope | None] = ContextVar("rope_middleware.committing", default=None)
 
 # Bound once: each commit of a sync scope comes by here.
-set_committing = _committing.set
-reset_committing = _committing.reset
+set_committing: Callable[[Scope | None], Token[Scope | None]] = _committing.set
+reset_committing: Callable[[Token[Scope | None]], None] = _committing.reset
 
 
 class Calls(list[object]):
