@@ -8,7 +8,7 @@ Every row runs in processes of its own, and several times with new ones, see `be
 A row is *kept* where the median of its runs is at most the bound, rounded as the bound is. It is
 *broken* where the median is above by more than the error of the measurement, and *unclear* in
 between: then more runs are made, and what is still unclear in the end is said, and fails nothing.
-With ``--short`` it is broken only where every single run is above the bound.
+With ``--short`` it is broken only where every single run is above the bound by more than `MARGIN`.
 What a request with a SELECT costs, or one of Flask's without, is compared with the least that could
 do the same, which is a bound, and with what was aimed at, the handler by hand or Flask-SQLAlchemy:
 `missed` or `reached`.
@@ -30,6 +30,8 @@ from benchmarks.database import Database
 from benchmarks.lanes import CPU, Effort, Side, race
 from benchmarks.measure import Spread, Times, added, load, microseconds, ratio, surroundings
 from benchmarks.sites import BEGIN, COMMIT, COROUTINES, FLASK, HAND, OURS, OWN, THREADS, WSGI
+
+MARGIN = 1.15  # runs of the same code have been so far apart, on a machine that does other work
 
 
 class Plan(NamedTuple):
@@ -107,8 +109,10 @@ def rows() -> Iterator[Row]:
     for kind, driver, aim in ((WSGI, "psycopg", 0.62), (COROUTINES, "asyncpg", 0.70)):
         title = f"P5  a read-only scope, {driver}"
         yield from _selects(title, kind, ways, "select", "PostgreSQL", 1.05, aim)
-    yield Row("H1", "a transaction without a statement, more than by hand",
-              (_side(promised.transaction),), OURS, HAND, 3.0, unit=" us")  # fmt: skip
+    transaction = Row("H1", "a transaction without a statement, to by hand",
+                      (_side(promised.transaction),), OURS, HAND, 1.13)  # fmt: skip
+    yield transaction
+    yield replace(transaction, what="the same: more", bound=3.0, unit=" us", is_aim=True)
 
 
 def _side(builder: Any, event_loop: bool = False, **options: Any) -> Side:
@@ -127,7 +131,7 @@ def _p1() -> Iterator[Row]:
         for lane, bound in zip(("ours", "commit"), bounds, strict=True):
             yield row(body, side, lane, "minimal", bound)
     flask = _side(promised.untouched, body=FLASK)
-    for base, bound in ((promised.LEAST, 1.5), ("Flask-SQLAlchemy", 1.0), ("minimal", inf)):
+    for base, bound in ((promised.LEAST, 1.6), ("Flask-SQLAlchemy", 1.0), ("minimal", inf)):
         one = row(FLASK, flask, "ours", base, bound)
         yield replace(one, where="SQLite", is_aim=bound == 1.0)
 
@@ -229,7 +233,7 @@ def _result(row: Row, runs: Sequence[Times], plan: Plan) -> Result:
     elif is_within:
         verdict = "told" if row.bound == inf else "kept"
     else:
-        beyond = spread.low if plan.lenient else spread.median - spread.error
+        beyond = spread.low / MARGIN if plan.lenient else spread.median - spread.error
         verdict = "BROKEN" if beyond > row.bound else "unclear"
     return Result(row, spread, verdict, _note(row, runs))
 

@@ -87,21 +87,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         self._ropes: WeakValueDictionary[str, SessionRope[_S]] = WeakValueDictionary()
         self._callback: Callable[[], str] | None = None
 
-        def create(**kw: Any) -> _S:
-            # Looked up on each use: the factory may be replaced later.
-            factory: Any = self.session_factory
-            session: _S = factory(**kw)
-            made: object = session  # a factory of the user's may return anything
-            if not issubclass(type(made), Session):  # a mock may say that it is
-                check_session(made, Session, factory, _EXAMPLE)
-                self.registry.kind = FOREIGN
-            elif factory is Session and session.bind is None:
-                raise no_engine(f"SessionJenny({_EXAMPLE})")
-            elif self._session_class is None:
-                self._session_class = type(session)
-                name_elsewhere(SessionJenny, self._session_class)
-            return session
-
+        create = self._make_session
         outside: ScopedRegistry[_S]
         if strict:
             outside = StrictRegistry(create)
@@ -119,6 +105,21 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         # For Depends(jenny): it takes nothing from the request. (Of the instance: the class is
         # called with other arguments.)
         self.__signature__: Signature = Signature()
+
+    def _make_session(self, **kw: Any) -> _S:
+        # Looked up on each use: the factory may be replaced later.
+        factory: Any = self.session_factory
+        session: _S = factory(**kw)
+        made: object = session  # a factory of the user's may return anything
+        if not issubclass(type(made), Session):  # a mock may say that it is
+            check_session(made, Session, factory, _EXAMPLE)
+            self.registry.kind = FOREIGN
+        elif factory is Session and session.bind is None:
+            raise no_engine(f"SessionJenny({_EXAMPLE})")
+        elif self._session_class is None:
+            self._session_class = type(session)
+            name_elsewhere(SessionJenny, self._session_class)
+        return session
 
     @property
     def session(self) -> _S:
