@@ -8,7 +8,7 @@ Every row runs in processes of its own, and several times with new ones, see `be
 A row is *kept* where the median of its runs is at most the bound, rounded as the bound is. It is
 *broken* where the median is above by more than the error of the measurement, and *unclear* in
 between: then more runs are made, and what is still unclear in the end is said, and fails nothing.
-With ``--short`` it is broken only where every single run is above the bound by more than `MARGIN`.
+With ``--short`` it is broken only where every single run is above the bound, some by a `MARGIN`.
 What a request with a SELECT costs, or one of Flask's without, is compared with the least that could
 do the same, which is a bound, and with what was aimed at, the handler by hand or Flask-SQLAlchemy:
 `missed` or `reached`.
@@ -31,7 +31,8 @@ from benchmarks.lanes import CPU, Effort, Side, race
 from benchmarks.measure import Spread, Times, added, load, microseconds, ratio, surroundings
 from benchmarks.sites import BEGIN, COMMIT, COROUTINES, FLASK, HAND, OURS, OWN, THREADS, WSGI
 
-MARGIN = 1.15  # runs of the same code have been so far apart, on a machine that does other work
+MARGIN = 1.15  # runs of the same code have been so far apart, on a machine that does other work,
+BUSY = ("P1  Flask", "P2  ", "P5  ", "H1  ")  # of these rows
 
 
 class Plan(NamedTuple):
@@ -131,7 +132,7 @@ def _p1() -> Iterator[Row]:
         for lane, bound in zip(("ours", "commit"), bounds, strict=True):
             yield row(body, side, lane, "minimal", bound)
     flask = _side(promised.untouched, body=FLASK)
-    for base, bound in ((promised.LEAST, 1.6), ("Flask-SQLAlchemy", 1.0), ("minimal", inf)):
+    for base, bound in ((promised.LEAST, 1.5), ("Flask-SQLAlchemy", 1.0), ("minimal", inf)):
         one = row(FLASK, flask, "ours", base, bound)
         yield replace(one, where="SQLite", is_aim=bound == 1.0)
 
@@ -167,13 +168,13 @@ ENDS = (
 P2 = {
     "PostgreSQL": {
         WSGI: ((0, 0), (1.10, 1.03), (1.15, 1.06)),
-        THREADS: ((1.10, 1.05), (1.10, 1.20), (1.15, 1.15)),
-        COROUTINES: ((1.15, 1.00), (1.15, 1.03), (1.20, 1.00)),
+        THREADS: ((1.10, 1.05), (1.10, 1.20), (1.10, 1.15)),
+        COROUTINES: ((1.10, 1.00), (1.10, 1.03), (1.15, 1.00)),
     },
     "SQLite": {
-        WSGI: ((0, 0), (1.20, 1.06), (1.30, 1.06)),
-        THREADS: ((1.15, 1.06), (1.15, 1.20), (1.25, 1.15)),
-        COROUTINES: ((1.15, 1.00), (1.15, 1.03), (1.25, 1.00)),
+        WSGI: ((0, 0), (1.15, 1.06), (1.25, 1.06)),
+        THREADS: ((1.15, 1.06), (1.10, 1.20), (1.20, 1.15)),
+        COROUTINES: ((1.10, 1.00), (1.10, 1.03), (1.20, 1.00)),
     },
 }
 
@@ -233,7 +234,8 @@ def _result(row: Row, runs: Sequence[Times], plan: Plan) -> Result:
     elif is_within:
         verdict = "told" if row.bound == inf else "kept"
     else:
-        beyond = spread.low / MARGIN if plan.lenient else spread.median - spread.error
+        margin = MARGIN if row.title.startswith(BUSY) else 1
+        beyond = spread.low / margin if plan.lenient else spread.median - spread.error
         verdict = "BROKEN" if beyond > row.bound else "unclear"
     return Result(row, spread, verdict, _note(row, runs))
 

@@ -70,9 +70,11 @@ def one_cpu(which: int) -> Iterator[None]:
     cpus = os.sched_getaffinity(0) if LINUX else set()
     if LINUX:
         os.sched_setaffinity(0, [sorted(cpus)[which]])
-    yield
-    if LINUX:
-        os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        if LINUX:
+            os.sched_setaffinity(0, cpus)
 
 
 def surroundings(distributions: Iterable[str] = ()) -> dict[str, str]:

@@ -37,8 +37,9 @@ LEFT_BY_DRIVERS = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Async tests know what the drivers do; the tests of other folders are none of ours."""
     for item in items:
-        used = {"anyio_backend", "web"}.intersection(getattr(item, "fixturenames", ()))
-        if used and Path(__file__).parent in (item.path.parents):
+        if "anyio_backend" in getattr(item, "fixturenames", ()) and Path(__file__).parent in (
+            item.path.parents
+        ):
             for text in LEFT_BY_DRIVERS:
                 item.add_marker(pytest.mark.filterwarnings(text))
 
