@@ -268,7 +268,9 @@ PRIVATE: dict[str, set[str]] = {
     "async_jenny": {"_sessions"},
     "answer": {"_options", "_sessions"},
     "session.connections": {"_connections"},  # SQLAlchemy's: see `made_connections`
-    "session.closing": {"_is_clean"},  # as `session.unsaved`, in each request that commits
+    # What `Session._is_clean()` asks, in each request that commits.
+    "session.closing": {"_deleted", "_modified", "_new"},
+    "session.listeners": {"_modified"},
     "session.busy": {"_flushing"},  # SQLAlchemy's; the tests of C10 pin it
     "session.committing": {"_flushing"},
     "session.unsaved": {"_is_clean"},  # SQLAlchemy's; the tests of L1 pin it

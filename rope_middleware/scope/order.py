@@ -67,15 +67,17 @@ MOST_ROUNDS = 10
 async def _commit_all(scope: Scope, hands: Hands, goes_on: bool) -> None:
     """Commit until no session has anything to commit: a listener may write by another jenny."""
     told: set[SessionKey] = set()  # opaque ones that are committed; they always look open
+    late = 1 if goes_on else 2
     for number in range(MOST_ROUNDS):
         work = hands.takes(open_sessions(scope))
         # A class with a close() of its own is never idle: its end needs a thread. What was added
-        # while a commit was under way has begun nothing. (A listener may add at each commit.)
+        # while a commit was under way, or by a listener of it, has begun nothing. Where the scope
+        # goes on, its end commits that. (A listener may add at each commit: once is enough.)
         work = [
             (key, session)
             for key, session in work
             if key not in told
-            and (key.kind.has_begun(session) or (not number and key.kind.has_changes(session)))
+            and (key.kind.has_begun(session) or (number < late and key.kind.has_changes(session)))
         ]
         if goes_on:  # a block that the response's body is in is the application's to end
             work = [one for one in work if not one[0].kind.is_of_body(one[1])]

@@ -20,7 +20,7 @@ from rope_middleware.running.finish import may_block
 from rope_middleware.scope.asking import is_to_commit
 from rope_middleware.scope.hands import wait_until
 from rope_middleware.scope.options import DEFAULT
-from rope_middleware.session.aside import CALLS, call_at_close, plain_class, reset
+from rope_middleware.session.aside import call_at_close, plain_class, reset
 from rope_middleware.session.begun import call_at_forks
 from rope_middleware.session.busy import allow_others, is_flushing, stop_others, wait_for_flush
 from rope_middleware.session.connections import (
@@ -57,8 +57,8 @@ def has_nothing_open(session: Session) -> bool:
     """Tell whether ending `session` needs no I/O."""
     if session.in_transaction():
         return False
-    if CALLS in session.__dict__ and not session._is_clean():  # noqa: SLF001
-        return False  # guarded: it may have been added to while it was committed (C10)
+    if session._new or session.identity_map._modified or session._deleted:  # noqa: SLF001
+        return False  # added while it was committed, or by a listener of that: see `has_pending`
     tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     if tie is None or (tie.transaction is None and not tie.connections):
         return plain_class(session) is not None
@@ -94,6 +94,8 @@ def _end_idle(session: Session) -> bool:
     """End `session` if it `has_nothing_open`; tell whether it has ended."""
     if session.in_transaction():
         return False
+    if session._new or session.identity_map._modified or session._deleted:  # noqa: SLF001
+        return False  # as in `has_nothing_open`
     tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
     if tie is not None and (tie.transaction is not None or tie.connections):
         if has_connection_out(tie):

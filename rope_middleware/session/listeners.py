@@ -34,7 +34,12 @@ from rope_middleware.session.connections import connections_out, has_made, has_o
 from rope_middleware.session.ended import note_ended
 from rope_middleware.session.notice import KNOWN, has_modules, learn_engines, notice_begin
 from rope_middleware.session.tie import TIE, PlainTie, Tie, keep_also, tie_to
-from rope_middleware.session.unsaved import forget_committed, forget_rolled_back, note_flush
+from rope_middleware.session.unsaved import (
+    forget_committed,
+    forget_rolled_back,
+    note_flush,
+    tell_expired,
+)
 from rope_middleware.session.written import watch, watch_binds
 
 __all__ = ["listen", "listen_to", "refuse_late"]
@@ -249,6 +254,8 @@ def _on_commit(session: Session) -> None:
         note_ended(tie)
     if tie.written is not None:
         forget_committed(tie, session)
+    if session.identity_map._modified and not session.in_nested_transaction():  # noqa: SLF001
+        tell_expired(tie, session)  # the commit began with everything flushed
     scope = tie.scope
     # Whether something has been committed matters to `retries` and to R3 alone.
     if scope is None or not (tie.follow is not None or retries_of(scope)):

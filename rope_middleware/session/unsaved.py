@@ -7,6 +7,7 @@ the session ends. A commit and a rollback forget both.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
@@ -15,7 +16,7 @@ from rope_middleware.scope.asking import expects_nothing
 from rope_middleware.scope.reading import reads_only
 from rope_middleware.session.begun import is_open
 from rope_middleware.session.connections import connections_of, is_autocommit
-from rope_middleware.session.lines import text_of
+from rope_middleware.session.lines import Line, text_of
 from rope_middleware.session.telling import tell_once
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "has_pending",
     "lost_by_closing",
     "note_flush",
+    "tell_expired",
     "tell_lost",
 ]
 
@@ -62,11 +64,15 @@ def note_flush(tie: Tie, session: Session) -> None:
 def _count_pending(session: Session, counts: _Counts, depth: int) -> None:
     for thing in session.new:
         counts[depth, _ADDED, type(thing).__name__] += 1
+    _count_changed(session, counts, depth)
+    for thing in session.deleted:
+        counts[depth, _DELETED, type(thing).__name__] += 1
+
+
+def _count_changed(session: Session, counts: _Counts, depth: int) -> None:
     for thing in session.dirty:
         if session.is_modified(thing):
             counts[depth, _CHANGED, type(thing).__name__] += 1
-    for thing in session.deleted:
-        counts[depth, _DELETED, type(thing).__name__] += 1
 
 
 def _depth(session: Session) -> int:
@@ -112,10 +118,14 @@ def tell_lost(tie: Tie, session: Session) -> None:
     if written is None and not has_pending(session):
         return
     line, scope = tie.line, tie.scope
-    if line is None or not is_open(tie) or (scope is not None and expects_nothing(scope)):
+    if line is None or (scope is not None and expects_nothing(scope)):
         return
-    what = _lost(tie, session, written)
+    is_late = not is_open(tie)  # then the application has ended what it has flushed
+    what = _lost(tie, session, None if is_late else written)
     if not what:
+        return
+    if is_late:
+        _tell_late(tie, line, what)
         return
     if scope is not None and reads_only(scope):
         tell_once(
@@ -134,10 +144,53 @@ def tell_lost(tie: Tie, session: Session) -> None:
         line,
         "%s ended without a commit, and changes are lost: %s (transaction begun at %s). Call "
         "commit(), or use commit_on_success=True; if it was meant, call rollback().",
-        "A session outside of scopes" if scope is None else repr(scope.name),
+        _name_of(tie),
         what,
         text_of(line),
     )
+
+
+def _name_of(tie: Tie) -> str:
+    return "A session outside of scopes" if tie.scope is None else repr(tie.scope.name)
+
+
+def _tell_late(tie: Tie, line: Line, what: str) -> None:
+    tell_once(
+        "late",
+        line,
+        "%s has ended, and changes are lost that were made while its last commit was under way, or "
+        "by a listener of it: %s (the commit's transaction was begun at %s). A listener of "
+        "after_commit that adds would need one commit after the other: let it add in "
+        "before_commit.",
+        _name_of(tie),
+        what,
+        text_of(line),
+    )
+
+
+def tell_expired(tie: Tie, session: Session) -> None:
+    """Say that changes are lost that were made while the commit was under way (C10).
+
+    Called in the instant after the commit: SQLAlchemy is about to expire every object. The commit
+    stands, and does not fail for a note.
+    """
+    line = tie.line
+    if line is None or not session.expire_on_commit:
+        return
+    lost: _Counts = Counter()
+    with suppress(Exception):  # another thread changes one more
+        _count_changed(session, lost, 0)
+    if lost:
+        tell_once(
+            "expired",
+            line,
+            "%s: objects were changed while the commit was under way, and expire_on_commit=True "
+            "has dropped that: %s (transaction begun at %s). Change them before the response "
+            "starts, or use expire_on_commit=False: then the end of the scope writes it.",
+            _name_of(tie),
+            ", ".join(_counted(lost)),
+            text_of(line),
+        )
 
 
 def lost_by_closing(tie: Tie, session: Session) -> str:

@@ -22,6 +22,7 @@ from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.engines import MakeEngine, hold_up, rows
 from tests.kit.leaks import checked_out
 from tests.kit.models import Row
+from tests.kit.said import Said
 from tests.kit.stacks import stack, twenty
 from tests.kit.waiting import PATIENCE, never
 from tests.servers.postgres import Database, postgres_server
@@ -90,6 +91,47 @@ def test_C10_what_is_added_while_the_commit_is_under_way(
 
     asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
     assert rows(engine) == (1 if then else 2)
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("expires", [True, False])
+def test_C10_what_is_changed_while_the_commit_is_under_way(
+    make_engine: MakeEngine, kind: str, expires: bool, said: Said
+) -> None:
+    """SQLAlchemy's expire_on_commit drops it, and that is told; else the end writes it."""
+    engine = make_engine()
+    jenny: Any = SessionJenny(sessionmaker(engine, expire_on_commit=expires))
+    if kind == "async":
+        async_engine = create_async_engine(engine.url.set(drivername="sqlite+aiosqlite"))
+        jenny = AsyncSessionJenny(async_sessionmaker(async_engine, expire_on_commit=expires))
+    commits, may_go = hold_up(async_engine.sync_engine if kind == "async" else engine)
+    if kind == "async":
+        may_go.set()  # its COMMIT is awaited
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        row = Row(name="view")
+
+        async def beside() -> None:
+            while not commits.is_set():
+                await asyncio.sleep(0)
+            row.name = "late"
+            may_go.set()
+
+        await asyncio.to_thread(jenny.session.add, row)
+        other = asyncio.create_task(beside())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await other
+        await send({"type": "http.response.body", "body": b""})
+        if kind == "async":
+            scope["rope_middleware.scope"].on_close(async_engine.dispose)
+
+    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
+    with Session(engine) as session:
+        assert session.scalar(select(Row.name)) == ("view" if expires else "late")
+    assert [
+        ("expire_on_commit=True has dropped that: 1 Row changed" in w) for w in said.warnings
+    ] == ([True] if expires else [])
 
 
 def test_C10_who_is_on_the_way_to_a_statement_is_waited_for(

@@ -16,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from rope_middleware import ScopeClosedError, open_scope
 from tests.kit.models import Row
+from tests.kit.said import Said
 from tests.kit.stores import Lock
 from tests.kit.web import Answer, Exchange, Web
 
@@ -236,6 +237,40 @@ def test_C2_in_open_scope_what_a_listener_writes_by_another_jenny_is_committed(
     web.loop.run(script())
     web.loop.run(other.dispose())
     assert (web.store.rows(), other.rows()) == ([1], [11])
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("ever", [False, True], ids=["once", "at each commit"])
+@pytest.mark.parametrize("how", ["request", "open_scope", "own"])
+def test_C2_what_a_listener_adds_after_the_commit_is_committed_at_the_end_or_told(
+    web: Web, listen: Listen, said: Said, how: str, ever: bool
+) -> None:
+    """One more commit takes it; a listener that adds for ever is told of what it loses (L1)."""
+
+    def audit(session: Any) -> None:
+        if ever or "audited" not in session.info:
+            session.info["audited"] = n = session.info.get("audited", 1) + 1
+            session.add(Row(n=n))
+
+    listen("after_commit", audit)
+
+    async def handler(exchange: Exchange) -> None:
+        await web.store.add(1)
+        if how == "own":
+            await web.store.commit()
+        await exchange.answer(200)
+
+    async def script() -> None:
+        async with open_scope("job", commit_on_success=True):
+            await web.store.add(1)
+
+    if how == "open_scope":
+        web.loop.run(script())
+    else:
+        assert web.ask(handler, commit_on_success=how == "request").status == 200
+    assert web.store.rows()[:2] == ([1] if how == "own" else [1, 2])
+    assert len(said.warnings) == (1 if ever or how == "own" else 0)
+    assert all("changes are lost" in one and "1 Row added" in one for one in said.warnings)
 
 
 # -- they are slow -----------------------------------------------------------------------------
