@@ -22,7 +22,7 @@ from rope_middleware.scope.scope import Scope
 if TYPE_CHECKING:
     from rope_middleware.asgi import ASGIRopeMiddleware
     from rope_middleware.async_jenny import AsyncSessionJenny
-    from rope_middleware.session.holders import holders
+    from rope_middleware.session.holding.holders import holders
     from rope_middleware.wsgi import WSGIRopeMiddleware
 
 __all__ = [
@@ -61,7 +61,7 @@ _ON_DEMAND = {
     "ASGIRopeMiddleware": "asgi",
     "AsyncSessionJenny": "async_jenny",
     "WSGIRopeMiddleware": "wsgi",
-    "holders": "session.holders",
+    "holders": "session.holding.holders",
 }
 
 

@@ -24,10 +24,10 @@ from rope_middleware.scope.scope import AsyncScope, Scope, is_over
 from rope_middleware.scope.settling import may_begin
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
 from rope_middleware.session.factories import check_arguments, check_session, class_of_made
+from rope_middleware.session.failures.sharing import noting
 from rope_middleware.session.listeners import listen
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
 from rope_middleware.session.release import has_connection, inner_session, release
-from rope_middleware.session.sharing import noting
 from rope_middleware.signature import explained
 
 from sqlalchemy.ext.asyncio import (  # isort: skip

@@ -18,7 +18,7 @@ from rope_middleware.scope.context import logger
 from rope_middleware.scope.options import DEFAULT, Options, methods_of, options_of
 from rope_middleware.scope.response import options_now, take_in
 from rope_middleware.scope.scope import Scope
-from rope_middleware.session.failures import listen_for_retries
+from rope_middleware.session.failures.listening import listen_for_retries
 from rope_middleware.signature import SignatureOf, explained, parameters_of
 
 if TYPE_CHECKING:

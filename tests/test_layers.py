@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "rope_middleware"
@@ -48,56 +49,62 @@ HOUSE = (
     "scope.opening",
     "session",
     "session.connections",
-    "session.statements",
-    "session.writes",
-    "session.taking",
-    "session.written",
-    "session.stacks",
-    "session.lines",
-    "session.bodies",
-    "session.telling",
-    "session.pools",
-    "session.begun",
-    "session.ended",
-    "session.where",
-    "session.door",
-    "session.holders",
-    "session.giving_way",
-    "session.stuck",
-    "session.waits",
-    "session.held",
-    "session.notice",
-    "session.locks",
+    "session.sql",
+    "session.sql.statements",
+    "session.sql.writes",
+    "session.sql.taking",
+    "session.sql.notes",
+    "session.code",
+    "session.code.stacks",
+    "session.code.lines",
+    "session.code.bodies",
+    "session.code.telling",
+    "session.code.where",
+    "session.holding",
+    "session.holding.pools",
+    "session.holding.begun",
+    "session.holding.ended",
+    "session.holding.door",
+    "session.holding.holders",
+    "session.holding.giving_way",
+    "session.holding.stuck",
+    "session.holding.waits",
+    "session.holding.held",
     "session.unsaved",
-    "session.turns",
-    "session.by_error",
-    "session.aside",
-    "session.blocks",
     "session.tie",
-    "session.closed",
+    "session.guard",
+    "session.guard.turns",
+    "session.guard.by_error",
+    "session.guard.sessions",
+    "session.guard.blocks",
+    "session.guard.busy",
+    "session.failures",
+    "session.failures.aborted",
+    "session.failures.lost",
+    "session.failures.trial",
+    "session.failures.doubt",
+    "session.failures.unanswered",
+    "session.failures.refusal",
+    "session.failures.locks",
+    "session.failures.listening",
+    "session.failures.shared_at",
+    "session.failures.loading",
+    "session.failures.sharing",
+    "session.notice",
+    "session.closed_early",
     "session.listeners",
     "session.factories",
-    "session.switches",
-    "session.autocommit",
-    "session.reading",
-    "session.busy",
     "session.closing",
-    "session.aborted",
-    "session.lost",
-    "session.trial",
-    "session.doubt",
-    "session.unanswered",
     "session.committing",
-    "session.refusal",
-    "session.failures",
-    "session.shared_at",
-    "session.loading",
-    "session.sharing",
     "session.kinds",
     "session.async_kind",
-    "session.positions",
-    "session.replicas",
-    "session.failover",
+    "session.reading",
+    "session.reading.switches",
+    "session.reading.autocommit",
+    "session.reading.sessions",
+    "session.reading.positions",
+    "session.reading.replicas",
+    "session.reading.failover",
     "session.registry",
     "session.release",
     "session.plain",
@@ -220,6 +227,13 @@ def test_every_module_has_its_place() -> None:
     assert set(MODULES) == set(HOUSE)
 
 
+def test_the_modules_of_a_folder_stand_together() -> None:
+    """The order of the folders is the order of imports, too."""
+    inner = [name.rpartition(".")[0] for name in HOUSE if name.count(".") > 1]
+    changes = [folder for before, folder in pairwise(["", *inner]) if folder != before]
+    assert len(changes) == len(set(changes))
+
+
 def _found(look: Callable[[str], Collection[object]]) -> dict[str, Collection[object]]:
     """Return what `look` finds in each module, of those in which it finds something."""
     return {module: found for module in MODULES if (found := look(module))}
@@ -271,7 +285,7 @@ PRIVATE: dict[str, set[str]] = {
     # What `Session._is_clean()` asks, in each request that commits.
     "session.closing": {"_deleted", "_modified", "_new"},
     "session.listeners": {"_modified"},
-    "session.busy": {"_flushing"},  # SQLAlchemy's; the tests of C10 pin it
+    "session.guard.busy": {"_flushing"},  # SQLAlchemy's; the tests of C10 pin it
     "session.committing": {"_flushing"},
     "session.unsaved": {"_is_clean"},  # SQLAlchemy's; the tests of L1 pin it
     "rope.rope": {"_session"},  # its own class's
@@ -281,7 +295,7 @@ PRIVATE: dict[str, set[str]] = {
         "_state",  # each chunk asks the scope
     },
     "flask": {"_get_current_object"},  # documented by Werkzeug
-    "session.autocommit": {"_has_events"},  # SQLAlchemy's way to ask for listeners
+    "session.reading.autocommit": {"_has_events"},  # SQLAlchemy's way to ask for listeners
     "testing.stock": {"_proxied"},  # SQLAlchemy's way from an engine to that of its pool
 }
 

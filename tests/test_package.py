@@ -97,31 +97,20 @@ ON_DEMAND = [
     "rope_middleware.position",
     *(f"rope_middleware.running.{name}" for name in ("call", "line", "threads", "ticker")),
     *(f"rope_middleware.scope.{name}" for name in ("async_ending", "hop")),
+    # Errors, retries, refusals.
     *(
-        f"rope_middleware.session.{name}"
-        # Errors, retries, refusals.
-        for name in (
-            "doubt",
-            "locks",
-            "lost",
-            "refusal",
-            "sharing",
-            "taking",
-            "trial",
-            "unanswered",
-        )
+        f"rope_middleware.session.failures.{name}"
+        for name in ("doubt", "locks", "lost", "refusal", "sharing", "trial", "unanswered")
     ),
+    # Waits, reports, warnings.
     *(
-        f"rope_middleware.session.{name}"
-        # Waits, reports, warnings.
-        for name in ("giving_way", "held", "holders", "pools", "stacks", "stuck", "turns")
+        f"rope_middleware.session.holding.{name}"
+        for name in ("giving_way", "held", "holders", "pools", "stuck")
     ),
-    *(
-        f"rope_middleware.session.{name}"
-        # What few applications use.
-        for name in ("autocommit", "plain", "reading", "release", "replicas")
-    ),
-    *(f"rope_middleware.session.{name}" for name in ("statements", "where", "writes")),
+    *(f"rope_middleware.session.{name}" for name in ("code.stacks", "code.where", "guard.turns")),
+    *(f"rope_middleware.session.sql.{name}" for name in ("statements", "taking", "writes")),
+    # What few applications use.
+    *(f"rope_middleware.session.{name}" for name in ("plain", "reading", "release")),
 ]
 
 

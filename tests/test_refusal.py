@@ -8,7 +8,7 @@ import psycopg.errors
 import pymysql.err
 import pytest
 
-from rope_middleware.session.refusal import is_refusal
+from rope_middleware.session.failures.refusal import is_refusal
 
 
 def error_of(module: str, *args: object, **attributes: object) -> Exception:

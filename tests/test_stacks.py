@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from rope_middleware.session.stacks import stacks_of_others
+from rope_middleware.session.code.stacks import stacks_of_others
 
 
 @contextmanager

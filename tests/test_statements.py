@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rope_middleware.session.statements import effect_of
+from rope_middleware.session.sql.statements import effect_of
 
 WRITES = [
     "INSERT INTO t VALUES (1)",

@@ -79,7 +79,7 @@ import logging, os, sys, threading, time
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import sessionmaker
 from rope_middleware import SessionJenny, holders, open_scope
-from rope_middleware.session import held
+from rope_middleware.session.holding import held
 held.EVERY, held.LIMIT = 0.02, 0.1
 logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING)
 jenny = SessionJenny(sessionmaker(create_engine("sqlite:///{path}")))

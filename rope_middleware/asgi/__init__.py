@@ -227,7 +227,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             if failed is None:
                 return
             log_retry(failed, tried + 1, retries)
-            from rope_middleware.session.refusal import wait_before_retry
+            from rope_middleware.session.failures.refusal import wait_before_retry
 
             await pause(wait_before_retry(failed, tried))
             replay.rewind()

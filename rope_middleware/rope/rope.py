@@ -16,7 +16,7 @@ from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware.scope.context import logger
 from rope_middleware.session.closing import close, detach
-from rope_middleware.session.lines import Line
+from rope_middleware.session.code.lines import Line
 from rope_middleware.session.listeners import listen_to
 from rope_middleware.session.notice import notice_module
 from rope_middleware.session.registry import ScopeRegistry, check_own

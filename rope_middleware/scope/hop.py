@@ -74,7 +74,7 @@ async def commit_by_hop(
     settling, timeout = Settling(scope), scope._options.close_timeout
     settling.begin(alone.key)
     is_done, cancelled, failure = False, None, None
-    if not scope._calls:  # order matters: see `session.aside`
+    if not scope._calls:  # order matters: see `session.guard`
         try:
             outcome, cancelled = await there_and_back(
                 _commit, (settling, alone), timeout, alone.places
@@ -112,7 +112,7 @@ async def commit_in_task(
     settling.begin(alone.key)
     settling.join()
     is_done = False
-    if not scope._calls:  # order matters: see `session.aside`
+    if not scope._calls:  # order matters: see `session.guard`
         try:
             commits = alone.key.kind.acommit_alone(alone.session)
             is_done = commits is not None and await commits

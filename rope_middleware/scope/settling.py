@@ -47,7 +47,7 @@ reset_committing: Callable[[Token[Scope | None]], None] = _committing.reset
 
 
 class Calls(list[object]):
-    """Who is inside of a call on a guarded session of a scope: see `session.aside`."""
+    """Who is inside of a call on a guarded session of a scope: see `session.guard`."""
 
     __slots__ = ("settling", "thread")
 

@@ -22,9 +22,9 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.running.places import Places
 from rope_middleware.session import closing, committing
-from rope_middleware.session.aside import plain_class, reset
+from rope_middleware.session.failures.sharing import tell_cut_off
+from rope_middleware.session.guard.sessions import plain_class, reset
 from rope_middleware.session.kinds import SyncKind
-from rope_middleware.session.sharing import tell_cut_off
 
 __all__ = ["ASYNC", "FOREIGN_ASYNC", "AsyncKind", "ForeignAsyncKind"]
 

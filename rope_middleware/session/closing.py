@@ -1,6 +1,6 @@
 """How one session ends: closed, discarded where it has nothing open, invalidated, detached.
 
-Another thread may be inside a call on the session when its scope ends: see `busy`.
+Another thread may be inside a call on the session when its scope ends: see `guard.busy`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,24 @@ from rope_middleware.running.finish import may_block
 from rope_middleware.scope.asking import is_to_commit
 from rope_middleware.scope.hands import wait_until
 from rope_middleware.scope.options import DEFAULT
-from rope_middleware.session.aside import call_at_close, plain_class, reset
-from rope_middleware.session.begun import call_at_forks
-from rope_middleware.session.busy import allow_others, is_flushing, stop_others, wait_for_flush
 from rope_middleware.session.connections import (
     connections_out,
     has_connection_out,
     invalidate_all,
     leave_to_parent,
 )
+from rope_middleware.session.guard.busy import (
+    allow_others,
+    is_flushing,
+    stop_others,
+    wait_for_flush,
+)
+from rope_middleware.session.guard.sessions import call_at_close, plain_class, reset
+from rope_middleware.session.holding.begun import call_at_forks
 from rope_middleware.session.listeners import refuse_late
+from rope_middleware.session.sql.notes import notes_of
 from rope_middleware.session.tie import TIE, Tie, tie_of
 from rope_middleware.session.unsaved import has_pending, tell_lost
-from rope_middleware.session.written import notes_of
 
 __all__ = [
     "close",
@@ -83,7 +88,7 @@ def end_at_once(session: Session) -> bool:
     """End `session` where that needs no I/O; tell whether it has ended."""
     if _end_idle(session):
         return True
-    ends = getattr(session, "_rope_middleware_ends_at_once", None)  # it only reads: see `reading`
+    ends = getattr(session, "_rope_middleware_ends_at_once", None)  # only reads: see `reading`
     if ends is None or not ends() or plain_class(session) is None:
         return False
     close(session)
@@ -183,7 +188,7 @@ def _note_closed(session: Session, how: str) -> None:
     if tie is None or tie.scope is None or not (tie.written is not None or has_pending(session)):
         return
     if is_to_commit(tie.scope) and not sys.is_finalizing():
-        from rope_middleware.session.closed import note_closed
+        from rope_middleware.session.closed_early import note_closed
 
         note_closed(tie, tie.scope, session, how)
 

@@ -1,7 +1,7 @@
 """A commit of ours, of one session: refused where it would be a rollback.
 
-What is done where its answer is lost, and nobody knows what became of it, stands in `unanswered`.
-It is imported when that happens.
+What is done where its answer is lost, and nobody knows what became of it, stands in
+`failures.unanswered`. It is imported when that happens.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rope_middleware.scope.outcome import (
     trial_of,
 )
 from rope_middleware.scope.scope import Scope
-from rope_middleware.session.aborted import TELLING, ask_for_aborted, refuse_aborted
-from rope_middleware.session.aside import CALLS, commit_unguarded
-from rope_middleware.session.begun import OF_BODY
-from rope_middleware.session.busy import has_unread
 from rope_middleware.session.connections import BLOCK, connections_of, has_out, made_connections
+from rope_middleware.session.failures.aborted import TELLING, ask_for_aborted, refuse_aborted
+from rope_middleware.session.guard.busy import has_unread
+from rope_middleware.session.guard.sessions import CALLS, commit_unguarded
+from rope_middleware.session.holding.begun import OF_BODY
 from rope_middleware.session.tie import TIE, Tie, tie_of
 from rope_middleware.session.unsaved import has_pending
 
@@ -99,7 +99,7 @@ def _commit(session: Session, scope: Scope, transaction: SessionTransaction | No
     except Exception as error:
         if sys.is_finalizing():
             raise
-        from rope_middleware.session import unanswered
+        from rope_middleware.session.failures import unanswered
 
         if unanswered.had_only_read(made_connections(transaction), error):
             session.rollback()
@@ -223,7 +223,7 @@ async def _stands(
     """
     if sys.is_finalizing():
         return False
-    from rope_middleware.session import unanswered
+    from rope_middleware.session.failures import unanswered
 
     connections = made_connections(transaction)  # of one that has ended they are still known
     if isinstance(error, OutOfTimeError):
@@ -244,7 +244,7 @@ async def _stands(
 def settle(scope: Scope) -> None:
     """Find out what became of commits of the application's own, before a request is run again."""
     if _has_lost(scope):
-        from rope_middleware.session import unanswered
+        from rope_middleware.session.failures import unanswered
 
         unanswered.settle(scope)
 
@@ -252,7 +252,7 @@ def settle(scope: Scope) -> None:
 async def asettle(scope: Scope) -> None:
     """`settle`, on the event loop."""
     if _has_lost(scope):
-        from rope_middleware.session import unanswered
+        from rope_middleware.session.failures import unanswered
 
         await unanswered.asettle(scope)
 

@@ -15,10 +15,10 @@ from sqlalchemy.exc import PendingRollbackError
 from rope_middleware.running.places import Places
 from rope_middleware.scope.ending import explainers
 from rope_middleware.session import closing, committing
-from rope_middleware.session.aside import guard
-from rope_middleware.session.begun import is_of_body
-from rope_middleware.session.busy import is_busy
 from rope_middleware.session.connections import leave_block
+from rope_middleware.session.guard.busy import is_busy
+from rope_middleware.session.guard.sessions import guard
+from rope_middleware.session.holding.begun import is_of_body
 from rope_middleware.session.tie import is_session
 from rope_middleware.session.unsaved import has_pending
 
@@ -119,7 +119,7 @@ class SyncKind:
     def explain(self, error: BaseException, /) -> None:
         if sys.is_finalizing() or not isinstance(error, PendingRollbackError):
             return
-        from rope_middleware.session.sharing import note_rollback
+        from rope_middleware.session.failures.sharing import note_rollback
 
         note_rollback(error)
 
@@ -194,7 +194,7 @@ def _note_reason(error: BaseException) -> None:
     # What looks at an error is imported when there is one: it takes its time.
     if sys.is_finalizing():
         return
-    from rope_middleware.session.sharing import note_reason
+    from rope_middleware.session.failures.sharing import note_reason
 
     note_reason(error)
 

@@ -27,12 +27,13 @@ from rope_middleware.scope.settling import (
     needs,
     settling_of,
 )
-from rope_middleware.session.aside import is_guarded, reset
-from rope_middleware.session.begun import OF_BODY, is_alone, note_begin
-from rope_middleware.session.blocks import guard_transaction
 from rope_middleware.session.connections import connections_out, has_made, has_out, made_connections
-from rope_middleware.session.ended import note_ended
+from rope_middleware.session.guard.blocks import guard_transaction
+from rope_middleware.session.guard.sessions import is_guarded, reset
+from rope_middleware.session.holding.begun import OF_BODY, is_alone, note_begin
+from rope_middleware.session.holding.ended import note_ended
 from rope_middleware.session.notice import KNOWN, has_modules, learn_engines, notice_begin
+from rope_middleware.session.sql.notes import watch, watch_binds
 from rope_middleware.session.tie import TIE, PlainTie, Tie, keep_also, tie_to
 from rope_middleware.session.unsaved import (
     forget_committed,
@@ -40,7 +41,6 @@ from rope_middleware.session.unsaved import (
     note_flush,
     tell_expired,
 )
-from rope_middleware.session.written import watch, watch_binds
 
 __all__ = ["listen", "listen_to", "refuse_late"]
 
@@ -180,10 +180,10 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
 
 
 def _note_body(transaction: SessionTransaction) -> None:
-    """Note whether a block of a response's body has begun `transaction`: see `bodies`."""
+    """Note whether a block of a response's body has begun `transaction`: see `code.bodies`."""
     if sys.is_finalizing():
         return
-    from rope_middleware.session.bodies import is_in_body
+    from rope_middleware.session.code.bodies import is_in_body
 
     if is_in_body():
         transaction.__dict__[OF_BODY] = True
@@ -223,7 +223,7 @@ def _wait_or_refuse(session: Session, tie: Tie, scope: Scope, is_outermost: bool
         settling = must_wait_for(scope)
         if settling is not None and isinstance(tie, PlainTie):
             settling.leave_out(tie.owner)  # else that commit would wait for it
-        from rope_middleware.session.turns import wait_for_commit  # few ever wait
+        from rope_middleware.session.guard.turns import wait_for_commit  # few ever wait
 
         wait_for_commit(scope)
     if is_over(scope):

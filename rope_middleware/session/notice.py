@@ -13,10 +13,10 @@ from sqlalchemy.orm import Session, SessionTransaction
 from rope_middleware.errors import memory_of_thread
 from rope_middleware.scope.asking import is_async, is_request, is_thread_of
 from rope_middleware.scope.context import current
-from rope_middleware.session.begun import DEPTH, call_at_begins, note_begin
-from rope_middleware.session.lines import Line, text_of
-from rope_middleware.session.telling import tell_once
-from rope_middleware.session.waits import put_door
+from rope_middleware.session.code.lines import Line, text_of
+from rope_middleware.session.code.telling import tell_once
+from rope_middleware.session.holding.begun import DEPTH, call_at_begins, note_begin
+from rope_middleware.session.holding.waits import put_door
 
 if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
@@ -26,13 +26,13 @@ __all__ = ["KNOWN", "has_modules", "learn_engines", "notice_begin", "notice_modu
 
 def _look() -> bool:
     # In the thread that looks: nobody waits for this import, which takes two milliseconds.
-    from rope_middleware.session import held
+    from rope_middleware.session.holding import held
 
     return held.look()
 
 
 def _every() -> float:
-    from rope_middleware.session import held
+    from rope_middleware.session.holding import held
 
     return held.EVERY
 

@@ -18,15 +18,15 @@ from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.scope import is_over
 from rope_middleware.session import closing, committing
-from rope_middleware.session.aside import guard
-from rope_middleware.session.begun import is_of_body
-from rope_middleware.session.busy import is_busy
 from rope_middleware.session.connections import leave_block
-from rope_middleware.session.failures import listen_for_errors
+from rope_middleware.session.failures.listening import listen_for_errors
+from rope_middleware.session.failures.sharing import tell_cut_off
+from rope_middleware.session.guard.busy import is_busy
+from rope_middleware.session.guard.sessions import guard
+from rope_middleware.session.holding.begun import is_of_body
 from rope_middleware.session.kinds import SYNC
 from rope_middleware.session.listeners import listen
 from rope_middleware.session.registry import ScopeRegistry
-from rope_middleware.session.sharing import tell_cut_off
 from rope_middleware.session.tie import is_session, tie_of, tie_to
 from rope_middleware.session.unsaved import has_pending
 

@@ -32,9 +32,9 @@ from rope_middleware.scope.settling import (
     needs_for_commit,
     settling_of,
 )
-from rope_middleware.session.aside import become
-from rope_middleware.session.by_error import note_error
-from rope_middleware.session.failures import listen_for_errors
+from rope_middleware.session.failures.listening import listen_for_errors
+from rope_middleware.session.guard.by_error import note_error
+from rope_middleware.session.guard.sessions import become
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.listeners import listen_to
 from rope_middleware.session.tie import TIE, keep_also, tie_of, tie_to
@@ -182,11 +182,11 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         """Let a new session of a read-only scope read: from its own engine, or from a replica."""
         # Imported where they are used for the first time: they take their time.
         if self.replicas is None:
-            from rope_middleware.session.reading import make_reading
+            from rope_middleware.session.reading.sessions import make_reading
 
             make_reading(session)
         else:
-            from rope_middleware.session.failover import place
+            from rope_middleware.session.reading.failover import place
 
             place(session, scope, self, self.replicas)
 
@@ -277,9 +277,9 @@ class StrictRegistry(ScopedRegistry[_T]):
 
 
 def use_replicas(registry: ScopeRegistry[Any], given: Any, expected: type, factory: object) -> None:
-    """Let the sessions of read-only scopes read from replicas; see `replicas.replicas_of`."""
-    from rope_middleware.session.failover import check_factory
-    from rope_middleware.session.replicas import replicas_of
+    """Let the sessions of read-only scopes read from replicas; see `reading.replicas`."""
+    from rope_middleware.session.reading.failover import check_factory
+    from rope_middleware.session.reading.replicas import replicas_of
 
     registry.replicas = replicas_of(given, expected)
     if registry.replicas is not None:

@@ -19,10 +19,10 @@ from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from rope_middleware.errors import RopeError
 from rope_middleware.scope.context import logger
 from rope_middleware.scope.reading import reads_only
-from rope_middleware.session.aside import in_turn
 from rope_middleware.session.connections import end_transaction, lent_connections, made_connections
+from rope_middleware.session.guard.sessions import in_turn
+from rope_middleware.session.sql.notes import is_watched, notes_of
 from rope_middleware.session.tie import tie_of
-from rope_middleware.session.written import is_watched, notes_of
 
 if TYPE_CHECKING:
     from rope_middleware.session.registry import ScopeRegistry

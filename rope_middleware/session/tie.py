@@ -14,8 +14,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.scope.scope import Scope, keep
-from rope_middleware.session.begun import note_begin
-from rope_middleware.session.lines import Line
+from rope_middleware.session.code.lines import Line
+from rope_middleware.session.holding.begun import note_begin
 from rope_middleware.session.unsaved import Written
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Tie:
     follow: Callable[[Collection[Connection]], None] | None = (
         None  # called after each commit: see R3
     )
-    # Of the last transaction: see `begun`.
+    # Of the last transaction: see `holding.begun`.
     line: Line | None
     since: float
     thread: int

@@ -14,10 +14,10 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.scope.asking import expects_nothing
 from rope_middleware.scope.reading import reads_only
-from rope_middleware.session.begun import is_open
+from rope_middleware.session.code.lines import Line, text_of
+from rope_middleware.session.code.telling import tell_once
 from rope_middleware.session.connections import connections_of, is_autocommit
-from rope_middleware.session.lines import Line, text_of
-from rope_middleware.session.telling import tell_once
+from rope_middleware.session.holding.begun import is_open
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rope_middleware.session.lines import application_line, text_of
+from rope_middleware.session.code.lines import application_line, text_of
 from rope_middleware.session.release import HAS_WRITTEN
 from rope_middleware.testing.cursor import WRITE, VirtualCursor, refuse
 from rope_middleware.testing.shared import SharedConnection

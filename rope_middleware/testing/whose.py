@@ -20,7 +20,7 @@ from rope_middleware.errors import RopeError
 from rope_middleware.rope.registry import RopeRegistry
 from rope_middleware.scope.context import current
 from rope_middleware.scope.scope import Scope, session_of
-from rope_middleware.session.reading import Reading, reading_bind
+from rope_middleware.session.reading.sessions import Reading, reading_bind
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry
 from rope_middleware.session.tie import is_session, tie_of
 from rope_middleware.testing.words import closed

@@ -172,7 +172,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
                 if response is not AGAIN:
                     return scope, response
                 log_retry(scope, tried + 1, self._options.retries)
-                from rope_middleware.session.refusal import wait_before_retry
+                from rope_middleware.session.failures.refusal import wait_before_retry
 
                 time.sleep(wait_before_retry(scope, tried))
         return self._serve_try(replay.environ() if replay else environ, start_response, carried)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rope_middleware.session import telling
+from rope_middleware.session.code import telling
 
 
 class Said(logging.Handler):

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from rope_middleware.session.refusal import bridging
+from rope_middleware.session.failures.refusal import bridging
 from tests.kit.models import Row
 from tests.kit.shop import SHOPS, Answer, Shop, Work, ask_once, insert, load_over_a_restart
 from tests.servers.postgres import Database, postgres_server

@@ -30,7 +30,7 @@ from rope_middleware import (
     holders,
     open_scope,
 )
-from rope_middleware.session.pools import limit_of
+from rope_middleware.session.holding.pools import limit_of
 from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.engines import small_async_engine
 from tests.kit.said import Said
@@ -460,7 +460,7 @@ def test_H3_the_pool_is_asked_without_a_word_in_its_log(
 
 def test_H3_nothing_is_left_behind_by_who_waited(make_pool: Any) -> None:
     """Marks go with the wait, whatever its end."""
-    from rope_middleware.session.door import marks
+    from rope_middleware.session.holding.door import marks
 
     jenny = SessionJenny(sessionmaker(make_pool(1)))
     with open_scope():

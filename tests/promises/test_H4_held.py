@@ -28,7 +28,8 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny, holders, open_scope
-from rope_middleware.session import held, telling
+from rope_middleware.session.code import telling
+from rope_middleware.session.holding import held
 from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.engines import MakeEngine, small_async_engine
 from tests.kit.models import Row

@@ -241,7 +241,7 @@ def test_H5_no_commit_fails_for_the_note_of_who_has_committed(
     jenny = SessionJenny(sessionmaker(engine))
     with open_scope("another session"):
         assert jenny.session.scalars(select(Row)).all() == []
-        monkeypatch.setitem(sys.modules, "rope_middleware.session.statements", None)
+        monkeypatch.setitem(sys.modules, "rope_middleware.session.sql.statements", None)
         with open_scope():
             jenny.session.execute(insert(Row).values(n=1))
             jenny.session.commit()

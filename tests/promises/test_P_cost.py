@@ -305,7 +305,7 @@ def test_P4_a_request_leaves_nothing_to_the_garbage_collector(
 ) -> None:
     """300 requests with a SELECT or an INSERT: no cycles, and nothing for each of them."""
     # The notes on who has just written (H5) come and go with the time: here each drops the last.
-    monkeypatch.setattr("rope_middleware.session.ended._SECOND", 0.0)
+    monkeypatch.setattr("rope_middleware.session.holding.ended._SECOND", 0.0)
     jenny = SessionJenny(sessionmaker(engine))
 
     def use() -> None:

@@ -297,7 +297,7 @@ def test_R2_left_out_for_30_seconds_and_tried_again(
 
     now = time.monotonic()
     passed = 0.0
-    monkeypatch.setattr("rope_middleware.session.replicas.monotonic", lambda: now + passed)
+    monkeypatch.setattr("rope_middleware.session.reading.replicas.monotonic", lambda: now + passed)
     dead = servers.replicas[0]
     dead.kill()
     eventually(lambda: reader.run(_server) and _warnings(caplog), "nobody has met the dead one")

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import AsyncSessionJenny, SessionJenny, open_scope
-from rope_middleware.session.giving_way import is_plain_read
+from rope_middleware.session.holding.giving_way import is_plain_read
 from tests.kit.engines import MakeEngine, begin_as_writer, fill
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data, Row

@@ -1,0 +1,66 @@
+"""A ``close()`` or ``reset()`` in a scope that commits says what it has rolled back (L1).
+
+A dependency that ends its session before the response starts loses what the endpoint has written,
+and the response is a success all the same. ``close()`` stays a rollback. But nobody means it so
+where the scope then commits, and ``rollback()`` says it better. Only an error that leaves a
+``with jenny.session:``, or is being handled, says enough.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from sqlalchemy.orm import Session
+
+from rope_middleware.scope.scope import Scope, call_after_commit
+from rope_middleware.session.code.lines import application_line, text_of
+from rope_middleware.session.code.telling import tell_once, was_told
+from rope_middleware.session.guard.by_error import BY_ERROR
+from rope_middleware.session.tie import Tie
+from rope_middleware.session.unsaved import lost_by_closing
+
+__all__ = ["note_closed"]
+
+_WHAT = "closed"
+
+
+def note_closed(tie: Tie, scope: Scope, session: Session, how: str) -> None:
+    """Let the commit of `scope` tell what its session, about to be closed, has written.
+
+    Args:
+        tie: the session's.
+        scope: it commits.
+        session: closed by the application.
+        how: what it has called.
+    """
+    if tie.line is None or _is_by_error(session):
+        return
+    what = "" if was_told(_WHAT, tie.line) else lost_by_closing(tie, session)
+    if not what:
+        return
+    # `async with` closes an AsyncSession in a task of its own, where the application has no line.
+    is_async = tie.kind is None or tie.kind.is_async
+    where = "" if is_async else f" at {text_of(application_line(1))}"
+    line = tie.line
+
+    def tell() -> None:
+        tell_once(
+            _WHAT,
+            line,
+            "%r was a success, and changes are lost: %s, rolled back by %s%s before the commit "
+            "(transaction begun at %s). Leave the session open, its scope commits and closes it; "
+            "if it was meant, call rollback().",
+            scope.name,
+            what,
+            how,
+            where,
+            text_of(line),
+        )
+
+    call_after_commit(scope, tell)
+
+
+def _is_by_error(session: Session) -> bool:
+    """Tell whether an error closes the session."""
+    was_noted: bool = session.__dict__.pop(BY_ERROR, False)
+    return was_noted or isinstance(sys.exc_info()[1], Exception)

@@ -1,0 +1,111 @@
+"""Is somebody in the middle of something in a session? Its commit waits for that (C10).
+
+The end of its scope does, too, but not for long: who is busy may have outlived the request (S4).
+"""
+
+from __future__ import annotations
+
+from threading import get_ident
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session
+
+from rope_middleware.running.finish import may_block
+from rope_middleware.scope.hands import MOST_SECONDS, wait_until
+from rope_middleware.scope.options import DEFAULT
+from rope_middleware.scope.outcome import timeout_of
+from rope_middleware.scope.scope import Scope
+from rope_middleware.scope.settling import calls_of
+from rope_middleware.session.connections import connections_of, made_connections
+from rope_middleware.session.guard.sessions import is_guarded
+from rope_middleware.session.sql.notes import NOTES, Notes, notes_of, notes_to_be
+from rope_middleware.session.tie import Tie, tie_of
+
+__all__ = [
+    "allow_others",
+    "has_unread",
+    "is_busy",
+    "is_flushing",
+    "stop_others",
+    "wait_for_flush",
+]
+
+
+def has_unread(connection: Connection) -> bool:
+    """Tell whether a statement on `connection` is under way, or a result is still being read."""
+    notes: Notes | None = connection.__dict__.get(NOTES)  # as `notes_of`, in each request
+    if notes is not None:
+        for one in notes.executions:
+            if one() is not None:  # of most statements nothing is left
+                return notes.has_unread()
+    return False
+
+
+def is_flushing(tie: Tie, session: Session) -> bool:
+    """Tell whether a flush is under way."""
+    # The second: its transaction is not active while it gets its connection.
+    return (tie.flush is not None and tie.flush[0].is_active) or session._flushing  # noqa: SLF001
+
+
+def is_busy(session: Session) -> bool:
+    """Tell whether a statement or a flush of `session` is under way, or another call."""
+    tie = tie_of(session)
+    if tie is None:
+        return False
+    if tie.scope is not None and is_guarded(session) and calls_of(tie.scope):
+        return True
+    if is_flushing(tie, session):
+        return True
+    for connection in made_connections(tie.transaction):
+        if notes_of(connection).is_executing():
+            return True
+    return False
+
+
+# -- the end of a scope ----------------------------------------------------------------------------
+
+
+def wait_for_flush(tie: Tie) -> None:
+    """Let a flush end that another thread is in the middle of.
+
+    Its next statement would land on a connection that is back in the pool already, and be
+    committed by whoever has it then.
+    """
+    assert tie.flush is not None  # noqa: S101 - the caller has looked
+    transaction, thread = tie.flush
+    tie.flush = None
+    if thread != get_ident() and transaction.is_active and may_block():
+        wait_until(lambda: not transaction.is_active, DEFAULT.close_timeout)
+
+
+def stop_others(tie: Tie, scope: Scope) -> None:
+    """Have the connections of a session that ends with `scope` for this thread alone.
+
+    No other thread begins a statement on them any more (see `sql.taking`), and we wait for the one
+    that is under way: two threads at once break a connection of many drivers.
+    """
+    before = None
+    for connection, _, _, is_made in connections_of(tie.transaction):
+        if not is_made or connection is before:  # each is there twice
+            continue
+        before = connection
+        notes: Notes | None = connection.__dict__.get(NOTES)
+        if notes is None:
+            notes = notes_to_be(connection)
+        notes.gone = scope, get_ident()  # before the look
+        executions = notes.executions
+        if executions and executions[-1]() is not None:  # only the last can be under way
+            _wait_for_statement(notes, scope)
+
+
+def allow_others(tie: Tie) -> None:
+    """Undo `stop_others`: another thread is inside of a call that the end has to wait for."""
+    for connection in made_connections(tie.transaction):
+        notes_of(connection).gone = None
+
+
+def _wait_for_statement(notes: Notes, scope: Scope) -> None:
+    """Let a statement end, within half of the time after which a cancelled request goes on."""
+    if notes.is_executing() and may_block():
+        seconds = min(MOST_SECONDS, timeout_of(scope) / 2)
+        wait_until(lambda: not notes.is_executing(), seconds)
