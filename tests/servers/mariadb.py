@@ -25,7 +25,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -134,6 +133,17 @@ class MariaDatabase:
 class MariaDBServer(OwnServer):
     """A running server. Ask `mariadb_server()` for it."""
 
+    log: Path
+    """Where one that was started here tells of itself."""
+
+    def starts(self) -> int:
+        """How often it has begun to listen; who asks its socket may miss a quick restart."""
+        return self.told().count("ready for connections")
+
+    def told(self) -> str:
+        """What it has logged."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
     @contextlib.contextmanager
     def new_database(self) -> Iterator[MariaDatabase]:
         """A fresh, empty database, dropped at the end even if connections are still open."""
@@ -157,14 +167,13 @@ class MariaDBServer(OwnServer):
         """End a server that was started here, in order or by SIGKILL, and start it again."""
         assert self._keeper is not None
         assert self._keeper.stdin is not None
+        before = self.starts()
         self._keeper.stdin.write(b"%d\n" % how)
         self._keeper.stdin.flush()
         limit = time.monotonic() + START_LIMIT
-        was_away = False
-        while not (was_away and _listens(self.url)):
-            was_away = was_away or not _listens(self.url)
+        while self.starts() == before:
             if time.monotonic() > limit:
-                raise RuntimeError("MariaDB did not come again")
+                raise RuntimeError(f"MariaDB did not come again. Its log:\n{self.told()}")
             time.sleep(0.005)
 
 
@@ -225,9 +234,10 @@ def start(port: int | None = None) -> MariaDBServer:
         shutil.rmtree(base, ignore_errors=True)
         raise
     server = MariaDBServer(url, keeper)
+    server.log = base / "log"
     limit = time.monotonic() + START_LIMIT
-    while not _listens(url):
-        log = (base / "log").read_text(errors="replace") if (base / "log").exists() else ""
+    while not server.starts():
+        log = server.told()
         # mariadbd says so when it ends; its keeper waits for the pipe.
         has_ended = "[ERROR] Aborting" in log or keeper.poll() is not None
         if time.monotonic() > limit or has_ended:
@@ -235,17 +245,6 @@ def start(port: int | None = None) -> MariaDBServer:
             raise RuntimeError(f"MariaDB did not start. Its log:\n{log}")
         time.sleep(0.05)
     return server
-
-
-def _listens(url: URL) -> bool:
-    # By hand: PyMySQL leaves the socket open where it cannot connect.
-    path = url.query.get("unix_socket")
-    with socket.socket(socket.AF_UNIX if path else socket.AF_INET) as sock:
-        try:
-            sock.connect(path or (HOST, url.port))
-        except OSError:
-            return False
-        return True
 
 
 def _program() -> str:
