@@ -27,6 +27,7 @@ __all__ = [
     "Calls",
     "Settling",
     "calls_of",
+    "is_after_response",
     "may_begin",
     "may_begin_in_loop",
     "may_begin_plainly",
@@ -262,6 +263,12 @@ def may_begin_in_loop(scope: Scope) -> bool:
         and isinstance(scope, AsyncScope)
         and scope._loop is here
     )
+
+
+def is_after_response(scope: Scope) -> bool:
+    """Tell whether a commit of `scope` is of what was done after its response's start."""
+    is_http = isinstance(scope._name, tuple) and not scope._is_accepted
+    return is_http and scope._settling is None
 
 
 def must_wait_for(scope: Scope) -> Settling | None:

@@ -101,7 +101,7 @@ def _commit(session: Session, scope: Scope, transaction: SessionTransaction | No
             raise
         from rope_middleware.session.failures import unanswered
 
-        if unanswered.had_only_read(made_connections(transaction), error):
+        if unanswered.had_only_read(scope, made_connections(transaction), error):
             session.rollback()
             return
         if not unanswered.is_lost(scope, error):
@@ -228,7 +228,7 @@ async def _stands(
     connections = made_connections(transaction)  # of one that has ended they are still known
     if isinstance(error, OutOfTimeError):
         unanswered.note_no_answer(scope, connections, error)
-    elif unanswered.had_only_read(connections, error):
+    elif unanswered.had_only_read(scope, connections, error):
         await session.rollback()
         return True
     elif not unanswered.is_lost(scope, error):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio import move_on_after
 from sqlalchemy import Engine, create_engine, make_url, select, text
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import async_sessionmaker
@@ -121,35 +122,43 @@ async def test_C2_of_a_cut_off_read_there_is_nothing_to_commit(
     urls = [url.set(drivername="sqlite+aiosqlite")] if is_async else [url]
     async with Either(urls, is_async=is_async) as either:
 
-        async def cut_off() -> None:
-            async with either.scope(commit_on_success=True):
-                await either.do("execute", select(Row.n))
-                if writes == "text":
-                    await either.do("execute", text("DELETE FROM row"))
-                if writes in ("flush", "pending"):
-                    either.jenny.session.add(Row(n=7))
-                if writes == "flush":
+        async def work() -> None:
+            await either.do("execute", select(Row.n))
+            if writes == "text":
+                await either.do("execute", text("DELETE FROM row"))
+            if writes in ("flush", "pending"):
+                either.jenny.session.add(Row(n=7))
+            if writes == "flush":
+                await either.do("flush")
+            connection = await either.do("connection")
+            done = connection.invalidate()
+            if is_async:
+                await done
+            if writes == "swallowed":
+                either.jenny.session.add(Row(n=7))
+                with suppress(PendingRollbackError):
                     await either.do("flush")
-                connection = await either.do("connection")
-                done = connection.invalidate()
-                if is_async:
-                    await done
-                if writes == "swallowed":
-                    either.jenny.session.add(Row(n=7))
-                    with suppress(PendingRollbackError):
-                        await either.do("flush")
 
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await work()
+
+        served = ask(ASGIRopeMiddleware(app, commit_on_success=True))
         if writes:
             with pytest.raises(PendingRollbackError):
-                await cut_off()
+                await served
         else:
-            await cut_off()
+            await served
+        with pytest.raises(PendingRollbackError):  # no hang-up: nobody knows what is lost
+            async with either.scope(commit_on_success=True):
+                await work()
         async with either.scope():
             assert len((await either.do("scalars", select(Row))).all()) == 3
 
 
+@pytest.mark.parametrize("how", ["lost", "cut off"])
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg_async", "asyncpg"])
-async def test_C2_a_lost_read_that_is_swallowed_is_no_success(driver: str) -> None:
+async def test_C2_a_lost_read_that_is_swallowed_is_no_success(driver: str, how: str) -> None:
     """What the driver's own connection has written before (COPY) nobody has seen: it is lost."""
     is_async = driver != "psycopg"
 
@@ -163,16 +172,27 @@ async def test_C2_a_lost_read_that_is_swallowed_is_no_success(driver: str) -> No
             with connection.cursor() as cursor, cursor.copy("COPY row FROM STDIN") as copied:
                 copied.write_row((7, ""))
 
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await either.do("execute", select(Row.n))
+        found = await either.do("connection")
+        raw = await found.get_raw_connection() if is_async else found.connection
+        await copy(raw.driver_connection)
+        if how == "cut off" and is_async:
+            with move_on_after(0.1):
+                await either.do("execute", text("SELECT pg_sleep(10)"))
+        elif how == "cut off":
+            found.invalidate()  # as SQLAlchemy does at a KeyboardInterrupt, and gevent's Timeout
+        else:
+            database.query(CUT_ALL)
+            with suppress(DBAPIError):
+                await either.do("execute", select(Row.n))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
     with postgres_server().new_database() as database:
         database.query("CREATE TABLE row (n int PRIMARY KEY, name text NOT NULL)")
         async with Either([database.url(driver)], is_async=is_async) as either:
-            with pytest.raises(PendingRollbackError):
-                async with either.scope(commit_on_success=True):
-                    await either.do("execute", select(Row.n))
-                    found = await either.do("connection")
-                    raw = await found.get_raw_connection() if is_async else found.connection
-                    await copy(raw.driver_connection)
-                    database.query(CUT_ALL)
-                    with suppress(DBAPIError):
-                        await either.do("execute", select(Row.n))
-        assert database.query("SELECT n FROM row") == []
+            statuses: list[int] = []
+            with pytest.raises(PendingRollbackError) as caught:
+                await ask(ASGIRopeMiddleware(app, commit_on_success=True), statuses)
+            assert "jenny.rollback()" in notes_of(caught.value)
+        assert statuses == database.query("SELECT n FROM row") == []

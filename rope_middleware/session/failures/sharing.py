@@ -33,13 +33,20 @@ _ROLL_BACK = (
     "then (rope_middleware)."
 )
 
+_LOST = (
+    "The connection of this session was lost before, or a statement was cut off (by a time-out, a "
+    "cancellation), and the application went on. What was written before is lost. If that was "
+    "nothing, roll back where the error or the cancellation is swallowed: jenny.rollback(), which "
+    "an AsyncSession awaits (rope_middleware)."
+)
+
 
 def note_rollback(error: BaseException) -> None:
-    """Tell what to call where a session is used on after a failed flush."""
-    if isinstance(error, PendingRollbackError) and _ROLL_BACK not in getattr(
-        error, "__notes__", ()
-    ):
-        error.add_note(_ROLL_BACK)
+    """Tell what to call where a session is used on after a failed flush, or a lost connection."""
+    if isinstance(error, PendingRollbackError):
+        note = _LOST if error.code == "8s2b" else _ROLL_BACK  # of a connection; 7s2a: of a flush
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
 
 
 def note_reason(error: BaseException) -> None:

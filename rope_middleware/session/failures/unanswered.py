@@ -26,6 +26,7 @@ from rope_middleware.scope.outcome import (
 )
 from rope_middleware.scope.reading import tell_unknown
 from rope_middleware.scope.scope import Scope
+from rope_middleware.scope.settling import is_after_response
 from rope_middleware.session.connections import leave_block
 from rope_middleware.session.failures.doubt import HERE, Asking, AsyncAsking, Verdict, verdict_on
 from rope_middleware.session.failures.lost import is_told, was_sent
@@ -53,22 +54,27 @@ def note_no_answer(
             attempt.error = error
 
 
-def had_only_read(connections: Collection[Connection], error: Exception) -> bool:
+def had_only_read(scope: Scope, connections: Collection[Connection], error: Exception) -> bool:
     """Tell whether a commit failed for a connection that is gone, and had nothing to write.
 
     A stream whose client hangs up is cancelled, and the driver closes the connection of the
     statement that is under way. The application knows; there is nothing that could be lost. But an
-    error that the application has swallowed is no success: what its driver's own connection has
-    written before (by COPY, for example) nobody has seen.
+    error that the application has swallowed is no success, and neither is a cancellation that it
+    has, where the response is still to start: what its driver's own connection has written before
+    (by COPY, for example) nobody has seen.
     """
-    return (
-        isinstance(error, PendingRollbackError)
+    if (
+        is_after_response(scope)
+        and isinstance(error, PendingRollbackError)
         and error.code == _LOST_BEFORE
         and any(connection.invalidated for connection in connections)
         and not any(frame.f_code is _FLUSH for frame, _ in walk_tb(error.__traceback__))
         and all(map(_has_only_read, connections))
         and not any(map(is_told, connections))
-    )
+    ):
+        logger.info("rolled back %r: %s", scope.name, "a read after its response was cut off")
+        return True
+    return False
 
 
 # Of a connection; a session's own "rolled back due to a previous exception during flush" is 7s2a:
