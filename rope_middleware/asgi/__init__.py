@@ -119,8 +119,8 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
                 own._state = ENDED
             if own._sessions is None:  # still, now that nobody can add one
                 own._state = CLOSED
-            else:
-                await _end(own, gate)  # type: ignore[unreachable]  # the app has set _sessions
+            elif gate is None or not gate.ends_at_once():  # type: ignore[unreachable]  # by the app
+                await _end(own, gate)
         finally:
             try:
                 _reset_current(token)
@@ -285,10 +285,9 @@ ASGIRopeMiddleware.__call__.__qualname__ = (
 def _end(own: AsyncScope, gate: Gate | None) -> Awaitable[None]:
     """End the scope of a call that has returned."""
     gate = gate or gate_of(own)
-    if isinstance(gate, Gate):
-        return gate.end()
-    why = "" if gate is None else gate.why_not()
-    return aend(own, gate is not None and not why, why)
+    if gate is None:
+        return aend(own)
+    return gate.end() if isinstance(gate, Gate) else aend(own, not (why := gate.why_not()), why)
 
 
 def _copy(scope: ASGIScope) -> ASGIScope:

@@ -14,6 +14,7 @@ from rope_middleware.running.finish import finish, running_loop
 from rope_middleware.scope.async_ending import acommit, aend, aroll_back
 from rope_middleware.scope.response import doom_rest, is_head, options_now
 from rope_middleware.scope.scope import Scope
+from rope_middleware.scope.short import end_shortly
 from rope_middleware.session.committing import asettle
 
 if TYPE_CHECKING:
@@ -60,16 +61,26 @@ class Gate(answer.Gate):
 
     def send(self, message: Message) -> Awaitable[None]:
         """Take a message from the app."""
-        if self.state == STARTED or (
-            message["type"] == "http.response.start" and self.passes(message["status"])
-        ):
+        if self.state == STARTED:
             return self._send(message)
+        if message["type"] == "http.response.start":
+            if self.passes(message["status"]):
+                return self._send(message)
+            if self.commits_plainly(message["status"]):
+                return self._commit(message)
         return self._before_start(message)
 
     @property
     def holds_back(self) -> bool:
         """Whether the response was held back, for there is to be another try."""
         return self.state == HELD
+
+    def ends_at_once(self) -> bool:
+        """End the scope, where its commit stands and nothing is open; tell whether it was so.
+
+        Nearly all that commit come this way, and need no coroutine of `end`.
+        """
+        return self.state == STARTED and end_shortly(self._scope)
 
     async def end(self) -> None:
         """The app has returned: end the scope."""
@@ -97,10 +108,7 @@ class Gate(answer.Gate):
         if self.state == STARTED:
             await self._send(message)
         elif message["type"] == "http.response.start":
-            if self.commits_plainly(message["status"]):
-                await self._commit(message)
-            else:
-                await self._announce(message)
+            await self._announce(message)
         elif self.state == FAILED and message["type"] not in _BEFORE:
             # The app has swallowed the error and goes on with the response that never started.
             await self._replace()
@@ -151,6 +159,9 @@ class Gate(answer.Gate):
 
     async def _commit(self, message: Message) -> None:
         """Commit, then start the response. Once the commit stands, nobody may read an error."""
+        if self.state != WAITING:  # another start, of another task, has come first
+            await self._before_start(message)
+            return
         self.state = SETTLING
         try:
             await acommit(self._scope, self._note_commit)

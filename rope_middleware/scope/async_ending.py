@@ -6,7 +6,7 @@ It does what `ending` does for sync scopes, and finishes under cancellation.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.running.finish import finish, within
@@ -15,7 +15,7 @@ from rope_middleware.scope.async_hands import Async
 from rope_middleware.scope.context import class_of, current, unbind
 from rope_middleware.scope.ending import end_closing, explain
 from rope_middleware.scope.hands import run_now
-from rope_middleware.scope.hop import alone_in, commit_by_hop, commit_in_task
+from rope_middleware.scope.hop import Alone, alone_in, commit_by_hop, commit_in_task
 from rope_middleware.scope.order import (
     committing,
     each,
@@ -50,7 +50,7 @@ async def _end(scope: Scope, commits: bool, why: str) -> None:
         await finish(ending(scope, Async(timeout), commits, why), timeout)
 
 
-async def acommit(scope: Scope, note: Callable[[], None]) -> None:
+def acommit(scope: Scope, note: Callable[[], None]) -> Coroutine[Any, Any, None]:
     """Commit an async scope that goes on; finishes under cancellation. See `commit`.
 
     Args:
@@ -58,28 +58,34 @@ async def acommit(scope: Scope, note: Callable[[], None]) -> None:
         note: called once the commit stands, also where a cancellation is raised then.
     """
     if current.get(None) is not scope:
-        await _within(scope, acommit(scope, note))
-        return
-    timeout = scope._options.close_timeout
+        return _within(scope, acommit, note)
     alone = alone_in(scope)
-    if alone is None:
-        if not (scope._on_commit or open_sessions(scope)):
-            note()
-            return
-        failure = await finish(_settle(scope, Async(timeout), note), timeout)
-    elif alone.key.kind.is_async:
+    if alone is not None and not alone.key.kind.is_async:
+        return commit_by_hop(scope, alone, note)
+    return _commit(scope, alone, note)
+
+
+async def _commit(scope: Scope, alone: Alone | None, note: Callable[[], None]) -> None:
+    """`acommit`, of whatever sessions."""
+    timeout = scope._options.close_timeout
+    if alone is not None:
         failure = await finish(commit_in_task(scope, alone, note), timeout)
+    elif scope._on_commit or open_sessions(scope):
+        failure = await finish(_settle(scope, Async(timeout), note), timeout)
     else:
-        failure = await commit_by_hop(scope, alone, note)
+        failure = None
+        note()
     if failure is not None:
         raise failure
 
 
-async def _within(scope: Scope, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work` as the scope's own: where a response starts within an open_scope(), that is not."""
+async def _within(
+    scope: Scope, what: Callable[[Scope, Any], Awaitable[None]], argument: object
+) -> None:
+    """Do `what` as the scope's own: where a response starts within an open_scope(), that is not."""
     token = current.set(scope)
     try:
-        await work
+        await what(scope, argument)
     finally:
         unbind(token)
 
@@ -92,7 +98,7 @@ async def _settle(scope: Scope, hands: Async, note: Callable[[], None]) -> BaseE
 async def aroll_back(scope: Scope, why: str) -> None:
     """Roll back an async scope that goes on; finishes under cancellation."""
     if current.get(None) is not scope:
-        await _within(scope, aroll_back(scope, why))
+        await _within(scope, aroll_back, why)
         return
     if scope._sessions is None or not open_sessions(scope):
         scope._on_commit = None

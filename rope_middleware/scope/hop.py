@@ -58,9 +58,7 @@ def alone_in(scope: Scope) -> Alone | None:
     return alone
 
 
-async def commit_by_hop(
-    scope: Scope, alone: Alone, note: Callable[[], None]
-) -> BaseException | None:
+async def commit_by_hop(scope: Scope, alone: Alone, note: Callable[[], None]) -> None:
     """Commit a sync session; finishes under cancellation. See `order.committing`.
 
     Args:
@@ -68,8 +66,8 @@ async def commit_by_hop(
         alone: its session.
         note: called once the commit stands.
 
-    Returns:
-        What failed; everything is rolled back then.
+    Raises:
+        BaseException: what failed; everything is rolled back then.
     """
     settling, timeout = Settling(scope), scope._options.close_timeout
     settling.begin(alone.key)
@@ -91,7 +89,8 @@ async def commit_by_hop(
         failure = await finish(_go_on(scope, settling, failure, note), timeout)
     if cancelled is not None:
         raise cancelled
-    return failure
+    if failure is not None:
+        raise failure
 
 
 def _commit(told: tuple[Settling, Alone]) -> bool | BaseException:
@@ -107,7 +106,11 @@ def _commit(told: tuple[Settling, Alone]) -> bool | BaseException:
 async def commit_in_task(
     scope: Scope, alone: Alone, note: Callable[[], None]
 ) -> BaseException | None:
-    """`commit_by_hop`, of an AsyncSession, in a task of its own: see `finish`."""
+    """`commit_by_hop`, of an AsyncSession, in a task of its own (see `finish`).
+
+    Returns:
+        What failed; everything is rolled back then.
+    """
     settling = Settling(scope)
     settling.begin(alone.key)
     settling.join()

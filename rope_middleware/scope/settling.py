@@ -105,15 +105,17 @@ class Settling:
         sessions = scope._sessions
         if sessions is None:
             return
-        registries = scope._registries
-        asks = scope._is_async and not (alone in sessions and len(sessions) == 1)
-        for key in list(sessions):
-            if registries and key in registries:
-                continue
-            kind = key.kind
-            if asks and kind.is_of_body(sessions[key]):
-                continue  # the commit leaves it alone
-            aside = _Aside(kind)
+        keys = list(sessions)
+        asks = scope._is_async and keys != [alone]
+        if asks or scope._registries:
+            keys = [
+                key
+                for key in keys
+                if key not in scope._registries
+                and not (asks and key.kind.is_of_body(sessions[key]))  # the commit leaves it alone
+            ]
+        for key in keys:
+            aside = _Aside(key.kind)
             session = sessions[aside] = sessions.pop(key)
             self._aside.append((key, aside, session))
         if asks:
