@@ -23,6 +23,7 @@ from rope_middleware.scope.context import current
 from rope_middleware.scope.outcome import is_committing
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.connections import driver_of
+from rope_middleware.session.failures.codes import mysql_code_of, sqlite_code_of, sqlstate_of
 
 __all__ = [
     "ACTIVE",
@@ -90,13 +91,11 @@ def _has_ended(context: ExceptionContext, connection: Connection) -> bool:
     """Tell whether the database has rolled the whole transaction back already."""
     error = context.original_exception
     if connection.dialect.name in ("mysql", "mariadb"):
-        return _DEADLOCK in (getattr(error, "errno", None), *error.args[:1])
+        return mysql_code_of(error) == _DEADLOCK
     from rope_middleware.session.sql.writes import may_write  # here: it takes its time
 
-    code = getattr(error, "sqlite_errorcode", None)
     return (
-        isinstance(code, int)
-        and code & 0xFF in _SQLITE_ENDS
+        sqlite_code_of(error) in _SQLITE_ENDS
         and context.statement is not None
         and may_write(context.statement)
         and connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT"
@@ -136,7 +135,7 @@ def _is_aborted(connection: Connection) -> bool:
 
 def tells_of_aborted(error: DBAPIError) -> bool:
     """Tell whether PostgreSQL refused a statement because its transaction is aborted."""
-    return getattr(error.orig, "sqlstate", None) == _ABORTED
+    return sqlstate_of(error.orig) == _ABORTED
 
 
 def refuse_aborted(scope: Scope, connections: Iterable[Connection]) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError
 from rope_middleware.running.finish import at_most, pause
 from rope_middleware.running.threads import NEEDS, finish_in_thread
 from rope_middleware.scope.context import current, unbind
+from rope_middleware.session.failures.codes import sqlstate_of
 from rope_middleware.session.failures.trial import Attempt, Trace
 
 __all__ = [
@@ -75,7 +76,7 @@ def _ask(connection: Connection, trace: Trace) -> Verdict | None:
     try:
         status = connection.exec_driver_sql(f"SELECT pg_xact_status('{trace.xid}'::xid8)").scalar()
     except DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) == _IN_THE_FUTURE:
+        if sqlstate_of(error.orig) == _IN_THE_FUTURE:
             return Verdict.ABORTED  # it never came to this server, which has taken over since
         raise
     if status == "in progress":

@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection, ExceptionContext
 from rope_middleware.session.code.lines import text_of
 from rope_middleware.session.code.where import now
 from rope_middleware.session.connections import connections_out, driver_of
+from rope_middleware.session.failures.codes import mysql_code_of, sqlite_code_of, sqlstate_of
 from rope_middleware.session.holding.begun import name_of, open_ties
 from rope_middleware.session.holding.ended import database_of, ended_since, process_of
 from rope_middleware.session.sql.notes import notes_of
@@ -27,7 +28,7 @@ __all__ = ["name_other_side"]
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _SQLSTATES = frozenset({"40P01", "55P03"})
 _MYSQL_CODES = frozenset({1205, 1213})  # lock wait time-out, deadlock
-_SQLITE_CODES = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED: https://www.sqlite.org/rescode.html
+_SQLITE_CODES = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
 _PROCESS = late(r"[Pp]rocess (\d+)")
 
 
@@ -49,16 +50,11 @@ def name_other_side(context: ExceptionContext) -> None:
 
 
 def _is_of_lock(error: BaseException) -> bool:
-    for attribute in ("sqlstate", "pgcode"):
-        if getattr(error, attribute, None) in _SQLSTATES:
-            return True
-    code = getattr(error, "sqlite_errorcode", None)
-    if isinstance(code, int):
-        return code & 0xFF in _SQLITE_CODES
-    first = error.args[0] if error.args else None
-    module = type(error).__module__.lower()
-    is_mysql = any(name in module for name in ("mysql", "maria", "asyncmy"))
-    return is_mysql and getattr(error, "errno", first) in _MYSQL_CODES
+    return (
+        sqlstate_of(error) in _SQLSTATES
+        or sqlite_code_of(error) in _SQLITE_CODES
+        or mysql_code_of(error) in _MYSQL_CODES
+    )
 
 
 def _processes(error: BaseException) -> set[int]:

@@ -10,12 +10,21 @@ from typing import Any
 from sqlalchemy.engine import Connection, Dialect, ExceptionContext
 
 from rope_middleware.session.failures.aborted import ACTIVE, transaction_status
+from rope_middleware.session.failures.codes import mysql_code_of, sqlstate_of
 
-__all__ = ["is_lost", "is_told", "is_unanswered", "note_refused_connects", "note_told", "was_sent"]
+__all__ = [
+    "SERVER_GONE",
+    "is_lost",
+    "is_told",
+    "is_unanswered",
+    "note_refused_connects",
+    "note_told",
+    "was_sent",
+]
 
 # 57P01 admin_shutdown, 57P02 crash_shutdown, 57P03 cannot_connect_now; class 08 is
 # "connection exception": https://www.postgresql.org/docs/current/errcodes-appendix.html
-_SQLSTATES = frozenset({"57P01", "57P02", "57P03"})
+SERVER_GONE: frozenset[str] = frozenset({"57P01", "57P02", "57P03"})
 
 # 1053 server shutdown in progress, 1927 connection was killed; 2006, 2013: gone, lost (the
 # client's): https://mariadb.com/kb/en/mariadb-error-codes/
@@ -76,7 +85,7 @@ def is_unanswered(context: ExceptionContext) -> bool:
         context: of the engine's ``handle_error`` event.
     """
     error, connection = context.original_exception, context.connection
-    if connection is None or _sqlstate(error) is not None:  # that is an answer
+    if connection is None or sqlstate_of(error):  # that is an answer
         return False
     return (
         transaction_status(connection) == ACTIVE
@@ -85,30 +94,19 @@ def is_unanswered(context: ExceptionContext) -> bool:
     )
 
 
-def _sqlstate(error: BaseException) -> str | None:
-    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    return state if isinstance(state, str) else None
-
-
 def _says_so(error: Exception) -> bool:
-    state = _sqlstate(error)
-    if state is not None:
-        return state in _SQLSTATES or state.startswith("08")
-    return _code(error) in _MYSQL_CODES
+    state = sqlstate_of(error)
+    if state:
+        return state in SERVER_GONE or state.startswith("08")
+    return mysql_code_of(error) in _MYSQL_CODES
 
 
 def _is_hopeless(error: Exception) -> bool:
-    state = _sqlstate(error)
-    if state is not None:
+    state = sqlstate_of(error)
+    if state:
         return state.startswith(_HOPELESS_STATES)
     # libpq tells of a connection that was not made by its text alone.
-    return _code(error) in _HOPELESS_CODES
-
-
-def _code(error: Exception) -> object:
-    """Return the number of a MySQL driver's error, or something else."""
-    code: object = getattr(error, "errno", None) or (error.args[0] if error.args else None)
-    return code
+    return mysql_code_of(error) in _HOPELESS_CODES
 
 
 def was_sent(error: BaseException) -> bool:

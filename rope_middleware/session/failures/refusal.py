@@ -7,7 +7,7 @@ event sees it first. Imported by `listening` at the first error, or for `retries
 from __future__ import annotations
 
 import random
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy.engine import Connection, ExceptionContext
 from sqlalchemy.exc import DBAPIError
@@ -24,6 +24,7 @@ from rope_middleware.scope.outcome import (
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.connections import is_autocommit
 from rope_middleware.session.failures.aborted import aborted_by, suspect, tells_of_aborted
+from rope_middleware.session.failures.codes import mysql_code_of, sqlite_code_of, sqlstate_of
 from rope_middleware.session.failures.doubt import can_be_asked, trace_of
 from rope_middleware.session.failures.lost import (
     is_lost,
@@ -60,8 +61,7 @@ _SQLSTATES = frozenset({"40001", "40P01"})
 # https://mariadb.com/kb/en/mariadb-error-codes/
 _MYSQL_CODES = frozenset({1205, 1213})
 
-# 5 SQLITE_BUSY, 6 SQLITE_LOCKED; extended codes carry the primary one in their lowest byte:
-# https://www.sqlite.org/rescode.html
+# SQLITE_BUSY, SQLITE_LOCKED.
 _SQLITE_CODES = frozenset({5, 6})
 
 
@@ -73,24 +73,11 @@ def is_refusal(error: BaseException | None) -> bool:
     """
     if error is None:
         return False
-    # psycopg, asyncpg and their like: sqlstate. psycopg2, SQLAlchemy's asyncpg: pgcode.
-    for attribute in ("sqlstate", "pgcode"):
-        if getattr(error, attribute, None) in _SQLSTATES:
-            return True
-    # sqlite3 (Python 3.11), aiosqlite.
-    code = getattr(error, "sqlite_errorcode", None)
-    if isinstance(code, int):
-        return code & 0xFF in _SQLITE_CODES
-    # mysql-connector, mariadb: errno. PyMySQL, mysqlclient, asyncmy: the first argument.
-    first = error.args[0] if error.args else None
-    if isinstance(first, dict):  # pg8000
-        return cast("dict[str, str]", first).get("C") in _SQLSTATES
-    if isinstance(first, str) and first in _SQLSTATES:  # pyodbc
-        return True
-    module = type(error).__module__.lower()  # MySQLdb.…, pymysql.…, asyncmy.…, mariadb.…
-    if any(name in module for name in ("sql", "maria", "asyncmy")):
-        return getattr(error, "errno", first) in _MYSQL_CODES
-    return False
+    return (
+        sqlstate_of(error) in _SQLSTATES
+        or sqlite_code_of(error) in _SQLITE_CODES
+        or mysql_code_of(error) in _MYSQL_CODES
+    )
 
 
 # -- errors: always -------------------------------------------------------------------------------

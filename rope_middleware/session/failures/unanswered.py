@@ -32,8 +32,7 @@ from rope_middleware.session.failures.doubt import HERE, Asking, AsyncAsking, Ve
 from rope_middleware.session.failures.lost import is_told, was_sent
 from rope_middleware.session.failures.trial import LOST, Attempt, attempts_lost, find_trial
 from rope_middleware.session.guard.sessions import reset
-from rope_middleware.session.sql.notes import is_watched, notes_of
-from rope_middleware.session.sql.writes import ends_transaction, may_write
+from rope_middleware.session.sql.writes import ends_transaction, has_only_read
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -69,7 +68,7 @@ def had_only_read(scope: Scope, connections: Collection[Connection], error: Exce
         and error.code == _LOST_BEFORE
         and any(connection.invalidated for connection in connections)
         and not any(frame.f_code is _FLUSH for frame, _ in walk_tb(error.__traceback__))
-        and all(map(_has_only_read, connections))
+        and all(map(has_only_read, connections))
         and not any(map(is_told, connections))
     ):
         logger.info("rolled back %r: %s", scope.name, "a read after its response was cut off")
@@ -82,11 +81,6 @@ def had_only_read(scope: Scope, connections: Collection[Connection], error: Exce
 _LOST_BEFORE = "8s2b"
 
 _FLUSH = Session.flush.__code__  # of what was pending nothing is left once that has failed
-
-
-def _has_only_read(connection: Connection) -> bool:
-    notes = notes_of(connection)
-    return is_watched(connection) and notes.is_whole and not any(map(may_write, notes.sql()))
 
 
 def is_lost(scope: Scope, error: Exception) -> bool:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rope_middleware.position import UNKNOWN, Position
 from rope_middleware.scope.context import class_of, logger
 from rope_middleware.session.reading.autocommit import ask_outside_transaction
-from rope_middleware.session.sql.notes import is_watched, notes_of
-from rope_middleware.session.sql.writes import may_write
+from rope_middleware.session.sql.writes import has_only_read
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -57,13 +56,8 @@ def note_written(carried: Carried, connections: Iterable[Connection]) -> None:
     Where the server cannot tell (no PostgreSQL, no rights), only the primary is sure to have it.
     """
     for connection in connections:
-        if not _has_only_read(connection):
+        if not has_only_read(connection):
             carried.tell(_written(connection))
-
-
-def _has_only_read(connection: Connection) -> bool:
-    notes = notes_of(connection)
-    return is_watched(connection) and notes.is_whole and not any(map(may_write, notes.sql()))
 
 
 def _written(connection: Connection) -> dict[int, Position]:

@@ -20,6 +20,8 @@ from rope_middleware.position import Position, following
 from rope_middleware.scope.context import class_of, logger
 from rope_middleware.scope.reading import carried_of, reads_only
 from rope_middleware.scope.scope import Scope
+from rope_middleware.session.failures.codes import sqlstate_of
+from rope_middleware.session.failures.lost import SERVER_GONE
 from rope_middleware.session.reading.autocommit import reading_engine
 from rope_middleware.session.reading.positions import note_written, replayed, wait_for
 from rope_middleware.session.reading.sessions import refuse
@@ -36,9 +38,8 @@ _LEFT_OUT = 30.0
 # Another system, or nobody knows: only the primary is sure to have it.
 _NOWHERE = Position(0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
 
-# SQLSTATE: the server is going down, has crashed, or is starting; and what a replica cancels in
-# favour of its replay. https://www.postgresql.org/docs/current/errcodes-appendix.html
-_GONE = frozenset({"57P01", "57P02", "57P03"})
+# 40001 serialization_failure: a replica has cancelled a statement in favour of its replay.
+# https://www.postgresql.org/docs/current/hot-standby.html#HOT-STANDBY-CONFLICT
 _CONFLICT = "40001"
 
 
@@ -184,7 +185,7 @@ class Choice:
         """Tell whether a statement that failed on `tried` goes to another engine now."""
         if tried is None:
             return False
-        if _sqlstate(error) == _CONFLICT:
+        if sqlstate_of(getattr(error, "orig", None)) == _CONFLICT:
             self.replica = None
             return True
         if not is_lost(error):
@@ -199,13 +200,12 @@ def is_lost(error: Exception) -> bool:
     """Tell whether the server could not be reached, or has gone."""
     if isinstance(error, DBAPIError):
         # Without a statement it failed to connect.
-        return error.connection_invalidated or error.statement is None or _sqlstate(error) in _GONE
+        return (
+            error.connection_invalidated
+            or error.statement is None
+            or sqlstate_of(error.orig) in SERVER_GONE
+        )
     return isinstance(error, OSError)  # asyncpg's: it could not connect; TimeoutError is one
-
-
-def _sqlstate(error: Exception) -> str:
-    original = getattr(error, "orig", None)
-    return getattr(original, "sqlstate", None) or getattr(original, "pgcode", None) or ""
 
 
 def replicas_of(given: Any, expected: type) -> Replicas | None:

@@ -7,10 +7,10 @@ as they are.
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from inspect import currentframe
+from itertools import takewhile
 from types import FrameType, new_class
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.errors import ReadOnlyError
 from rope_middleware.scope.context import current
-from rope_middleware.session.code.lines import line_of, text_of
+from rope_middleware.session.code.lines import frames_from, line_of, text_of
 from rope_middleware.session.connections import connections_out
 from rope_middleware.session.reading.autocommit import (
     READING,
@@ -160,24 +160,13 @@ def refuse(what: str, line: str = "") -> NoReturn:
 
 def _line() -> str:
     """Return the application's line that called, or nothing where our own end did."""
-    line = line_of(_frames_below_our_end())
+    line = line_of(takewhile(_is_before_our_end, frames_from(currentframe())))
     return "" if line is None else text_of(line)
 
 
-def _frames_below_our_end() -> Iterator[FrameType]:
-    """Give what called this, up to where a scope commits: beyond it is no line that changed."""
-    frame = inspect.currentframe()
-    # SQLAlchemy's asyncio half runs its sync code in a greenlet: the stack goes on in its parent.
-    greenlets: Any = sys.modules.get("greenlet")
-    greenlet = None if greenlets is None else greenlets.getcurrent()
-    while frame is not None:
-        if frame.f_globals.get("__name__") in _OUR_END:
-            return
-        yield frame
-        frame = frame.f_back
-        if frame is None and greenlet is not None:
-            greenlet = greenlet.parent
-            frame = None if greenlet is None else greenlet.gr_frame
+def _is_before_our_end(frame: FrameType) -> bool:
+    """Tell whether `frame` is called by no commit of a scope: beyond it is no line that changed."""
+    return frame.f_globals.get("__name__") not in _OUR_END
 
 
 _OUR_END = ("rope_middleware.scope.order", "rope_middleware.scope.ending")

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
+from rope_middleware.session.sql.notes import is_watched, notes_of
 from rope_middleware.session.sql.statements import effect_of, late
 
-__all__ = ["ends_transaction", "may_write"]
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
+__all__ = ["ends_transaction", "has_only_read", "may_write"]
 
 # What stands before the first word.
 _BEFORE = late(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)
@@ -65,6 +70,12 @@ def may_write(statement: str) -> bool:
         return True
     calls = (found.strip('"').lower() for found in _CALL().findall(statement))
     return any(call not in _HARMLESS for call in calls)
+
+
+def has_only_read(connection: Connection) -> bool:
+    """Tell whether all that was executed on `connection` is known, and none of it may write."""
+    notes = notes_of(connection)
+    return is_watched(connection) and notes.is_whole and not any(map(may_write, notes.sql()))
 
 
 _END = late(r"\s*(?:COMMIT|PREPARE\s+TRANSACTION|XA\s+(?:END|PREPARE|COMMIT))\b", re.IGNORECASE)
