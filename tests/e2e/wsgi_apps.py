@@ -26,9 +26,9 @@ from wsgiref.util import shift_path_info
 from sqlalchemy import create_engine, make_url, select, text
 
 from rope_middleware import NoScopeError, RopeMiddleware, current_scope
+from tests.kit.frameworks import FRAMEWORKS
 from tests.kit.leaks import open_scopes
 from tests.matrix.app import DATA, SLOW_SECONDS, Claim, Views
-from tests.matrix.frameworks import FRAMEWORKS
 
 URL = make_url(f"sqlite:///{os.environ['WSGI_APPS_DATABASE']}")
 FILE = Path(os.environ["WSGI_APPS_FILE"])

@@ -37,8 +37,8 @@ from sqlalchemy.orm import sessionmaker
 from rope_middleware import AsyncSessionJenny, SessionJenny, current_scope
 from tests.e2e.async_app import Complaints
 from tests.kit.either import now
+from tests.kit.frameworks import FRAMEWORKS
 from tests.kit.leaks import open_scopes
-from tests.matrix.frameworks import FRAMEWORKS
 
 POOL_SIZE = 5
 CHUNKS = 5

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from tests.kit.frameworks import FRAMEWORKS
 from tests.kit.waiting import PATIENCE, eventually
 from tests.matrix.app import CHUNKS
 from tests.matrix.databases import Database, a_database
-from tests.matrix.frameworks import FRAMEWORKS
 from tests.matrix.rows import Row
 from tests.matrix.servers import SERVERS, serve
 from tests.servers.asgi import HOST

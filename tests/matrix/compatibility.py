@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.frameworks import FRAMEWORKS
 from tests.matrix.checks import Checks
 from tests.matrix.databases import DRIVERS
-from tests.matrix.frameworks import FRAMEWORKS
 from tests.matrix.libraries import LIBRARIES, Library
 from tests.matrix.rows import ROWS, Row, version_of
 from tests.matrix.servers import SERVERS

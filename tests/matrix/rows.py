@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import make_url
 
+from tests.kit.frameworks import FRAMEWORKS
 from tests.matrix.databases import DRIVERS
-from tests.matrix.frameworks import FRAMEWORKS
 from tests.matrix.servers import SERVERS
 
 

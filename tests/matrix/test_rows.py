@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tests.kit.frameworks import FRAMEWORKS
 from tests.matrix.databases import DRIVERS
-from tests.matrix.frameworks import FRAMEWORKS
 from tests.matrix.rows import ASGI_ASYNC, ASGI_SYNC, ROWS, WSGI
 from tests.matrix.servers import SERVERS
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import pickle
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +26,9 @@ from rope_middleware import (
     open_scope,
 )
 from tests.kit.asgi import ASGIClient
+from tests.kit.frameworks import FRAMEWORKS, View
 from tests.kit.waiting import PATIENCE
-from tests.kit.wsgi import Server
+from tests.kit.wsgi import Server, make_environ
 from tests.servers.asgi import HOST, free_port, run_command
 
 pytestmark = pytest.mark.anyio
@@ -74,7 +75,7 @@ class WSGIObject:
 
 
 def wsgi_decorated() -> App:
-    @functools.wraps(wsgi_function)
+    @wraps(wsgi_function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return wsgi_function(*args, **kwargs)
 
@@ -124,111 +125,22 @@ class ASGIProxy:
 
 
 def asgi_decorated() -> App:
-    @functools.wraps(asgi_function)
+    @wraps(asgi_function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return asgi_function(*args, **kwargs)
 
     return wrapper
 
 
-def flask_object() -> App:
-    app = pytest.importorskip("flask").Flask("choose")
-    app.add_url_rule("/", "name", lambda: current_scope().name)
-    return app
-
-
-def flask_bound_method() -> App:
-    return flask_object().wsgi_app
-
-
-def pyramid() -> App:
-    config = pytest.importorskip("pyramid.config")
-    response = pytest.importorskip("pyramid.response")
-    with config.Configurator() as configurator:
-        configurator.add_route("name", "/")
-        configurator.add_view(
-            lambda request: response.Response(current_scope().name), route_name="name"
-        )
-        return configurator.make_wsgi_app()
-
-
-def bottle() -> App:
-    app = pytest.importorskip("bottle").Bottle()
-    app.route("/", "GET", lambda: current_scope().name)
-    return app
-
-
-def falcon_wsgi() -> App:
-    falcon = pytest.importorskip("falcon")
-
-    class Resource:
-        def on_get(self, req: Any, resp: Any) -> None:
-            resp.text = current_scope().name
-
-    app = falcon.App()
-    app.add_route("/", Resource())
-    return app
-
-
-def falcon_asgi() -> App:
-    falcon_asgi = pytest.importorskip("falcon.asgi")
-
-    class Resource:
-        async def on_get(self, req: Any, resp: Any) -> None:
-            resp.text = current_scope().name
-
-    app = falcon_asgi.App()
-    app.add_route("/", Resource())
-    return app
-
-
-def _django() -> None:
-    http = pytest.importorskip("django.http")
-    from tests.kit.django import serve
-
-    serve("", lambda request: http.HttpResponse(current_scope().name))
-
-
-def django_wsgi() -> App:
-    _django()
-    return pytest.importorskip("django.core.wsgi").get_wsgi_application()
+def bare(name: str) -> App:
+    """Make a framework's application as it is before anybody puts the middleware around it."""
+    pytest.importorskip(FRAMEWORKS[name].distribution)
+    return FRAMEWORKS[name].bare(View(lambda route: current_scope().name))
 
 
 def django_asgi() -> App:
-    _django()
+    bare("django")
     return pytest.importorskip("django.core.asgi").get_asgi_application()
-
-
-def starlette() -> App:
-    applications = pytest.importorskip("starlette.applications")
-    responses = pytest.importorskip("starlette.responses")
-    routing = pytest.importorskip("starlette.routing")
-
-    def name(request: Any) -> Any:
-        return responses.PlainTextResponse(current_scope().name)
-
-    return applications.Starlette(routes=[routing.Route("/", name)])
-
-
-def fastapi() -> App:
-    app = pytest.importorskip("fastapi").FastAPI()
-    responses = pytest.importorskip("fastapi.responses")
-
-    @app.get("/", response_class=responses.PlainTextResponse)
-    def name() -> str:
-        return current_scope().name
-
-    return app
-
-
-def responder() -> App:
-    api = pytest.importorskip("responder").API(allowed_hosts=["*"])
-
-    @api.route("/")
-    def name(req: Any, resp: Any) -> None:
-        resp.text = current_scope().name
-
-    return api
 
 
 def a2wsgi_asgi() -> App:
@@ -245,13 +157,11 @@ WSGI: dict[str, Callable[[], App]] = {
     "function with an option": lambda: wsgi_with_option,
     "function with a keyword": lambda: wsgi_with_keyword,
     "lambda": lambda: lambda environ, start_response: wsgi_function(environ, start_response),
-    "partial": lambda: functools.partial(wsgi_bound_by_partial, b""),
-    "partial with a keyword": lambda: functools.partial(wsgi_with_keyword, prefix=b""),
-    "partial of a partial": lambda: functools.partial(
-        functools.partial(wsgi_bound_by_partial, b"")
-    ),
+    "partial": lambda: partial(wsgi_bound_by_partial, b""),
+    "partial with a keyword": lambda: partial(wsgi_with_keyword, prefix=b""),
+    "partial of a partial": lambda: partial(partial(wsgi_bound_by_partial, b"")),
     "object": WSGIObject,
-    "partial of an object": lambda: functools.partial(WSGIObject()),
+    "partial of an object": lambda: partial(WSGIObject()),
     "bound method": lambda: WSGIObject().method,
     "class method": lambda: WSGIObject.class_method,
     "static method": lambda: WSGIObject.static_method,
@@ -259,13 +169,9 @@ WSGI: dict[str, Callable[[], App]] = {
     "open_scope decorator": lambda: open_scope()(wsgi_function),
     "WSGIRopeMiddleware": lambda: WSGIRopeMiddleware(wsgi_function),
     "RopeMiddleware": lambda: RopeMiddleware(wsgi_function),
-    "Flask": flask_object,
-    "Flask's wsgi_app": flask_bound_method,
-    "Pyramid": pyramid,
-    "Bottle": bottle,
-    "Falcon": falcon_wsgi,
-    "Django": django_wsgi,
+    "Flask's wsgi_app": lambda: bare("flask").wsgi_app,
     "a2wsgi": a2wsgi_wsgi,
+    **{name: partial(bare, name) for name, it in FRAMEWORKS.items() if it.protocol == "wsgi"},
 }
 
 
@@ -273,33 +179,30 @@ ASGI: dict[str, Callable[[], App]] = {
     "function": lambda: asgi_function,
     "plain function": lambda: asgi_plain_function,
     "lambda": lambda: lambda scope, receive, send: asgi_function(scope, receive, send),
-    "partial": lambda: functools.partial(asgi_bound_by_partial, b""),
-    "partial of a plain function": lambda: functools.partial(asgi_plain_function),
+    "partial": lambda: partial(asgi_bound_by_partial, b""),
+    "partial of a plain function": lambda: partial(asgi_plain_function),
     "object": ASGIObject,
-    "partial of an object": lambda: functools.partial(ASGIObject()),
+    "partial of an object": lambda: partial(ASGIObject()),
     "bound method": lambda: ASGIObject().method,
     "plain __call__": ASGIPlainCall,
     "proxy": lambda: ASGIProxy(ASGIObject()),
     "decorated function": asgi_decorated,
     "ASGIRopeMiddleware": lambda: ASGIRopeMiddleware(asgi_function),
     "RopeMiddleware": lambda: RopeMiddleware(asgi_function),
-    "Starlette": starlette,
-    "FastAPI": fastapi,
-    "Responder": responder,
-    "Falcon": falcon_asgi,
     "Django": django_asgi,
     "a2wsgi": a2wsgi_asgi,
+    **{name: partial(bare, name) for name, it in FRAMEWORKS.items() if it.protocol == "asgi"},
 }
 
 
 def serve_wsgi(app: Any) -> bytes:
-    seen = Server()(app)
+    seen = Server()(app, make_environ("/name"))
     assert seen.starts[-1][0].startswith("200"), seen
     return seen.body
 
 
 async def serve_asgi(app: Any) -> bytes:
-    client = await ASGIClient()(app, "/")
+    client = await ASGIClient()(app, "/name")
     assert client.status == 200, client.messages
     return client.body
 
@@ -311,7 +214,7 @@ def test_W1_a_wsgi_app_gets_the_wsgi_middleware(name: str) -> None:
     assert type(middleware) is WSGIRopeMiddleware
     assert isinstance(middleware, RopeMiddleware)
     inner = "open_scope" in name
-    assert serve_wsgi(middleware) == (b"wsgi_function" if inner else b"GET /")
+    assert serve_wsgi(middleware) == (b"wsgi_function" if inner else b"GET /name")
 
 
 @pytest.mark.parametrize("name", ASGI)
@@ -320,7 +223,7 @@ async def test_A1_an_asgi_app_gets_the_asgi_middleware(name: str) -> None:
     middleware = RopeMiddleware(ASGI[name]())
     assert type(middleware) is ASGIRopeMiddleware
     assert isinstance(middleware, RopeMiddleware)
-    assert await serve_asgi(middleware) == b"GET /"
+    assert await serve_asgi(middleware) == b"GET /name"
 
 
 def test_W1_the_class_stays_what_it_was_asked_for() -> None:
@@ -333,8 +236,8 @@ def test_W1_the_class_stays_what_it_was_asked_for() -> None:
         pass
 
     assert type(Mine(wsgi_function)) is Mine
-    assert serve_wsgi(Mine(wsgi_function)) == b"GET /"
-    assert serve_wsgi(WSGIRopeMiddleware(lambda *args: wsgi_function(*args))) == b"GET /"
+    assert serve_wsgi(Mine(wsgi_function)) == b"GET /name"
+    assert serve_wsgi(WSGIRopeMiddleware(lambda *args: wsgi_function(*args))) == b"GET /name"
 
 
 async def test_A1_an_explicit_class_takes_what_cannot_be_told_apart() -> None:
@@ -343,7 +246,7 @@ async def test_A1_an_explicit_class_takes_what_cannot_be_told_apart() -> None:
     def anything(*args: Any) -> Any:
         return asgi_function(*args)
 
-    assert await serve_asgi(ASGIRopeMiddleware(anything)) == b"GET /"
+    assert await serve_asgi(ASGIRopeMiddleware(anything)) == b"GET /name"
 
 
 @pytest.mark.parametrize("make", [RopeMiddleware, WSGIRopeMiddleware])
@@ -352,8 +255,8 @@ def test_W1_options_are_handed_on(make: Any) -> None:
     registry = scoped_session(sessionmaker(create_engine("sqlite://")), scopefunc=current_scope)
     middleware = make(app=wsgi_function, registries=[registry], commit_on_success=True, retries=1)
     assert type(middleware) is WSGIRopeMiddleware
-    assert serve_wsgi(middleware) == b"GET /"
-    assert serve_wsgi(make(wsgi_function, [registry])) == b"GET /"
+    assert serve_wsgi(middleware) == b"GET /name"
+    assert serve_wsgi(make(wsgi_function, [registry])) == b"GET /name"
 
 
 @pytest.mark.parametrize("kind", [RopeMiddleware, ASGIRopeMiddleware, WSGIRopeMiddleware])
@@ -373,17 +276,17 @@ def test_A1_W1_the_signature_tells_the_options(kind: Any) -> None:
     assert "retries" not in inspect.signature(Mine).parameters
 
 
-def test_A1_frameworks_add_it_without_being_told() -> None:
+@pytest.mark.parametrize("name", ["starlette", "responder"])
+def test_A1_frameworks_add_it_without_being_told(name: str) -> None:
     """Starlette and Responder make a middleware with the app alone, by position or by name."""
     testclient = pytest.importorskip("starlette.testclient")
-    app = starlette()
-    app.add_middleware(RopeMiddleware)  # type: ignore[attr-defined]
-    with testclient.TestClient(app) as client:
-        assert client.get("/").text == "GET /"
-    api = responder()
-    api.add_middleware(RopeMiddleware)  # type: ignore[attr-defined]
-    with testclient.TestClient(api) as client:
-        assert client.get("/").text == "GET /"
+    with testclient.TestClient(
+        FRAMEWORKS[name].make(View(lambda route: current_scope().name))
+    ) as client:
+        assert client.get("/name").text == "GET /name"
+
+
+async def two_arguments(scope: Any, receive: Any) -> None: ...
 
 
 class OneArgument:
@@ -418,9 +321,10 @@ BAD: dict[str, Any] = {
     "a class": WSGIObject,
     "an ASGI 2 class": OneArgument,
     "a class of the standard library": dict,
-    "partial that binds too much": functools.partial(wsgi_function, None),
-    "partial of *args": functools.partial(lambda *args: None, 1),
+    "partial that binds too much": partial(wsgi_function, None),
+    "partial of *args": partial(lambda *args: None, 1),
     "coroutine function of one argument": mock.AsyncMock.assert_awaited,
+    "coroutine function of two arguments": two_arguments,
     "mock": mock.Mock(),
     "unreadable": Unreadable(),
     "None": None,
@@ -470,7 +374,7 @@ def test_W1_nothing_is_called_to_find_out() -> None:
     assert called == []
 
 
-@pytest.mark.parametrize("name", ["function", "plain function", "plain __call__", "Starlette"])
+@pytest.mark.parametrize("name", ["function", "plain function", "plain __call__", "starlette"])
 def test_A1_servers_recognise_the_result_as_asgi_3(name: str) -> None:
     """uvicorn, hypercorn and what inspects as granian does, without being told."""
     middleware = RopeMiddleware(ASGI[name]())

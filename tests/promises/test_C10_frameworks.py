@@ -11,7 +11,6 @@ from typing import Any
 import litestar
 import pytest
 from litestar.di import NamedDependency, Provide
-from litestar.response import Stream
 from sqlalchemy import make_url, select
 from starlette.middleware.base import BaseHTTPMiddleware
 
@@ -20,6 +19,7 @@ from tests.kit import django
 from tests.kit.asgi import ASGIClient
 from tests.kit.either import Either
 from tests.kit.engines import create_tables, is_async_driver
+from tests.kit.frameworks import FRAMEWORKS, View
 from tests.kit.models import Row
 from tests.kit.waiting import poll
 
@@ -61,7 +61,7 @@ async def seen_by_a_client(app: Any, either: Either) -> list[int]:
 
         await RopeMiddleware(app, commit_on_success=True)(scope, receive, look_and_send)
 
-    client = await ASGIClient()(looking, "/")
+    client = await ASGIClient()(looking, "/view")
     assert client.status == 200
     return seen
 
@@ -69,69 +69,15 @@ async def seen_by_a_client(app: Any, either: Either) -> list[int]:
 # -- bodies ----------------------------------------------------------------------------------------
 
 
-def a_django(body: Callable[[], Any]) -> Any:
+def a_django(view: View) -> Any:
     from django.core.handlers.asgi import ASGIHandler
     from django.http import StreamingHttpResponse
 
-    django.serve("", lambda _: StreamingHttpResponse(body()))
+    async def stream(_: Any, route: str) -> Any:
+        return StreamingHttpResponse(await view(route, ""))
+
+    django.serve("<route>", stream)
     return ASGIHandler()
-
-
-def a_falcon(body: Callable[[], Any]) -> Any:
-    import falcon.asgi
-
-    class Resource:
-        async def on_get(self, _: Any, resp: Any) -> None:
-            resp.stream = body()
-
-    app = falcon.asgi.App()
-    app.add_route("/", Resource())
-    return app
-
-
-def a_fastapi(body: Callable[[], Any]) -> Any:
-    from fastapi import FastAPI
-    from fastapi.responses import StreamingResponse
-
-    app = FastAPI()
-
-    @app.get("/")
-    async def view() -> StreamingResponse:
-        return StreamingResponse(body())
-
-    return app
-
-
-def a_litestar(body: Callable[[], Any]) -> Any:
-    @litestar.get("/")
-    async def view() -> Stream:
-        return Stream(body(), media_type="text/plain")
-
-    return litestar.Litestar([view], openapi_config=None)
-
-
-def a_quart(body: Callable[[], Any]) -> Any:
-    from quart import Quart, Response
-
-    app = Quart(__name__)
-
-    @app.get("/")
-    async def view() -> Response:
-        return Response(body(), content_type="text/plain")
-
-    return app
-
-
-def a_responder(body: Callable[[], Any]) -> Any:
-    import responder
-
-    api = responder.API(secret_key="of this test's own")
-
-    @api.route("/")
-    async def view(req: Any, resp: Any) -> None:
-        resp.stream(body)
-
-    return api
 
 
 def late(app: Any, has_begun: Callable[[], bool]) -> Any:
@@ -146,18 +92,15 @@ def late(app: Any, has_begun: Callable[[], bool]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("make", "driver"),
+    ("name", "driver"),
     [
-        (a_django, "sqlite+aiosqlite"),  # it reads a sync body to its end before the start
-        (a_falcon, "sqlite+aiosqlite"),
-        *((a_fastapi, driver) for driver in DRIVERS),
-        *((a_litestar, driver) for driver in DRIVERS),
-        *((a_quart, driver) for driver in DRIVERS),
-        (a_responder, "sqlite+aiosqlite"),
+        ("django", "sqlite+aiosqlite"),  # it reads a sync body to its end before the start
+        *((name, "sqlite+aiosqlite") for name, it in FRAMEWORKS.items() if it.protocol == "asgi"),
+        *((name, "sqlite") for name in ("fastapi", "litestar", "quart", "starlette")),
     ],
 )
 async def test_C10_a_block_of_a_streamed_body_is_the_bodys_own_in_each_framework(
-    tmp_path: Path, make: Callable[[Any], Any], driver: str
+    tmp_path: Path, name: str, driver: str
 ) -> None:
     """The commit meets its middle, and leaves it alone: none of its rows is there yet."""
     began: list[bool] = []
@@ -180,8 +123,12 @@ async def test_C10_a_block_of_a_streamed_body_is_the_bodys_own_in_each_framework
             either.jenny.add(Row(n=2))
         yield b"b"
 
+    async def view(route: str) -> Any:
+        return async_body() if either.is_async else body()
+
     async with either_of(tmp_path, driver) as either:
-        app = late(make(async_body if either.is_async else body), lambda: bool(began))
+        app = a_django(View(view)) if name == "django" else FRAMEWORKS[name].bare(View(view))
+        app = late(app, lambda: bool(began))
         assert await seen_by_a_client(app, either) == []
         assert await rows_in(either) == [1, 2]
 
@@ -194,7 +141,7 @@ def of_fastapi(dependency: Any) -> Any:
 
     app = FastAPI()
 
-    @app.get("/")
+    @app.get("/view")
     async def view(session: Any = Depends(dependency)) -> None:
         await add(session)
 
@@ -202,7 +149,7 @@ def of_fastapi(dependency: Any) -> Any:
 
 
 def of_litestar(dependency: Any) -> Any:
-    @litestar.get("/", dependencies={"session": Provide(dependency)})
+    @litestar.get("/view", dependencies={"session": Provide(dependency)})
     async def view(session: NamedDependency[Any]) -> None:
         await add(session)
 
@@ -216,7 +163,7 @@ def of_responder(dependency: Any) -> Any:
 
     given = responder.Depends(dependency)
 
-    @api.route("/")
+    @api.route("/view")
     async def view(req: Any, resp: Any, *, session: Any = given) -> None:
         await add(session)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -11,17 +10,10 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import sessionmaker
 
-from rope_middleware import RopeMiddleware, SessionJenny
-from tests.kit.django import serve
+from rope_middleware import SessionJenny
 from tests.kit.engines import MakeEngine
+from tests.kit.frameworks import FRAMEWORKS, View
 from tests.kit.models import Row
-from tests.kit.sessions import Jenny
-
-OPTIONS: dict[str, Any] = {"commit_on_success": True}
-
-
-def add(jenny: Jenny) -> None:
-    jenny.session.add(Row(n=1))  # found to be there already by the commit alone
 
 
 def asgi_conflict(error: Exception) -> Any:
@@ -40,141 +32,39 @@ def wsgi_conflict(error: Exception) -> Any:
     return None
 
 
-def starlette(jenny: Jenny) -> Any:
-    from starlette.applications import Starlette
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
-
-    def create(request: Any) -> Any:
-        add(jenny)
-        return JSONResponse({}, 201)
-
-    app = Starlette(routes=[Route("/", create, methods=["POST", "HEAD"])])
-    app.add_middleware(RopeMiddleware, on_commit_error=asgi_conflict, **OPTIONS)
-    return app
-
-
-def fastapi(jenny: Jenny) -> Any:
-    from fastapi import FastAPI
-
-    app = FastAPI()
-    app.add_middleware(RopeMiddleware, on_commit_error=asgi_conflict, **OPTIONS)
-
-    @app.post("/", status_code=201)
-    def create() -> dict[str, str]:
-        add(jenny)
-        return {}
-
-    return app
-
-
-def responder(jenny: Jenny) -> Any:
-    import responder
-
-    api = responder.API()
-    api.add_middleware(RopeMiddleware, on_commit_error=asgi_conflict, **OPTIONS)
-
-    @api.route("/")
-    def create(req: Any, resp: Any) -> None:
-        add(jenny)
-        resp.status_code = 201
-
-    return api
-
-
-def litestar(jenny: Jenny) -> Any:
-    from litestar import Litestar, post
-
-    @post("/", sync_to_thread=True)
-    def create() -> None:
-        add(jenny)
-
-    return RopeMiddleware(Litestar([create]), on_commit_error=asgi_conflict, **OPTIONS)
-
-
-def quart(jenny: Jenny) -> Any:
-    from quart import Quart
-
-    app = Quart(__name__)
-
-    @app.post("/")
-    def create() -> Any:
-        add(jenny)
-        return {}, 201
-
-    app.asgi_app = RopeMiddleware(app.asgi_app, on_commit_error=asgi_conflict, **OPTIONS)  # type: ignore[method-assign]
-    return app
-
-
-def flask(jenny: Jenny) -> Any:
-    from flask import Flask
-
-    app = Flask(__name__)
-
-    @app.post("/")
-    def create() -> Any:
-        add(jenny)
-        return {}, 201
-
-    app.wsgi_app = RopeMiddleware(app.wsgi_app, on_commit_error=wsgi_conflict, **OPTIONS)  # type: ignore[method-assign]
-    return app
-
-
-def django(jenny: Jenny) -> Any:
-    from django.core.handlers.wsgi import WSGIHandler
-    from django.http import HttpResponse
-
-    def create(request: Any) -> Any:
-        add(jenny)
-        return HttpResponse(status=201)
-
-    serve("", create)
-    return RopeMiddleware(WSGIHandler(), on_commit_error=wsgi_conflict, **OPTIONS)
-
-
-def pyramid(jenny: Jenny) -> Any:
-    from pyramid.config import Configurator
+def pyramid_conflict(error: Exception) -> Any:
     from pyramid.response import Response
 
-    def create(request: Any) -> Any:
-        add(jenny)
-        return Response(status=201)
+    if isinstance(error, IntegrityError):
+        return Response(json_body={"detail": "exists already"}, status=409)
+    return None
 
-    def conflict(error: Exception) -> Any:
-        if isinstance(error, IntegrityError):
-            return Response(json_body={"detail": "exists already"}, status=409)
-        return None
 
-    with Configurator() as config:
-        config.add_route("root", "/")
-        config.add_view(create, route_name="root")
-    return RopeMiddleware(config.make_wsgi_app(), on_commit_error=conflict, **OPTIONS)
+CONFLICTS = {"asgi": asgi_conflict, "wsgi": wsgi_conflict}
 
 
 def ask_wsgi(app: Any) -> list[httpx.Response]:
     with httpx.Client(transport=httpx.WSGITransport(app), base_url="http://t") as web:
-        return [web.post("/"), web.post("/")]
+        return [web.get("/create"), web.get("/create")]
 
 
 async def ask_asgi(app: Any) -> list[httpx.Response]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
-        return [await client.post("/"), await client.post("/")]
+        return [await client.get("/create"), await client.get("/create")]
 
 
-ASGI = [starlette, fastapi, responder, litestar, quart]
-WSGI = [flask, django, pyramid]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:pkg_resources:UserWarning")  # Pyramid's
-@pytest.mark.parametrize("framework", [*ASGI, *WSGI], ids=lambda framework: framework.__name__)
-def test_C3_an_integrity_error_at_the_commit_is_a_409(
-    make_engine: MakeEngine, framework: Callable[[Jenny], Any]
-) -> None:
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_C3_an_integrity_error_at_the_commit_is_a_409(make_engine: MakeEngine, name: str) -> None:
     """The second row 1 is refused by its commit: the client reads why."""
-    engine = make_engine()
-    app = framework(SessionJenny(sessionmaker(engine)))
+    jenny = SessionJenny(sessionmaker(make_engine()))
 
-    first, second = ask_wsgi(app) if framework in WSGI else asyncio.run(ask_asgi(app))
-    assert first.status_code == 201
+    def create(route: str) -> str:
+        jenny.session.add(Row(n=1))  # found to be there already by the commit alone
+        return "made"
+
+    framework = FRAMEWORKS[name]
+    conflict = pyramid_conflict if name == "pyramid" else CONFLICTS[framework.protocol]
+    app = framework.make(View(create), commit_on_success=True, on_commit_error=conflict)
+    first, second = asyncio.run(ask_asgi(app)) if framework.protocol == "asgi" else ask_wsgi(app)
+    assert (first.status_code, first.text) == (200, "made")
     assert (second.status_code, second.json()) == (409, {"detail": "exists already"})
