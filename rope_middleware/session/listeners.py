@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import cast
+from typing import Any, cast
 from weakref import WeakSet
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.orm import InstanceState, Session, SessionTransaction, SessionTransactionOrigin
 
 from rope_middleware.errors import CrossLoopError, RopeError
 from rope_middleware.scope.asking import check_loop
@@ -67,6 +67,7 @@ def _listen(target: type[Session] | Session) -> None:
     event.listen(target, "after_commit", _on_commit, insert=True)
     event.listen(target, "after_rollback", _on_rollback)
     event.listen(target, "after_flush", _on_flush)
+    event.listen(target, "pending_to_transient", _on_expunge, raw=True)
 
 
 MOST_CLASSES = 8  # that are listened to only because a session of theirs came along
@@ -278,3 +279,15 @@ def _on_flush(session: Session, _: object) -> None:
     tie: Tie | None = session.__dict__.get(TIE)
     if tie is not None:
         note_flush(tie, session)
+
+
+def _on_expunge(session: Session, state: InstanceState[Any]) -> None:
+    """Something pending goes: by a rollback, by close(), or by the application's expunge_all().
+
+    By then nothing may hold the object any more: only its state.
+    """
+    tie: Tie | None = session.__dict__.get(TIE)
+    if tie is not None and not sys.is_finalizing():
+        from rope_middleware.session.closed_early import note_expunged
+
+        note_expunged(tie, session, state.class_)

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Written",
+    "dropped",
     "forget_committed",
     "forget_rolled_back",
     "has_pending",
     "lost_by_closing",
+    "note_dropped",
     "note_flush",
     "tell_expired",
     "tell_lost",
@@ -38,7 +40,7 @@ __all__ = [
 _Counts = Counter[tuple[int, str, str]]
 """How often: how deep in savepoints, what was done, to which class."""
 
-_ADDED, _CHANGED, _DELETED = "added", "changed", "deleted"
+_ADDED, _CHANGED, _DELETED, _DROPPED = "added", "changed", "deleted", "dropped by expunge_all()"
 
 
 class Written:
@@ -53,12 +55,30 @@ class Written:
 
 def note_flush(tie: Tie, session: Session) -> None:
     """Count what the session of `tie` has just flushed."""
-    written = tie.written
-    if written is None:
-        written = tie.written = Written()
+    written = _written_of(tie)
     if tie.flush is None or written.last is not tie.flush[0]:
         written.last = None if tie.flush is None else tie.flush[0]
         _count_pending(session, written.counts, _depth(session))
+
+
+def _written_of(tie: Tie) -> Written:
+    written = tie.written
+    if written is None:
+        written = tie.written = Written()
+    return written
+
+
+def note_dropped(tie: Tie, session: Session, of: type) -> Written:
+    """Count a pending object of class `of` that ``expunge_all()`` has dropped."""
+    written = _written_of(tie)
+    written.counts[_depth(session), _DROPPED, of.__name__] += 1
+    return written
+
+
+def dropped(written: Written) -> str:
+    """Name what was dropped so, and not rolled back since; "" for nothing."""
+    counts = written.counts.items()
+    return ", ".join(_counted(Counter({key: n for key, n in counts if key[1] == _DROPPED})))
 
 
 def _count_pending(session: Session, counts: _Counts, depth: int) -> None:

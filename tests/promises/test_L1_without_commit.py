@@ -224,3 +224,45 @@ def test_L1_a_close_in_a_block_that_commits(tmp_path: Path, said: Said) -> None:
     (warning,) = said.warnings
     assert "'job' was a success, and changes are lost: 1 Row added" in warning
     engine.dispose()
+
+
+# -- expunge_all() and its like --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("then", ["", "rollback", "status", "error"])
+@pytest.mark.parametrize("how", ["expunge_all", "expunge", "invalidate", "flush, expunge_all"])
+def test_L1_what_expunge_all_drops_is_told(
+    web: Web, said: Said, how: str, then: str, commits: bool
+) -> None:
+    """A flush() was forgotten; not where the application says what it means, or rolls back."""
+
+    async def handler(exchange: Exchange) -> None:
+        session = web.store.jenny.session
+        session.add(Row(n=1))
+        try:
+            if then == "error":
+                raise LookupError
+        except LookupError:
+            await drop(session)
+        else:
+            await drop(session)
+        if then == "rollback":
+            await done(session, "rollback")
+        await exchange.answer(404 if then == "status" else 200)
+
+    async def drop(session: Any) -> None:
+        if how == "expunge":
+            session.expunge(*session.new)
+            return
+        for method in how.split(", "):
+            await done(session, method)
+
+    web.ask(handler, commit_on_success=commits)
+    is_written = how == "flush, expunge_all" and then != "rollback"
+    assert web.store.rows() == ([1] if is_written and commits and then != "status" else [])
+    is_told = how == "expunge_all" and then not in ("rollback", "error")
+    if commits and then == "status":
+        is_told = False
+    assert sum("1 Row dropped by expunge_all()" in one for one in said.warnings) == is_told
+    assert len(said.warnings) == (is_told or (is_written and not commits))
