@@ -19,7 +19,7 @@ __all__ = [
     "belongs_to_parent",
     "has_ended",
     "in_doubt",
-    "left_at_once",
+    "left_behind",
     "memory_of_thread",
     "no_engine",
     "no_scope",
@@ -94,7 +94,7 @@ def no_scope() -> NoScopeError:
     )
 
 
-def left_at_once() -> RopeError:
+def left_behind() -> RopeError:
     """Make the error for a scope that a framework would leave behind in a thread."""
     return RopeError(
         'This "with open_scope():" stands in a generator that the framework runs in a worker '

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     # For type checkers alone: at run time neither is known here.
     from rope_middleware.asgi import ASGIRopeMiddleware
-    from rope_middleware.position import Following
     from rope_middleware.protocols import ASGIApp, CommitError, Veto
     from rope_middleware.running.line import Line
     from rope_middleware.scope.kind import PlainKind
@@ -140,16 +139,23 @@ class RopeMiddleware:
         who = type(self).__name__
         check_app(who, app, self._protocol)
         self.app = app
-        self._registries = _kinds_of(registries)
         if "read_only" in options:
             options["read_only"] = methods_of(options["read_only"])
         self._options = options_of(who, options)
+        # What few middlewares need is imported by those: it takes its time.
+        self._registries: tuple[PlainKind, ...] = ()
+        if registries != ():
+            from rope_middleware.session.plain import kinds_of
+
+            self._registries = kinds_of(registries)
+        self._line: Line | None = None
+        if self._options.max_active is not None:
+            from rope_middleware.running.line import Line
+
+            self._line = Line(self._options.max_active)
         # Requests of apps without any of these take the short way.
-        most = self._options.max_active
-        self._line = None if most is None else _line_of(most)
         self._has_more = bool(self._options.retries or self._registries or self._line)
         self._reads = bool(self._options.read_only)
-        self._following = _following() if self._reads else None
         self._has_told = False
         self._is_set_up = True
         if self._options.retries:
@@ -180,11 +186,6 @@ class RopeMiddleware:
                 "ever. Wrap what the attribute was: app.wsgi_app = RopeMiddleware(app.wsgi_app)."
             )
 
-    @property
-    def _follows(self) -> bool:
-        """Whether clients are told how far they have written (R3): some of them read replicas."""
-        return self._following is not None and self._following.is_on
-
     def _take_in(self, outer: Scope) -> bool:
         """Add our options to the scope of another middleware around this one (S6).
 
@@ -210,30 +211,6 @@ class RopeMiddleware:
                 " and ".join(f"{name}={getattr(self._options, name)!r}" for name in dropped),
                 outer.name,
             )
-
-
-# What few middlewares need is imported by those: it takes its time.
-
-
-def _kinds_of(registries: Iterable[Any]) -> tuple[PlainKind, ...]:
-    given: object = registries
-    if type(given) is tuple and given == ():
-        return ()
-    from rope_middleware.session.plain import kinds_of
-
-    return kinds_of(registries)
-
-
-def _following() -> Following:
-    from rope_middleware.position import following
-
-    return following
-
-
-def _line_of(most: int) -> Line:
-    from rope_middleware.running.line import Line
-
-    return Line(most)
 
 
 stand_in(RopeMiddleware, NAMES, is_wrapped)

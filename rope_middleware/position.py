@@ -31,8 +31,8 @@ NAME = "Rope-Position"
 _SECONDS = 60
 
 # More systems than anybody writes to, and shorter than any server's limit for a header.
-_MOST_SYSTEMS = 8
-_LONGEST = 400
+_MAX_SYSTEMS = 8
+_MAX_LENGTH = 400
 
 _ONE = r"([0-9a-f]{1,16})-([0-9a-f]{1,8})-([0-9a-f]{1,16})"
 
@@ -51,7 +51,7 @@ UNKNOWN = {0: Position(0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)}
 def parse(value: str) -> dict[int, Position]:
     """Return the position for each system that `value` holds; nothing of what is not in form."""
     positions: dict[int, Position] = {}
-    for text in value[:_LONGEST].strip().split(".")[:_MOST_SYSTEMS]:
+    for text in value[:_MAX_LENGTH].strip().split(".")[:_MAX_SYSTEMS]:
         found = re.fullmatch(_ONE, text, re.ASCII)
         if found is not None:
             system, timeline, lsn = (int(number, 16) for number in found.groups())
@@ -62,7 +62,7 @@ def parse(value: str) -> dict[int, Position]:
 def value_of(positions: dict[int, Position]) -> str:
     """Return the text that `parse` understands."""
     # Where there are too many, the lowest systems would be lost; the unknown one is kept.
-    kept = sorted(positions.items())[:_MOST_SYSTEMS]
+    kept = sorted(positions.items())[:_MAX_SYSTEMS]
     return ".".join(f"{system:x}-{at.timeline:x}-{at.lsn:x}" for system, at in kept)
 
 

@@ -163,7 +163,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         self, scope: ASGIScope, receive: Receive, send: Send, place: Place | None = None
     ) -> None:
         carried = None
-        if self._follows:
+        if self._reads and following.is_on:
             carried = carried_by(scope)
             send = Telling(carried, send)
         if self._options.retries:
@@ -176,7 +176,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
     ) -> None:
         """Serve a request whose scope another RopeMiddleware around this one will end."""
         self._check_order()
-        if self._follows and carried_of(outer) is None:
+        if self._reads and following.is_on and carried_of(outer) is None:
             carried = carried_by(scope)
             carry(outer, carried, is_watched(outer))
             if scope["type"] == "http":
@@ -195,7 +195,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
     async def _serve_websocket(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Serve what commits, if at all, when the call ends: accepted, and without an error."""
         own = self._open(scope)
-        if self._follows:
+        if self._reads and following.is_on:
             carry(own, carried_by(scope))
         token = current.set(own)
         try:

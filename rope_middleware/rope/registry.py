@@ -112,7 +112,7 @@ class RopeRegistry(ScopedRegistry[_T]):
         frame = calling_frame(self._inside)
         rope = home.get(name)
         if rope is None or rope.home is None:
-            # An inner frame may have had a rope of its own meanwhile, by `tie`.
+            # An inner frame may have had a rope of its own meanwhile, by `set_in`.
             held = held_by(frame, name)
             if getattr(held, "home", None) is home:
                 rope = self._list(name, cast("OwnRope[_T]", held))

@@ -29,7 +29,7 @@ from rope_middleware.scope.order import (
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 from rope_middleware.scope.settling import Settling
-from rope_middleware.scope.short import end_plainly, end_shortly, is_untouched
+from rope_middleware.scope.short import end_plainly, end_shortly, end_untouched
 
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import SessionKind
@@ -45,7 +45,7 @@ def aend(scope: Scope, commits: bool = False, why: str = "") -> Coroutine[Any, A
 
 
 async def _end(scope: Scope, commits: bool, why: str) -> None:
-    if not (is_untouched(scope) or end_shortly(scope)):
+    if not (end_untouched(scope) or end_shortly(scope)):
         timeout = scope._options.close_timeout
         await finish(ending(scope, Async(timeout), commits, why), timeout)
 

@@ -13,9 +13,9 @@ from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.hands import TURN
 
 if TYPE_CHECKING:
-    from rope_middleware.scope.kind import Call, SessionKind, Work
+    from rope_middleware.scope.kind import SessionCall, SessionKind, Work
 
-__all__ = ["Async", "places_of"]
+__all__ = ["Async"]
 
 
 class Async:
@@ -40,13 +40,13 @@ class Async:
                 while not is_free():  # noqa: ASYNC110 - there is no event to wait for
                     await anyio.sleep(TURN)
 
-    async def use(self, kind: SessionKind, call: Call, session: Any, work: Work) -> None:
+    async def use(self, kind: SessionKind, call: SessionCall, session: Any, work: Work) -> None:
         if kind.is_async:
             await call(session)
         else:
-            await in_app_thread(call, session, places_of(kind, session, work))
+            await in_app_thread(call, session, _places_of(kind, session, work))
 
-    async def release(self, kind: SessionKind, call: Call, session: Any) -> None:
+    async def release(self, kind: SessionKind, call: SessionCall, session: Any) -> None:
         if kind.is_async:
             await within(self._close_timeout, call(session))
         else:
@@ -58,7 +58,7 @@ class Async:
             await (within(self._close_timeout, result) if limited else result)
 
 
-def places_of(kind: SessionKind, session: Any, work: Work) -> Places:
+def _places_of(kind: SessionKind, session: Any, work: Work) -> Places:
     """Tell what the commit of a session may wait for, and what others wait for meanwhile."""
     if kind.holds_connection(session):
         return WRITES if kind.has_changes(session) else COMMITS

@@ -10,13 +10,13 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rope_middleware.errors import left_at_once
+from rope_middleware.errors import left_behind
 
 if TYPE_CHECKING:
     from rope_middleware.scope.scope import Scope
 
 __all__ = [
-    "MOST_CAUSES",
+    "MAX_CAUSES",
     "SCOPE_KEY",
     "check_stays",
     "class_of",
@@ -82,7 +82,7 @@ def traceback_of(error: BaseException) -> str:
     """Return the whole traceback of `error` as text, without the values of a statement."""
     hidden: list[Any] = []
     one: BaseException | None = error
-    while one is not None and one not in hidden and len(hidden) < MOST_CAUSES:
+    while one is not None and one not in hidden and len(hidden) < MAX_CAUSES:
         hidden.append(one)
         one = one.__cause__ or one.__context__
     # An error that can hide its parameters (SQLAlchemy's) does so meanwhile.
@@ -96,7 +96,7 @@ def traceback_of(error: BaseException) -> str:
             each.hide_parameters = False
 
 
-MOST_CAUSES = 20  # that are looked at, in a chain of errors
+MAX_CAUSES = 20  # that are looked at, in a chain of errors
 
 
 def is_async_callable(fn: object) -> bool:
@@ -123,7 +123,7 @@ def check_stays(frame: FrameType | None) -> None:
         module = str(frame.f_globals.get("__name__"))
         if not is_generator and module != "contextlib":
             if is_entered and module.startswith("anyio."):
-                raise left_at_once()
+                raise left_behind()
             return
         is_entered = module == "contextlib"
         frame = frame.f_back

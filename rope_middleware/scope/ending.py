@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from rope_middleware.scope.asking import with_outer
 from rope_middleware.scope.context import class_of, current, unbind
 from rope_middleware.scope.hands import CLOSING, HERE, run_now
 from rope_middleware.scope.order import (
@@ -26,7 +27,7 @@ from rope_middleware.scope.settling import Settling, reset_committing, set_commi
 from rope_middleware.scope.short import (
     commit_plainly,
     end_shortly,
-    is_untouched,
+    end_untouched,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ __all__ = [
 
 def end(scope: Scope, commits: bool = False, why: str = "") -> None:
     """End a sync scope. See `order.ending`."""
-    if not (is_untouched(scope) or end_shortly(scope)):
+    if not (end_untouched(scope) or end_shortly(scope)):
         run_now(ending(scope, HERE, commits, why))
 
 
@@ -111,7 +112,7 @@ def end_closing(scope: Scope) -> None:
     """End an async scope whose coroutine is being closed: nothing can be awaited there."""
     token = current.set(scope)  # it may be closed in any context
     try:
-        if not is_untouched(scope):
+        if not end_untouched(scope):
             run_now(ending(scope, CLOSING, False, "its coroutine was closed"))
     finally:
         unbind(token)
@@ -163,11 +164,9 @@ def _after_fork() -> None:
 
     What other threads and tasks have open is not reached any more: they are not there.
     """
-    scope = current.get(None)
-    while scope is not None:
+    for scope in with_outer(current.get(None)):
         if scope._state == OPEN:
             detach(scope)
-        scope = None if scope._outer is None else scope._outer()
 
 
 if hasattr(os, "register_at_fork"):

@@ -16,9 +16,9 @@ from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.options import DEFAULT
 
 if TYPE_CHECKING:
-    from rope_middleware.scope.kind import Call, SessionKind, Work
+    from rope_middleware.scope.kind import SessionCall, SessionKind, Work
 
-__all__ = ["CLOSING", "HERE", "MOST_SECONDS", "TURN", "run_now", "wait_until"]
+__all__ = ["CLOSING", "HERE", "MAX_SECONDS", "TURN", "run_now", "wait_until"]
 
 _T = TypeVar("_T")
 
@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 TURN = 0.001
 
 # Seconds that the end of a scope waits at most for such a statement: nobody wants it any more.
-MOST_SECONDS = 1.0
+MAX_SECONDS = 1.0
 
 
 def wait_until(is_free: Callable[[], bool], seconds: float) -> None:
@@ -49,13 +49,13 @@ class Here:
     async def use(
         self,
         kind: SessionKind,  # noqa: ARG002
-        call: Call,
+        call: SessionCall,
         session: Any,
         work: Work,  # noqa: ARG002
     ) -> None:
         call(session)
 
-    async def release(self, kind: SessionKind, call: Call, session: Any) -> None:  # noqa: ARG002
+    async def release(self, kind: SessionKind, call: SessionCall, session: Any) -> None:  # noqa: ARG002
         call(session)
 
     async def run(self, fn: Callable[[], Any], limited: bool = False) -> None:  # noqa: ARG002
@@ -72,7 +72,7 @@ class Closing(Here):
     async def until(self, is_free: Callable[[], bool]) -> None:
         """Wait for nobody: this may be the event loop's thread."""
 
-    async def release(self, kind: SessionKind, call: Call, session: Any) -> None:
+    async def release(self, kind: SessionKind, call: SessionCall, session: Any) -> None:
         if kind.is_async:
             raise RopeError("the coroutine that served it was closed before its end")
         call(session)

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeAlias
 
 from rope_middleware.running.places import Places
 
-__all__ = ["Call", "Hands", "PlainKind", "SessionKey", "SessionKind", "Work"]
+__all__ = ["Hands", "PlainKind", "SessionCall", "SessionKey", "SessionKind", "Work"]
 
 
 class SessionKind(Protocol):
@@ -150,7 +150,7 @@ class PlainKind(SessionKind, SessionKey, Protocol):
 
 
 Work: TypeAlias = list[tuple[SessionKey, Any]]
-Call: TypeAlias = Callable[[Any], Any]
+SessionCall: TypeAlias = Callable[[Any], Any]
 
 
 class Hands(Protocol):
@@ -163,7 +163,7 @@ class Hands(Protocol):
     async def until(self, is_free: Callable[[], bool]) -> None:
         """Wait, not for ever, until a statement of somebody else's is over."""
 
-    async def use(self, kind: SessionKind, call: Call, session: Any, work: Work) -> None:
+    async def use(self, kind: SessionKind, call: SessionCall, session: Any, work: Work) -> None:
         """Flush or commit: functions of the application may run, and the pool be waited for.
 
         Args:
@@ -173,7 +173,7 @@ class Hands(Protocol):
             work: all of them.
         """
 
-    async def release(self, kind: SessionKind, call: Call, session: Any) -> None:
+    async def release(self, kind: SessionKind, call: SessionCall, session: Any) -> None:
         """Roll back or close: gives a connection back."""
 
     async def run(self, fn: Callable[[], Any], limited: bool = False) -> None:

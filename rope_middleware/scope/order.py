@@ -61,14 +61,14 @@ async def committing(
     return await _run_all(scope, hands, "on_commit", _take_on_commit(scope))
 
 
-MOST_ROUNDS = 10
+MAX_ROUNDS = 10
 
 
 async def _commit_all(scope: Scope, hands: Hands, goes_on: bool) -> None:
     """Commit until no session has anything to commit: a listener may write by another jenny."""
     told: set[SessionKey] = set()  # opaque ones that are committed; they always look open
     late = 1 if goes_on else 2
-    for number in range(MOST_ROUNDS):
+    for number in range(MAX_ROUNDS):
         work = hands.takes(open_sessions(scope))
         # A class with a close() of its own is never idle: its end needs a thread. What was added
         # while a commit was under way, or by a listener of it, has begun nothing. Where the scope
@@ -91,7 +91,7 @@ async def _commit_all(scope: Scope, hands: Hands, goes_on: bool) -> None:
                 scope._cuts_results = True  # the scope goes on, and this closes its results
         await _commit_each(work, hands)
     raise RopeError(
-        f"The commit of {scope.name!r} does not come to an end: after {MOST_ROUNDS} rounds a "
+        f"The commit of {scope.name!r} does not come to an end: after {MAX_ROUNDS} rounds a "
         "session still has something to commit. Does a listener of a commit write by a session "
         "that is committed before?"
     )

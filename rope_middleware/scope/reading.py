@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from rope_middleware.scope.asking import with_outer
 from rope_middleware.scope.options import EVERY
 from rope_middleware.scope.scope import Scope
 
@@ -66,11 +67,9 @@ def carried_inside(scope: Scope) -> Carried | None:
 
 def carried_of(scope: Scope) -> Carried | None:
     """Return what the request around `scope` carries of log positions (R3), if it is followed."""
-    found: Scope | None = scope
-    while found is not None:
-        if found._carried is not None:
-            return found._carried
-        found = None if found._outer is None else found._outer()
+    for one in with_outer(scope):
+        if one._carried is not None:
+            return one._carried
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rope_middleware.scope.asking import with_outer
 from rope_middleware.scope.context import SCOPE_KEY, class_of, current, logger
 from rope_middleware.scope.options import Options
 from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
@@ -119,11 +120,7 @@ def shared_scope(*carriers: Any) -> Scope | None:
 
 def _is_around(outer: Scope, inner: Scope | None) -> bool:
     """Tell whether `inner` was opened by an open_scope() within `outer`."""
-    while inner is not None and inner is not outer:
-        inner = None if inner._outer is None else inner._outer()
-        if inner is outer:
-            return True
-    return False
+    return inner is not outer and any(one is outer for one in with_outer(inner))
 
 
 def take_in(scope: Scope, options: Options, registries: tuple[PlainKind, ...]) -> bool:

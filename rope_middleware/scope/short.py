@@ -15,11 +15,11 @@ __all__ = [
     "commit_plainly",
     "end_plainly",
     "end_shortly",
-    "is_untouched",
+    "end_untouched",
 ]
 
 
-def is_untouched(scope: Scope) -> bool:
+def end_untouched(scope: Scope) -> bool:
     """End a scope that has nothing to end; tell whether it was one."""
     if scope._sessions is not None:
         return False

@@ -104,7 +104,7 @@ def _commit(session: Session, scope: Scope, transaction: SessionTransaction | No
         if unanswered.had_only_read(scope, made_connections(transaction), error):
             session.rollback()
             return
-        if not unanswered.is_lost(scope, error):
+        if not unanswered.has_no_answer(scope, error):
             raise
         failure = error
     else:
@@ -231,7 +231,7 @@ async def _stands(
     elif unanswered.had_only_read(scope, connections, error):
         await session.rollback()
         return True
-    elif not unanswered.is_lost(scope, error):
+    elif not unanswered.has_no_answer(scope, error):
         return False
     end_commit(scope)
     await unanswered.ask(scope, connections, error, session)

@@ -70,7 +70,7 @@ def _listen(target: type[Session] | Session) -> None:
     event.listen(target, "pending_to_transient", _on_expunge, raw=True)
 
 
-MOST_CLASSES = 8  # that are listened to only because a session of theirs came along
+MAX_CLASSES = 8  # that are listened to only because a session of theirs came along
 _found: list[None] = []  # one for each of them
 
 
@@ -90,7 +90,7 @@ def listen_to(session: Session) -> bool:
         # `Session` itself is the class of everybody's sessions. And a factory that makes a
         # sessionmaker each time makes a class each time: SQLAlchemy keeps a listener's entry for
         # each of them.
-        if session_class is Session or len(_found) >= MOST_CLASSES:
+        if session_class is Session or len(_found) >= MAX_CLASSES:
             _listen(session)
             return False
         _found.append(None)

@@ -162,7 +162,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
     ) -> tuple[Scope, Iterable[bytes]]:
         """Serve a request, in as many tries as it may have; return the scope of the last one."""
         carried = None
-        if self._follows:
+        if self._reads and following.is_on:
             carried = carried_by(environ)
             start_response = Telling(carried, start_response)
         replay = Replay(environ) if self._options.retries else None
@@ -182,7 +182,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
     ) -> Iterable[bytes]:
         """Serve a request whose scope another RopeMiddleware around this one will end."""
         self._check_order()
-        if self._follows and carried_of(outer) is None:
+        if self._reads and following.is_on and carried_of(outer) is None:
             carried = carried_by(environ)
             carry(outer, carried, is_watched(outer))
             start_response = Telling(carried, start_response)

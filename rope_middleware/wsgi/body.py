@@ -9,7 +9,7 @@ from rope_middleware.scope.context import current, logger, unbind
 from rope_middleware.scope.ending import end, end_failed, explain
 from rope_middleware.scope.response import gate_of, is_doomed
 from rope_middleware.scope.scope import Scope
-from rope_middleware.scope.short import end_shortly, is_untouched
+from rope_middleware.scope.short import end_shortly, end_untouched
 from rope_middleware.wsgi.begun import to_the_end
 from rope_middleware.wsgi.files import is_file, is_odd, is_streamed
 
@@ -128,7 +128,7 @@ class _Ending:
             close = getattr(self._body, "close", None)
             if close is not None:
                 close()
-            if self._owns and not (is_untouched(scope) or end_shortly(scope)):
+            if self._owns and not (end_untouched(scope) or end_shortly(scope)):
                 end(scope, *_verdict(scope, self._commits, self._read))
         except BaseException as error:
             if self._owns:
@@ -165,7 +165,7 @@ class ListBody(_Ending):
     def close(self) -> None:
         """End the scope. Called again it does nothing."""
         scope = self._scope
-        if scope is not None and is_untouched(scope):
+        if scope is not None and end_untouched(scope):
             self._scope = None
         else:
             self._read = True

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import WSGIEnvironment
 
-__all__ = ["KINDS", "is_file", "is_odd", "is_streamed", "kinds_by", "note_files"]
+__all__ = ["KINDS", "is_file", "is_odd", "is_streamed", "kinds_by"]
 
 _LISTS: dict[type, bool] = {list: False, tuple: False}
 
@@ -32,7 +32,7 @@ def kinds_by(environ: WSGIEnvironment) -> dict[type, bool]:
     wrapper = environ.get("wsgi.file_wrapper")
     if wrapper is None or (isinstance(wrapper, type) and wrapper in KINDS):
         return KINDS[wrapper]
-    note_files(environ)
+    _note_files(environ)
     if isinstance(wrapper, type) and _stays(wrapper):
         return KINDS.setdefault(wrapper, _LISTS.copy())
     return _LISTS
@@ -85,7 +85,7 @@ class _FileWrapper:
         return made
 
 
-def note_files(environ: WSGIEnvironment) -> None:
+def _note_files(environ: WSGIEnvironment) -> None:
     """Take note of what a ``wsgi.file_wrapper`` makes that is no class."""
     wrapper = environ["wsgi.file_wrapper"]
     if not isinstance(wrapper, (type, _FileWrapper)):

@@ -15,7 +15,7 @@ HOUR = 3600.0
 
 _told: dict[Hashable, float] = {}
 """What was said, and when it may be said again."""
-_MOST = 10_000  # lines; somebody may compile code for each request
+_MAX_LINES = 10_000  # lines; somebody may compile code for each request
 
 
 def tell_once(what: str, line: Line, text: str, *arguments: object) -> None:
@@ -51,7 +51,7 @@ def _is_new(key: Hashable, seconds: float) -> bool:
     now = monotonic()
     if _told.get(key, -math.inf) > now:
         return False
-    if len(_told) >= _MOST:
+    if len(_told) >= _MAX_LINES:
         _told.clear()
     _told[key] = now + seconds
     return True

@@ -22,9 +22,9 @@ from rope_middleware.session.failures.codes import sqlstate_of
 from rope_middleware.session.failures.trial import Attempt, Trace
 
 __all__ = [
-    "HERE",
+    "ASYNC_ASKING",
+    "SYNC_ASKING",
     "Asking",
-    "AsyncAsking",
     "Verdict",
     "can_be_asked",
     "trace_of",
@@ -128,7 +128,7 @@ class Asking(Protocol):
         """Wait."""
 
 
-class Here:
+class SyncAsking:
     """In this thread."""
 
     async def ask(self, engine: Engine, trace: Trace, _: float, /) -> Verdict | None:
@@ -156,7 +156,8 @@ class AsyncAsking:
         await pause(seconds)
 
 
-HERE = Here()
+SYNC_ASKING = SyncAsking()
+ASYNC_ASKING = AsyncAsking()
 
 
 async def verdict_on(attempt: Attempt, asking: Asking, seconds: float) -> Verdict:

@@ -15,11 +15,11 @@ from typing import Any, cast
 from sqlalchemy.exc import IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.orm import Session
 
-from rope_middleware.scope.context import MOST_CAUSES
+from rope_middleware.scope.context import MAX_CAUSES
 from rope_middleware.session.code.lines import Line, application_line, text_of
 from rope_middleware.session.code.telling import tell_once
 
-__all__ = ["note_reason", "note_rollback", "note_shared", "noting", "tell_cut_off"]
+__all__ = ["note_reason", "note_rollback", "noting", "tell_cut_off"]
 
 _SHARED_SESSION = (
     "Two tasks have probably used one AsyncSession at the same time, which SQLAlchemy does not "
@@ -58,7 +58,7 @@ def note_reason(error: BaseException) -> None:
 def _add_note(error: BaseException) -> None:
     pending: list[BaseException | None] = [error]
     seen: list[BaseException] = []
-    while pending and len(seen) < MOST_CAUSES:
+    while pending and len(seen) < MAX_CAUSES:
         inner = pending.pop()
         if inner is None or any(inner is one for one in seen):
             continue
@@ -104,7 +104,7 @@ def _both(session: Session | None, here: Line | None) -> str:
 _TOLD = "_rope_middleware_shared"  # in a session: it has been told that two tasks share it
 
 
-def note_shared(session: Session, error: BaseException) -> None:
+def _note_shared(session: Session, error: BaseException) -> None:
     """Add to an error of `session` the note that two tasks share it, where it tells of that."""
     if not getattr(error, "__notes__", None) and (
         _tells_of_sharing(error) or (_has_text(error, _AMBIGUOUS) and _is_with_other(session))
@@ -135,7 +135,7 @@ def _noting(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *args, **kw)
         except Exception as error:
-            note_shared(self, error)
+            _note_shared(self, error)
             raise
 
     return call

@@ -28,7 +28,13 @@ from rope_middleware.scope.reading import tell_unknown
 from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import is_after_response
 from rope_middleware.session.connections import leave_block
-from rope_middleware.session.failures.doubt import HERE, Asking, AsyncAsking, Verdict, verdict_on
+from rope_middleware.session.failures.doubt import (
+    ASYNC_ASKING,
+    SYNC_ASKING,
+    Asking,
+    Verdict,
+    verdict_on,
+)
 from rope_middleware.session.failures.lost import is_told, was_sent
 from rope_middleware.session.failures.trial import LOST, Attempt, attempts_lost, find_trial
 from rope_middleware.session.guard.sessions import reset
@@ -37,9 +43,15 @@ from rope_middleware.session.sql.writes import ends_transaction, has_only_read
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-__all__ = ["asettle", "ask", "ask_here", "had_only_read", "is_lost", "note_no_answer", "settle"]
-
-ASYNC = AsyncAsking()
+__all__ = [
+    "asettle",
+    "ask",
+    "ask_here",
+    "had_only_read",
+    "has_no_answer",
+    "note_no_answer",
+    "settle",
+]
 
 
 def note_no_answer(
@@ -83,7 +95,7 @@ _LOST_BEFORE = "8s2b"
 _FLUSH = Session.flush.__code__  # of what was pending nothing is left once that has failed
 
 
-def is_lost(scope: Scope, error: Exception) -> bool:
+def has_no_answer(scope: Scope, error: Exception) -> bool:
     """Tell whether the database's answer to the commit was lost."""
     return is_broken(scope) or bool(attempts_lost(scope)) or _broke_at_commit(error)
 
@@ -96,7 +108,7 @@ def ask_here(
     async def adopt() -> None:
         _as_committed(session)
 
-    run_now(_find_out(scope, connections, failure, adopt, HERE))
+    run_now(_find_out(scope, connections, failure, adopt, SYNC_ASKING))
 
 
 async def ask(
@@ -114,7 +126,9 @@ async def ask(
         CommitInDoubtError: nobody can tell.
         Exception: `failure`, if the commit does not stand.
     """
-    await _find_out(scope, connections, failure, lambda: session.run_sync(_as_committed), ASYNC)
+    await _find_out(
+        scope, connections, failure, lambda: session.run_sync(_as_committed), ASYNC_ASKING
+    )
 
 
 async def _find_out(
@@ -191,12 +205,12 @@ def _as_committed(session: Session) -> None:
 
 def settle(scope: Scope) -> None:
     """See `committing.settle`."""
-    run_now(_settle(scope, HERE))
+    run_now(_settle(scope, SYNC_ASKING))
 
 
 async def asettle(scope: Scope) -> None:
     """See `committing.settle`."""
-    await _settle(scope, ASYNC)
+    await _settle(scope, ASYNC_ASKING)
 
 
 async def _settle(scope: Scope, asking: Asking) -> None:

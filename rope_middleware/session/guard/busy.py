@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from rope_middleware.running.finish import may_block
-from rope_middleware.scope.hands import MOST_SECONDS, wait_until
+from rope_middleware.scope.hands import MAX_SECONDS, wait_until
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.outcome import timeout_of
 from rope_middleware.scope.scope import Scope
@@ -107,5 +107,5 @@ def allow_others(tie: Tie) -> None:
 def _wait_for_statement(notes: Notes, scope: Scope) -> None:
     """Let a statement end, within half of the time after which a cancelled request goes on."""
     if notes.is_executing() and may_block():
-        seconds = min(MOST_SECONDS, timeout_of(scope) / 2)
+        seconds = min(MAX_SECONDS, timeout_of(scope) / 2)
         wait_until(lambda: not notes.is_executing(), seconds)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rope_middleware.position import Carried
     from rope_middleware.session.tie import Tie
 
-__all__ = ["Choice", "Replica", "Replicas", "is_lost", "replicas_of"]
+__all__ = ["Choice", "Replica", "Replicas", "replicas_of"]
 
 _LEFT_OUT = 30.0
 """Seconds."""
@@ -175,7 +175,7 @@ class Choice:
                     self.replica = replica
                     break
             except Exception as error:
-                if is_lost(error):
+                if _is_gone(error):
                     replica.leave_out(error)
                 else:
                     replica.cannot_tell(error)
@@ -188,7 +188,7 @@ class Choice:
         if sqlstate_of(getattr(error, "orig", None)) == _CONFLICT:
             self.replica = None
             return True
-        if not is_lost(error):
+        if not _is_gone(error):
             return False
         tried.leave_out(error)
         if self.replica is tried:
@@ -196,7 +196,7 @@ class Choice:
         return True
 
 
-def is_lost(error: Exception) -> bool:
+def _is_gone(error: Exception) -> bool:
     """Tell whether the server could not be reached, or has gone."""
     if isinstance(error, DBAPIError):
         # Without a statement it failed to connect.

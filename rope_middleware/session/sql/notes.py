@@ -41,8 +41,8 @@ __all__ = [
 
 NOTES = "_rope_middleware_notes"
 _WATCHED = "_rope_middleware_watches"
-_MANY = 200  # statements after which the notes are put together
-_MOST = 20  # names that are kept then
+_MAX_NOTES = 200  # statements after which the notes are put together
+_MAX_NAMES = 20  # names that are kept then
 _STREAMS = ("stream_results", "yield_per")  # options of a result that comes bit by bit
 
 
@@ -57,7 +57,7 @@ class Notes:
     _dml: Sequence[str] = ()  # of statements that are not kept any more
     _texts: Sequence[str] = ()
     is_whole: bool = True  # False once there were so many that not all of them are kept
-    many: int = _MANY  # executions that are noted before they are looked through
+    many: int = _MAX_NOTES  # executions that are noted before they are looked through
 
     def __init__(self) -> None:
         # Each once: what SQLAlchemy has compiled, or the text that was given to the driver.
@@ -103,10 +103,10 @@ class Notes:
 
     def put_together(self) -> None:
         self.executions = [one for one in self.executions if one() is not None]
-        self.many = max(_MANY, 2 * len(self.executions))  # somebody may keep all results
-        if len(self.statements) > _MANY:
-            self._dml = self.dml()[:_MOST]
-            self._texts = self.textual_dml()[:_MOST]
+        self.many = max(_MAX_NOTES, 2 * len(self.executions))  # somebody may keep all results
+        if len(self.statements) > _MAX_NOTES:
+            self._dml = self.dml()[:_MAX_NAMES]
+            self._texts = self.textual_dml()[:_MAX_NAMES]
             self.statements = {}
             self.is_whole = False
 

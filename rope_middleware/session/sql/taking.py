@@ -16,7 +16,7 @@ from sqlalchemy.exc import IllegalStateChangeError
 
 from rope_middleware.errors import RopeError
 from rope_middleware.running.finish import may_block
-from rope_middleware.scope.hands import MOST_SECONDS, wait_until
+from rope_middleware.scope.hands import MAX_SECONDS, wait_until
 from rope_middleware.scope.scope import require_open
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def refuse_gone(notes: Notes, context: ExecutionContext) -> None:
         # SQLAlchemy's handling of our error rolls back where no transaction is begun. It must not
         # do so while the end is about to give the connection back.
         connection = context.root_connection
-        wait_until(lambda: connection.closed or notes.gone is not gone, MOST_SECONDS)
+        wait_until(lambda: connection.closed or notes.gone is not gone, MAX_SECONDS)
     if notes.gone is gone:
         require_open(scope)
     notes.executions.append(ref(context))  # the end waits for the call that this is part of
