@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextvars import Context
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from rope_middleware import ASGIRopeMiddleware, Scope, WSGIRopeMiddleware, current_scope, open_scope
 from tests.kit.asgi import http_scope, into_nothing
+from tests.kit.models import Row
 from tests.kit.stores import Lock
 from tests.kit.web import Exchange, Web
 
@@ -54,6 +56,35 @@ def test_C6_a_refused_transaction_is_run_again(
     assert answer.error is None
     assert web.store.rows() == [1]
     assert closed == [1, 2]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_C6_a_refusal_of_code_without_the_scope_is_run_again(
+    web: Web, lock: Lock, begun: bool
+) -> None:
+    """A task or a thread of an empty context uses the request's session, and swallows the error."""
+    tries: list[int] = []
+
+    async def handler(exchange: Exchange) -> None:
+        tries.append(len(tries))
+        if len(tries) == 2:
+            lock.release()
+        session = web.store.jenny.session
+        if begun:
+            await web.store.read()
+        session.add(Row(n=1))
+        try:
+            if web.store.is_async:
+                await asyncio.create_task(session.flush(), context=Context())
+            else:
+                Context().run(session.flush)
+        except OperationalError:
+            await exchange.answer(500)
+        else:
+            await exchange.answer(201)
+
+    assert web.ask(handler, commit_on_success=True, retries=3).status == 201
+    assert (len(tries), web.store.rows()) == (2, [1])
 
 
 def test_C6_sqlalchemys_recipe_for_sqlite_is_run_again(web: Web, lock: Lock) -> None:

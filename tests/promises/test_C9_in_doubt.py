@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextvars import Context
 from typing import Any
 
 import psycopg
@@ -52,6 +53,21 @@ def test_C9_with_retries_the_server_is_asked_and_the_answer_is_the_truth(
     assert ask(kind, database, wire, commit_on_success=True, retries=3).status == 201
     assert rows(database) == 1
     assert sum(wire.cuts.values()) == 1
+
+
+@pytest.mark.parametrize("cut", [ANSWERS[0], COMMITS[0]], ids=lambda cut: cut.kind)
+def test_C9_what_code_without_the_scope_has_written_counts(
+    kind: str, database: Database, wire: Wire, cut: Cut
+) -> None:
+    """A thread or a task of an empty context has written in the request's transaction."""
+
+    def work(session: Session, n: int) -> int:
+        session.connection()
+        return Context().run(add, session, n)
+
+    wire.cut_next(cut)
+    assert ask(kind, database, wire, work, commit_on_success=True, retries=3).status == 201
+    assert rows(database) == 1
 
 
 @pytest.mark.parametrize("cut", [ANSWERS[0], COMMITS[0]], ids=lambda cut: cut.kind)

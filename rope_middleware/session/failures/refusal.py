@@ -38,9 +38,10 @@ from rope_middleware.session.failures.trial import (
     Attempt,
     find_trial,
     is_of_session,
+    scope_of,
     trial_for,
 )
-from rope_middleware.session.sql.writes import ends_transaction, may_write
+from rope_middleware.session.sql.writes import ends_transaction, has_only_read, may_write
 
 __all__ = [
     "RETRY_LISTENERS",
@@ -85,7 +86,7 @@ def is_refusal(error: BaseException | None) -> bool:
 
 def note_error(context: ExceptionContext) -> None:
     """Note an error of a scope's database, and of what kind it is."""
-    scope = current.get(None)
+    scope = current.get(None) or scope_of(context.connection)
     if scope is not None:
         _note_on(scope, context)
     note_told(context)
@@ -144,6 +145,8 @@ def _on_refused_connect(error: Exception) -> None:
 
 def _on_statement(connection: Connection, _: Any, statement: str, *__: Any) -> None:
     scope = current.get(None)
+    if scope is None and may_write(statement) and is_autocommit(connection):
+        scope = scope_of(connection)
     trial = None if scope is None else trial_for(scope)
     if scope is not None and trial is not None and may_write(statement):
         trial.writing.add(connection.get_transaction())
@@ -158,7 +161,9 @@ def _on_commit(connection: Connection) -> None:
     if scope is None or trial is None:
         return
     transaction = connection.get_transaction()
-    attempt = Attempt(connection, transaction, wrote=transaction in trial.writing)
+    # The second: a thread that knows nothing of the scope may have written in its transaction.
+    wrote = transaction in trial.writing or not has_only_read(connection)
+    attempt = Attempt(connection, transaction, wrote)
     attempt.is_of_session = is_of_session(scope, connection)
     if attempt.wrote and can_be_asked(connection):
         try:

@@ -14,7 +14,12 @@ from sqlalchemy.engine.base import Transaction
 from rope_middleware.scope.order import held
 from rope_middleware.scope.outcome import retries_of, set_trial, trial_of
 from rope_middleware.scope.scope import Scope, registries_of
-from rope_middleware.session.connections import lent_connections, made_connections
+from rope_middleware.session.connections import (
+    connections_of,
+    lent_connections,
+    made_connections,
+)
+from rope_middleware.session.holding.begun import listed
 from rope_middleware.session.tie import tie_of
 
 __all__ = [
@@ -26,6 +31,7 @@ __all__ = [
     "attempts_lost",
     "find_trial",
     "is_of_session",
+    "scope_of",
     "trial_for",
 ]
 
@@ -124,6 +130,19 @@ def is_of_session(scope: Scope, connection: Connection) -> bool:
         for tie in ties
         if tie is not None
     )
+
+
+def scope_of(connection: Connection | None) -> Scope | None:
+    """Return the scope whose session has `connection` now, or None.
+
+    Asked where something went wrong: who uses a session may know nothing of its scope, as a thread,
+    or a task of another context.
+    """
+    for one in () if connection is None else listed():
+        tie = one()
+        if tie is not None and any(c is connection for c, *_ in connections_of(tie.transaction)):
+            return tie.scope
+    return None
 
 
 def trial_for(scope: Scope) -> Trial | None:
