@@ -38,7 +38,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"[a-z_]+"),
     (r"py:.*", r"(_typeshed|rope_middleware(\.\w+)+\._\w+|_\w+)(\..*)?"),
     (r"py:.*", r"sqlalchemy(\.\w+)+\._\w+"),
-    (r"py:.*", r"rope_middleware\.session\.\w+\.\w+"),
+    (r"py:.*", r"rope_middleware\.session(\.\w+)+"),
     (r"py:.*", r"ASGIApp|WSGIApplication"),
 ]
 # No network: of what other projects define, the names that are used here stand in a text file each,

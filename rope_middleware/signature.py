@@ -18,8 +18,10 @@ def near(name: str, known: Iterable[str]) -> str:
 
     # "scope_func" and "readOnly" are nearer to what is meant than they look.
     plain = {one.replace("_", ""): one for one in known}
-    found = difflib.get_close_matches(name.replace("_", "").lower(), plain, 1)
-    return f" Did you mean {plain[found[0]]}?" if found else ""
+    meant = name.replace("_", "").lower()
+    found = [one for one in plain if one.startswith(meant)]  # "commit"
+    found = found or difflib.get_close_matches(meant, plain, 1)
+    return f" Did you mean {' or '.join(plain[one] for one in found)}?" if found else ""
 
 
 def explained(example: str) -> Callable[[_F], _F]:

@@ -120,6 +120,7 @@ FACTORY = sessionmaker(create_engine("sqlite://"))
 JENNY = SessionJenny(FACTORY)
 WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: open_scope(commit_on_sucess=True), "open_scope", "commit_on_success"),
+    (lambda: open_scope(commit=True), "open_scope", "commit_on_success"),
     (lambda: open_scope("import", readOnly=True), "open_scope", "read_only"),
     (lambda: SessionJenny(FACTORY, scope_func=int), "SessionJenny", "scopefunc"),
     (lambda: SessionJenny(FACTORY, replica=[]), "SessionJenny", "replicas"),
@@ -132,6 +133,11 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: Sandbox(JENNY, nmae="x"), "Sandbox", "name"),
     (lambda: SandboxMiddleware(wsgi_app, JENNY, pth="/x"), "SandboxMiddleware", "path"),
     (lambda: RopeMiddleware(wsgi_app, retires=3), "WSGIRopeMiddleware", "retries"),
+    (
+        lambda: RopeMiddleware(wsgi_app, commit=True),
+        "WSGIRopeMiddleware",
+        "commit_on_success or commit_veto",
+    ),
     (lambda: RopeMiddleware(wsgi_app, (), True), "RopeMiddleware", ""),
 ]  # type: ignore[call-arg, call-overload, misc]
 
