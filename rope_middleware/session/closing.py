@@ -259,7 +259,8 @@ def close_later(session: Session) -> bool:
     If it has one (during a commit, say), we wait for the call.
 
     Returns:
-        Whether the session is closed.
+        Whether nothing is left to be done: it is closed, or `refuse_late` does the rest. (Of a task
+        that waits so there is something to tell, by the error: see `tell_cut_off`.)
     """
     tie = tie_of(session)
     if tie is None:
@@ -276,4 +277,5 @@ def close_later(session: Session) -> bool:
         return bool(closed) or not connections_out(tie)
 
     wait_until(is_done, DEFAULT.close_timeout if may_block() else 0)
-    return bool(closed)
+    is_tasks = tie.kind is not None and tie.kind.is_async
+    return bool(closed) or not (is_tasks or connections_out(tie))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from functools import partial
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -242,7 +243,13 @@ def refuse_late(session: Session, transaction: SessionTransaction, connection: C
         # Session.close() cannot be called in here (https://docs.sqlalchemy.org/en/20/errors.html#error-isce).
         if connection in made_connections(transaction):
             connection.close()
+        # So its transaction goes on, and what is used next would come by no listener.
+        session.__dict__["get_bind"] = partial(_refuse_bind, tie.scope)
         require_open(tie.scope)
+
+
+def _refuse_bind(scope: Scope, *_: object, **__: object) -> None:
+    require_open(scope)
 
 
 def _on_commit(session: Session) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import logging
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from rope_middleware import (
     ScopeClosedError,
     SessionJenny,
     current_scope,
+    holders,
     open_scope,
 )
 from tests.kit.asgi import serve
@@ -32,8 +34,8 @@ from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Data, Row
 from tests.kit.sessions import SELECT, Jenny, use
 from tests.kit.stores import Store
-from tests.kit.waiting import poll
-from tests.kit.ways import Way
+from tests.kit.waiting import eventually, poll
+from tests.kit.ways import REQUESTS, Way, by_with
 from tests.kit.wsgi import Probe, Wrap, make_environ
 
 pytestmark = pytest.mark.anyio
@@ -183,27 +185,31 @@ def test_S4_a_session_class_of_ones_own_and_many_factories(engine: Engine) -> No
     assert checked_out(engine) == 0
 
 
+@pytest.mark.parametrize("way", [by_with, *REQUESTS], ids=lambda way: way.__name__)
 def test_S4_a_call_under_way_when_the_scope_ends_leaves_nothing_behind(
-    make_engine: MakeEngine,
+    make_engine: MakeEngine, way: Way, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A thread that waits for its connection while the scope ends may fail; nothing stays out."""
+    """A thread that waits for its first connection then is told, each time; the log is silent."""
     engine = make_engine(pool_size=1)
     jenny = SessionJenny(sessionmaker(engine))
-    waiting = threading.Event()
 
-    def late() -> None:
-        session = jenny.session
-        waiting.set()
-        with suppress(ScopeClosedError):
-            use(session)
+    def late(session: Session) -> None:
+        for _ in range(3):
+            with pytest.raises(ScopeClosedError):
+                use(session)
 
     with ThreadPoolExecutor(1) as pool:
+
+        def body() -> Any:
+            future = pool.submit(contextvars.copy_context().run, late, jenny.session)
+            eventually(lambda: any(one.waiting for one in holders()), holders)
+            return future
+
         with engine.connect():
-            with open_scope():
-                future = pool.submit(contextvars.copy_context().run, late)
-                assert waiting.wait(30)
+            future = way(body)
         future.result(60)
     assert checked_out(engine) == 0
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_S4_the_end_of_a_scope_races_with_its_threads(make_engine: MakeEngine) -> None:
