@@ -23,7 +23,7 @@ def jenny(engine: Engine) -> Jenny:
     return SessionJenny(sessionmaker(engine, class_=Seen))
 
 
-def test_J5_set_rope_ties_in_the_calling_frame(jenny: Jenny, engine: Engine, traced: Any) -> None:
+def test_J5_set_rope_ties_in_the_calling_frame(jenny: Jenny, traced: Any) -> None:
     """`set_rope()` makes the rope where it is called, before any session is there."""
 
     def view() -> Session:

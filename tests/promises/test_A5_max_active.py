@@ -600,7 +600,7 @@ def test_A5_a_wrong_number_is_refused(value: Any) -> None:
         RopeMiddleware(Served(), max_active=value)
 
 
-def test_A5_is_no_option_of_open_scope(tmp_path: Path) -> None:
+def test_A5_is_no_option_of_open_scope() -> None:
     """It is the boundary's."""
     with pytest.raises(TypeError):
         open_scope(max_active=1)  # type: ignore[call-arg]

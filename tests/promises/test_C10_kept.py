@@ -302,9 +302,7 @@ def test_C10_an_async_stream_on_postgresql(
 
 
 @pytest.mark.told
-def test_S3_no_connection_goes_back_within_its_transaction(
-    database: Database, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_S3_no_connection_goes_back_within_its_transaction(database: Database) -> None:
     """Two tasks use one session at once on asyncpg, which then refuses to roll back."""
 
     async def main() -> None:

@@ -381,7 +381,7 @@ def test_J1_an_attribute_error_of_the_factory_is_what_comes(jenny: Jenny) -> Non
         jenny.session  # noqa: B018
 
 
-def test_J1_query_property(jenny: Jenny, engine: Engine, around: Around) -> None:
+def test_J1_query_property(jenny: Jenny, around: Around) -> None:
     """A model's `query` attribute asks the current session, also with a class of one's own."""
 
     class MyQuery(Query[Any]):
@@ -483,7 +483,7 @@ def test_J1_factory_boy(
 
 
 @pytest.mark.told
-def test_J1_factory_boy_get_or_create(jenny: Jenny, engine: Engine, around: Around) -> None:
+def test_J1_factory_boy_get_or_create(jenny: Jenny, around: Around) -> None:
     """Its options that ask the database work, too."""
 
     class DataFactory(SQLAlchemyModelFactory):

@@ -124,7 +124,7 @@ def test_J5_a_function_that_raises_ends_its_session(
         caller()
 
 
-def test_J5_a_method_is_a_function(jenny: Jenny, engine: Engine, traced: Any) -> None:
+def test_J5_a_method_is_a_function(jenny: Jenny, traced: Any) -> None:
     """Methods, class methods, static methods, properties and lambdas hold ropes."""
 
     class Service:
@@ -170,7 +170,7 @@ def test_J5_a_function_that_is_called_like_the_facade_is_no_facade(
     assert checked_out(engine) == 0
 
 
-def test_J5_nested_calls_use_the_outer_session(jenny: Jenny, engine: Engine, traced: Any) -> None:
+def test_J5_nested_calls_use_the_outer_session(jenny: Jenny, traced: Any) -> None:
     """Where the caller has a session, what it calls has the same, and it outlives the call."""
 
     def inner(depth: int) -> Session:
@@ -251,7 +251,7 @@ def test_J5_a_generator_keeps_its_session_until_it_ends(
     "beside them; that goes with the generator itself",
     strict=sys.version_info < (3, 14),
 )
-def test_J5_closing_a_generator_ends_its_session_at_once(jenny: Jenny, engine: Engine) -> None:
+def test_J5_closing_a_generator_ends_its_session_at_once(jenny: Jenny) -> None:
     """After close() the session is over, although the generator object is still there."""
 
     def rows() -> Iterator[Session]:
@@ -289,9 +289,7 @@ def test_J5_a_generator_that_ends_closes_nothing_that_its_caller_uses(
         assert is_over(caller())
 
 
-def test_J5_a_suspended_generator_keeps_the_session_of_its_caller(
-    jenny: Jenny, engine: Engine
-) -> None:
+def test_J5_a_suspended_generator_keeps_the_session_of_its_caller(jenny: Jenny) -> None:
     """A generator that outlives its caller goes on with the session that it began with."""
 
     def rows() -> Iterator[Session]:
@@ -368,9 +366,7 @@ def test_J5_an_async_generator_keeps_its_session_until_it_ends(
         asyncio.run(main())
 
 
-def test_J5_a_comprehension_uses_the_session_of_its_function(
-    jenny: Jenny, engine: Engine, traced: Any
-) -> None:
+def test_J5_a_comprehension_uses_the_session_of_its_function(jenny: Jenny, traced: Any) -> None:
     """List, set and dict comprehensions are part of the function on every Python."""
 
     def view() -> Session:
@@ -386,9 +382,7 @@ def test_J5_a_comprehension_uses_the_session_of_its_function(
         assert is_over(view())
 
 
-def test_J5_an_async_comprehension_uses_the_session_of_its_coroutine(
-    jenny: Jenny, engine: Engine
-) -> None:
+def test_J5_an_async_comprehension_uses_the_session_of_its_coroutine(jenny: Jenny) -> None:
     """A comprehension that awaits is part of the coroutine, too."""
 
     async def numbers() -> AsyncIterator[int]:
@@ -404,9 +398,7 @@ def test_J5_an_async_comprehension_uses_the_session_of_its_coroutine(
     assert is_over(asyncio.run(view()))
 
 
-def test_J5_a_class_body_uses_the_session_of_the_code_around_it(
-    jenny: Jenny, engine: Engine, traced: Any
-) -> None:
+def test_J5_a_class_body_uses_the_session_of_the_code_around_it(jenny: Jenny, traced: Any) -> None:
     """The class does not keep the rope, which would never go, nor does an Enum count it."""
 
     def view() -> tuple[list[type], Session]:
@@ -435,7 +427,7 @@ def test_J5_a_class_body_uses_the_session_of_the_code_around_it(
 
 
 def test_J5_a_module_keeps_its_session_as_long_as_itself(
-    jenny: Jenny, engine: Engine, tmp_path: Path, traced: Any
+    jenny: Jenny, tmp_path: Path, traced: Any
 ) -> None:
     """At the top of a module the rope is a global variable of it."""
     path = tmp_path / "application.py"
@@ -482,9 +474,7 @@ class Mapping:
         self.data[name] = value
 
 
-def test_J5_exec_keeps_the_session_in_its_namespace(
-    jenny: Jenny, engine: Engine, traced: Any
-) -> None:
+def test_J5_exec_keeps_the_session_in_its_namespace(jenny: Jenny, traced: Any) -> None:
     """Code in exec() and eval() has its local variables, and its rope, in the given namespace."""
 
     def run(*namespaces: Any) -> None:
@@ -550,7 +540,7 @@ def test_J5_each_thread_has_its_own(jenny: Jenny, engine: Engine) -> None:
     assert not jenny._ropes
 
 
-def test_J5_threads_one_after_the_other_share_nothing(jenny: Jenny, engine: Engine) -> None:
+def test_J5_threads_one_after_the_other_share_nothing(jenny: Jenny) -> None:
     """A thread whose ident is that of an earlier one has a session of its own.
 
     The earlier one's frame is still there: a traceback keeps it.

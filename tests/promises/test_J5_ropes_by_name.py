@@ -97,7 +97,7 @@ def test_J5_the_callback_names_the_rope(jenny: Jenny, engine: Engine, traced: An
     assert checked_out(engine) == 0
 
 
-def test_J5_the_callback_is_asked_each_time(jenny: Jenny, engine: Engine) -> None:
+def test_J5_the_callback_is_asked_each_time(jenny: Jenny) -> None:
     """Another name is another rope and another session, in the same function."""
     names = ["a", "b"]
     jenny._rope_name_callback = lambda: names[0]
@@ -168,7 +168,7 @@ def test_J5_the_callback_must_return_a_str(jenny: Jenny, value: Any) -> None:
     assert not jenny._ropes
 
 
-def test_J5_threads_with_ropes_of_one_name_do_not_meet(jenny: Jenny, engine: Engine) -> None:
+def test_J5_threads_with_ropes_of_one_name_do_not_meet(jenny: Jenny) -> None:
     """A name is looked up within its own thread, and removed there only."""
     jenny._rope_name_callback = lambda: "my_rope"
 
@@ -186,9 +186,7 @@ def test_J5_threads_with_ropes_of_one_name_do_not_meet(jenny: Jenny, engine: Eng
     assert jenny.session is session
 
 
-def test_J5_set_rope_ties_in_the_frame_it_is_given(
-    jenny: Jenny, engine: Engine, traced: Any
-) -> None:
+def test_J5_set_rope_ties_in_the_frame_it_is_given(jenny: Jenny, traced: Any) -> None:
     """With a frame, the session lives as long as that one."""
 
     def helper() -> Session:
@@ -213,7 +211,7 @@ def test_J5_set_rope_of_what_is_no_frame_is_an_error_in_words(jenny: Jenny) -> N
 
 
 def test_J5_set_rope_in_a_nested_call_leaves_the_outer_session_alone(
-    jenny: Jenny, engine: Engine, traced: Any
+    jenny: Jenny, traced: Any
 ) -> None:
     """The inner function has a session of its own; the outer one's is current again after it."""
 
@@ -235,7 +233,7 @@ def test_J5_set_rope_in_a_nested_call_leaves_the_outer_session_alone(
         assert is_over(outer())
 
 
-def test_J5_set_rope_again_ends_the_one_before(jenny: Jenny, engine: Engine) -> None:
+def test_J5_set_rope_again_ends_the_one_before(jenny: Jenny) -> None:
     """A new rope under the same name in the same frame takes the old one's place."""
     first = use(jenny.session)
     jenny.set_rope()
@@ -268,7 +266,7 @@ def test_J5_remove_of_what_is_not_there_is_silent(jenny: Jenny) -> None:
     assert not jenny._ropes
 
 
-def test_J5_remove_takes_the_name_of_a_rope(jenny: Jenny, engine: Engine) -> None:
+def test_J5_remove_takes_the_name_of_a_rope(jenny: Jenny) -> None:
     """Only the session of the rope of that name is closed."""
     name = "a"
     jenny._rope_name_callback = lambda: name
@@ -282,7 +280,7 @@ def test_J5_remove_takes_the_name_of_a_rope(jenny: Jenny, engine: Engine) -> Non
     assert jenny.session is second
 
 
-def test_J5_the_rope_removes_as_the_jenny_does(jenny: Jenny, engine: Engine) -> None:
+def test_J5_the_rope_removes_as_the_jenny_does(jenny: Jenny) -> None:
     """`jenny.rope.remove()` closes the session; the rope makes another on its next use."""
     rope = jenny.rope
     first = use(rope.session)
@@ -392,7 +390,7 @@ def test_J5_a_rope_by_hand_of_a_jenny_takes_the_place_of_the_frame(
     assert not jenny._ropes
 
 
-def test_J5_a_rope_by_hand_of_a_jenny_is_renewed_after_remove(jenny: Jenny, engine: Engine) -> None:
+def test_J5_a_rope_by_hand_of_a_jenny_is_renewed_after_remove(jenny: Jenny) -> None:
     """Whoever removes it, the rope and the jenny agree on the next session."""
     rope = SessionRope(jenny.registry)
     rope.remove()
@@ -406,9 +404,7 @@ def test_J5_a_rope_by_hand_of_a_jenny_is_renewed_after_remove(jenny: Jenny, engi
     assert rope.session is jenny.session
 
 
-def test_J5_a_rope_by_hand_inside_a_scope_leaves_the_scopes_session_alone(
-    jenny: Jenny, engine: Engine
-) -> None:
+def test_J5_a_rope_by_hand_inside_a_scope_leaves_the_scopes_session_alone(jenny: Jenny) -> None:
     """The session is the scope's, so only `remove()` and the scope's end close it."""
 
     def view() -> Session:
@@ -436,7 +432,7 @@ def test_J5_a_rope_that_was_never_initialised_is_collected_in_silence() -> None:
         SessionRope()  # type: ignore[call-arg]
 
 
-def test_J5_inside_a_scope_nothing_is_set_in_any_frame(jenny: Jenny, engine: Engine) -> None:
+def test_J5_inside_a_scope_nothing_is_set_in_any_frame(jenny: Jenny) -> None:
     """`jenny.rope` is the scope's; `set_rope()` and `session` leave the caller's frame alone."""
 
     def view() -> Session:
@@ -463,7 +459,7 @@ def test_J5_inside_a_scope_nothing_is_set_in_any_frame(jenny: Jenny, engine: Eng
     assert ropes_in(variables()) == []
 
 
-def test_J5_a_scope_hides_the_rope_and_gives_it_back(jenny: Jenny, engine: Engine) -> None:
+def test_J5_a_scope_hides_the_rope_and_gives_it_back(jenny: Jenny) -> None:
     """A session that hangs by a rope is not the scope's, and current again after it."""
     session = use(jenny.session)
     with open_scope():
@@ -473,7 +469,7 @@ def test_J5_a_scope_hides_the_rope_and_gives_it_back(jenny: Jenny, engine: Engin
     assert jenny.session is session
 
 
-def test_J5_ropes_after_the_end_of_a_scope(jenny: Jenny, engine: Engine) -> None:
+def test_J5_ropes_after_the_end_of_a_scope(jenny: Jenny) -> None:
     """Code that outlived its scope gets the scope's error, and no rope."""
     started, ended = threading.Event(), threading.Event()
     import contextvars

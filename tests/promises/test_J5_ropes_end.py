@@ -65,7 +65,7 @@ def test_J5_two_asyncio_tasks_never_share_one(
     assert checked_out(engine) == 0
 
 
-def test_J5_two_trio_tasks_never_share_one(jenny: Jenny, engine: Engine) -> None:
+def test_J5_two_trio_tasks_never_share_one(jenny: Jenny) -> None:
     """What is true of asyncio's tasks is true of trio's."""
     sessions: list[Session] = []
 
@@ -90,7 +90,7 @@ def test_J5_two_trio_tasks_never_share_one(jenny: Jenny, engine: Engine) -> None
     assert all(is_over(session) for session in sessions)
 
 
-def test_J5_a_worker_thread_of_a_task_has_its_own(jenny: Jenny, engine: Engine) -> None:
+def test_J5_a_worker_thread_of_a_task_has_its_own(jenny: Jenny) -> None:
     """A thread that a task waits for does not use the task's session, and leaves it alone."""
 
     def work() -> Session:
@@ -107,7 +107,7 @@ def test_J5_a_worker_thread_of_a_task_has_its_own(jenny: Jenny, engine: Engine) 
     asyncio.run(main())
 
 
-def test_J5_a_callback_of_the_event_loop_is_no_task(jenny: Jenny, engine: Engine) -> None:
+def test_J5_a_callback_of_the_event_loop_is_no_task(jenny: Jenny) -> None:
     """Outside of tasks the loop's thread is the owner."""
     sessions: list[Session] = []
 
@@ -209,7 +209,7 @@ def test_J5_a_frame_kept_by_a_traceback_is_collected_late_and_not_wrongly(
     assert checked_out(engine) == 0
 
 
-def test_J5_a_traceback_that_is_cleared_lets_the_session_go(jenny: Jenny, engine: Engine) -> None:
+def test_J5_a_traceback_that_is_cleared_lets_the_session_go(jenny: Jenny) -> None:
     """What keeps a frame keeps the session, and no longer."""
     kept: list[Any] = []
 
@@ -253,7 +253,7 @@ def test_J5_a_reference_cycle_is_collected_late(jenny: Jenny, engine: Engine) ->
 
 
 def test_J5_using_the_session_where_an_error_is_handled_makes_no_cycle(
-    jenny: Jenny, engine: Engine, traced: Any
+    jenny: Jenny, traced: Any
 ) -> None:
     """The session goes with the function, also where it was used in "except ... as"."""
 
@@ -469,7 +469,7 @@ def ways_in() -> dict[str, Callable[[Jenny], object]]:
 
 
 @pytest.mark.parametrize("way", ways_in())
-def test_J5_every_way_in_makes_the_rope(jenny: Jenny, engine: Engine, way: str) -> None:
+def test_J5_every_way_in_makes_the_rope(jenny: Jenny, way: str) -> None:
     """The rope is set in the frame of the caller, whichever name of the facade it used."""
     enter = ways_in()[way]
     made: list[Session] = []

@@ -210,7 +210,7 @@ def test_R1_an_inner_open_scope_writes(web: Web) -> None:
     assert web.store.rows() == [1]
 
 
-def test_R1_open_scope_reads_only_where_it_says_so(jenny: Jenny, engine: Engine) -> None:
+def test_R1_open_scope_reads_only_where_it_says_so(jenny: Jenny) -> None:
     """`open_scope(read_only=True)`, as a block and as a decorator; the one around it writes."""
 
     @open_scope(read_only=True)
@@ -326,7 +326,7 @@ def test_R1_a_read_only_session_that_was_used_leaves_no_cycle(jenny: Jenny) -> N
         gc.enable()
 
 
-def test_S6_read_only_of_two_middlewares_adds_up(jenny: Jenny, engine: Engine) -> None:
+def test_S6_read_only_of_two_middlewares_adds_up(jenny: Jenny) -> None:
     """A request reads only where one of the two says so."""
     met: list[str] = []
 

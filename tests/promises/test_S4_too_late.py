@@ -334,9 +334,7 @@ def test_S4_whatever_the_options_of_the_session(engine: Engine, options: dict[st
     assert checked_out(engine) == 0
 
 
-def test_S4_a_session_in_use_by_another_thread_when_the_scope_ends(
-    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_S4_a_session_in_use_by_another_thread_when_the_scope_ends(make_engine: MakeEngine) -> None:
     """SQLAlchemy refuses to close it under the other thread's hands; nothing stays out."""
     engine = make_engine(pool_size=2)
     jenny = SessionJenny(sessionmaker(engine))

@@ -372,9 +372,7 @@ def test_S6_applications_that_are_asked_one_after_the_other(jenny: Jenny, engine
         assert connection.scalars(select(Row.name)).all() == ["second"]
 
 
-def test_S6_a_copy_of_the_environ_shares_the_scope_too(
-    wrap: Wrap, jenny: Jenny, engine: Engine
-) -> None:
+def test_S6_a_copy_of_the_environ_shares_the_scope_too(wrap: Wrap, jenny: Jenny) -> None:
     """Dispatchers hand on a copy with another SCRIPT_NAME."""
     probe = Probe(jenny)
     inner = wrap(probe)

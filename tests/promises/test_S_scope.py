@@ -226,9 +226,7 @@ def test_S1_the_scope_has_the_name_of_its_request(wrap: Wrap) -> None:
 
 
 @served("commit")  # after which a second transaction begins
-def test_S2_events_of_the_session_still_reach_their_listeners(
-    wrap: Wrap, jenny: Jenny, engine: Engine
-) -> None:
+def test_S2_events_of_the_session_still_reach_their_listeners(wrap: Wrap, jenny: Jenny) -> None:
     """after_begin and friends fire for the request's session as they always do."""
     begun: list[Session] = []
 

@@ -259,7 +259,7 @@ def test_W3_a_body_in_a_cycle_is_closed_when_collected(
 
 
 def test_W3_an_exhausted_body_kept_without_close_ends_when_dropped(
-    wrap: Wrap, jenny: Jenny, engine: Engine
+    wrap: Wrap, jenny: Jenny
 ) -> None:
     """The last chunk is no close(): the scope waits for the one or for the collector."""
     probe = Probe(jenny)

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,7 +114,7 @@ def test_Y2_C3_the_same_at_the_end_of_open_scope(web: Web) -> None:
 @Kinds
 @Commits
 def test_C3_a_time_limit_around_a_commit_that_fails_slowly_gives_no_success(
-    web: Web, earlier: bool, tmp_path: Path
+    web: Web, earlier: bool
 ) -> None:
     """The limit is up while the commit is at work, which then fails."""
 
