@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,13 @@ from rope_middleware import (
     RopeError,
     ScopeClosedError,
     SessionJenny,
-    current_scope,
     open_scope,
 )
 from tests.kit.asgi import into_nothing, websocket_scope
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out
 from tests.kit.models import Base, Child, Data, Row
-from tests.kit.sessions import SELECT, Around, Jenny, in_thread, touch
+from tests.kit.sessions import SELECT, Around, Jenny, in_thread, touch, use
 from tests.kit.stores import Store
 from tests.kit.waiting import PATIENCE, cancel_again_and_again, never, poll
 
@@ -101,7 +101,7 @@ def test_J7_an_object_that_was_expired_before_is_loaded_in_the_next_transaction(
 
 
 def test_J7_without_a_session_or_a_connection_there_is_nothing_to_do(
-    rows: Engine, jenny: Jenny, around: Around
+    rows: Engine, around: Around
 ) -> None:
     """It is silent, makes no session, and can be called again."""
     made: list[Session] = []
@@ -159,54 +159,13 @@ def test_J7_it_commits_nothing_and_tells_no_listener_so(rows: Engine, jenny: Jen
 # -- what it refuses -------------------------------------------------------------------------------
 
 
-def new(session: Session) -> None:
-    session.add(Row(n=20))
-
-
-def changed(session: Session) -> None:
-    session.get_one(Row, 1).name = "changed"
-
-
-def deleted(session: Session) -> None:
-    session.delete(session.get_one(Row, 1))
-
-
-def flushed(session: Session) -> None:
-    session.add(Row(n=20))
+def flushed(session: Session, numbers: Iterable[int] = (20,)) -> None:
+    session.add_all([Row(n=n) for n in numbers])
     session.flush()
-
-
-def many(session: Session) -> None:
-    session.add_all([Row(n=n) for n in range(100, 1200)])
-    session.flush()
-
-
-def orm_update(session: Session) -> None:
-    session.execute(update(Row).values(name="changed"))
-
-
-def orm_delete(session: Session) -> None:
-    session.execute(delete(Row).where(Row.n == 1))
-
-
-def orm_insert(session: Session) -> None:
-    session.scalars(insert(Row).returning(Row), [{"n": 20}, {"n": 21}]).all()
-
-
-def core_insert(session: Session) -> None:
-    session.execute(insert(Row.__table__).values(n=20))
-
-
-def core_on_the_connection(session: Session) -> None:
-    session.connection().execute(insert(Row.__table__), [{"n": 20}, {"n": 21}])
-
-
-def bulk(session: Session) -> None:
-    session.bulk_insert_mappings(Row, [{"n": 20}])  # type: ignore[arg-type]
 
 
 def long_ago(session: Session) -> None:
-    orm_update(session)
+    session.execute(update(Row).values(name="changed"))
     for n in range(500):
         session.execute(text(f"SELECT {n}"))
 
@@ -217,26 +176,28 @@ def in_a_savepoint(session: Session) -> None:
         session.add(Row(n=20))
 
 
-WRITES = {
-    new: "1 new Row",
-    changed: "1 changed Row",
-    deleted: "1 deleted Row",
-    flushed: "INSERT INTO row",
-    many: "INSERT INTO row",
-    orm_update: "UPDATE row",
-    orm_delete: "DELETE FROM row",
-    orm_insert: "INSERT INTO row",
-    core_insert: "INSERT INTO row",
-    core_on_the_connection: "INSERT INTO row",
-    bulk: "INSERT INTO row",
-    long_ago: "UPDATE row",
-    in_a_savepoint: "INSERT INTO row",
+TABLE: Any = Row.__table__
+TWO = [{"n": 20}, {"n": 21}]
+WRITES: dict[str, tuple[Callable[[Session], object], str]] = {
+    "new": (lambda it: it.add(Row(n=20)), "1 new Row"),
+    "changed": (lambda it: setattr(it.get_one(Row, 1), "name", "x"), "1 changed Row"),
+    "deleted": (lambda it: it.delete(it.get_one(Row, 1)), "1 deleted Row"),
+    "flushed": (flushed, "INSERT INTO row"),
+    "many": (lambda it: flushed(it, range(100, 1200)), "INSERT INTO row"),
+    "ORM update": (lambda it: it.execute(update(Row).values(name="x")), "UPDATE row"),
+    "ORM delete": (lambda it: it.execute(delete(Row).where(Row.n == 1)), "DELETE FROM row"),
+    "ORM insert": (lambda it: it.scalars(insert(Row).returning(Row), TWO).all(), "INSERT INTO row"),
+    "Core": (lambda it: it.execute(insert(TABLE).values(n=20)), "INSERT INTO row"),
+    "connection": (lambda it: it.connection().execute(insert(TABLE), TWO), "INSERT INTO row"),
+    "bulk": (lambda it: it.bulk_insert_mappings(inspect(Row), TWO), "INSERT INTO row"),
+    "long ago": (long_ago, "UPDATE row"),
+    "in a savepoint": (in_a_savepoint, "INSERT INTO row"),
 }
 
 
-@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+@pytest.mark.parametrize(("write", "told"), WRITES.values(), ids=WRITES)
 def test_J7_what_is_not_committed_is_named_and_kept(
-    rows: Engine, jenny: Jenny, around: Around, write: Callable[[Session], None]
+    rows: Engine, jenny: Jenny, around: Around, write: Callable[[Session], object], told: str
 ) -> None:
     """The error names it and `commit()`; nothing has become of it, and a commit keeps it."""
     with Session(rows) as other:
@@ -245,7 +206,7 @@ def test_J7_what_is_not_committed_is_named_and_kept(
         write(jenny.session)
         with pytest.raises(RopeError, match=r"release\(\) would lose .* commit\(\)") as caught:
             jenny.release()
-        assert WRITES[write] in str(caught.value)
+        assert told in str(caught.value)
         jenny.session.commit()
         jenny.release()
         assert checked_out(rows) == 0
@@ -269,26 +230,18 @@ def test_J7_the_error_names_all_and_no_values(rows: Engine, jenny: Jenny) -> Non
         jenny.session.rollback()
 
 
-def savepoint(jenny: Jenny) -> Any:
-    jenny.session.get(Row, 1)
-    return jenny.session.begin_nested()
+OPEN: dict[str, Callable[[Session], Any]] = {
+    "savepoint": lambda session: use(session).begin_nested(),
+    "savepoint of the connection": lambda session: session.connection().begin_nested(),
+    "begin": lambda session: session.begin(),
+}
 
 
-def core_savepoint(jenny: Jenny) -> Any:
-    return jenny.session.connection().begin_nested()
-
-
-def begin_block(jenny: Jenny) -> Any:
-    return jenny.session.begin()
-
-
-@pytest.mark.parametrize("block", [savepoint, core_savepoint, begin_block])
-def test_J7_a_block_that_is_open_is_not_torn(
-    rows: Engine, jenny: Jenny, block: Callable[[Jenny], Any]
-) -> None:
+@pytest.mark.parametrize("block", OPEN.values(), ids=OPEN)
+def test_J7_a_block_that_is_open_is_not_torn(jenny: Jenny, block: Callable[[Session], Any]) -> None:
     """A savepoint and a `begin()` block end where they are left."""
     with open_scope():
-        with block(jenny):
+        with block(jenny.session):
             touch(jenny)
             with pytest.raises(RopeError, match=r"savepoint|begin\(\)"):
                 jenny.release()
@@ -298,12 +251,12 @@ def test_J7_a_block_that_is_open_is_not_torn(
 
 
 RESULTS: dict[str, Callable[[Session], Any]] = {
-    "rows": lambda session: session.execute(select(Row.__table__)),
-    "text": lambda session: session.execute(text("SELECT n FROM row")),
-    "driver": lambda session: session.connection().exec_driver_sql("SELECT n FROM row"),
-    "objects": lambda session: session.scalars(select(Row)),
-    "yield_per": lambda session: session.scalars(select(Row).execution_options(yield_per=1)),
-    "query": lambda session: session.query(Row).yield_per(1),
+    "rows": lambda it: it.execute(select(TABLE)),
+    "text": lambda it: it.execute(text("SELECT n FROM row")),
+    "driver": lambda it: it.connection().exec_driver_sql("SELECT n FROM row"),
+    "objects": lambda it: it.scalars(select(Row)),
+    "yield_per": lambda it: it.scalars(select(Row).execution_options(yield_per=1)),
+    "query": lambda it: it.query(Row).yield_per(1),
 }
 
 
@@ -328,10 +281,10 @@ def test_J7_a_result_that_is_being_read_is_not_cut_off(
 def test_J7_a_result_that_nobody_has_any_more_is_no_hindrance(rows: Engine, jenny: Jenny) -> None:
     """Nor one that is closed, nor one of which only the first row was wanted."""
     with open_scope():
-        jenny.session.execute(select(Row.__table__)).fetchone()
-        closed = jenny.session.execute(select(Row.__table__))
+        jenny.session.execute(select(TABLE)).fetchone()
+        closed = jenny.session.execute(select(TABLE))
         closed.close()
-        first = jenny.session.execute(select(Row.__table__)).first()
+        first = jenny.session.execute(select(TABLE)).first()
         jenny.release()
         assert checked_out(rows) == 0
         assert first is not None
@@ -405,23 +358,26 @@ def test_J7_with_several_engines_all_connections_go_back(make_engine: MakeEngine
                 jenny.release()
 
 
-@pytest.mark.parametrize("how", ["get_bind", "bind_arguments"])
-def test_J7_an_engine_that_comes_by_another_way_is_seen(make_engine: MakeEngine, how: str) -> None:
-    """`get_bind()` of a class of one's own, and `bind_arguments` of a statement."""
-    bound, other = make_engine(), make_engine()
+def routed(how: str, bound: Engine, other: Any, **options: Any) -> tuple[Jenny, dict[str, Any]]:
+    """Return a jenny whose statements go to `other`, and what each has to be told for that."""
 
     class Routing(Session):
         def get_bind(self, *_: Any, **__: Any) -> Any:
             return other
 
-    jenny: Jenny = SessionJenny(
-        sessionmaker(bound, class_=Routing) if how == "get_bind" else sessionmaker(bound)
-    )
-    statement = insert(Row.__table__).values(n=1)
-    arguments = {} if how == "get_bind" else {"bind_arguments": {"bind": other}}
+    class_ = Routing if how == "get_bind" else Session
+    maker = sessionmaker(other if how == "bind" else bound, class_=class_, **options)
+    arguments = {"bind_arguments": {"bind": other}} if how == "bind_arguments" else {}
+    return SessionJenny(maker), arguments
+
+
+@pytest.mark.parametrize("how", ["get_bind", "bind_arguments"])
+def test_J7_an_engine_that_comes_by_another_way_is_seen(make_engine: MakeEngine, how: str) -> None:
+    """`get_bind()` of a class of one's own, and `bind_arguments` of a statement."""
+    jenny, arguments = routed(how, make_engine(), make_engine())
     for _ in range(2):
         with open_scope():
-            jenny.session.execute(statement, **arguments)
+            jenny.session.execute(insert(TABLE).values(n=1), **arguments)
             with pytest.raises(RopeError, match=r"commit\(\)"):
                 jenny.release()
 
@@ -431,21 +387,8 @@ def test_J7_a_lent_connection_is_left_alone(engine: Engine, how: str) -> None:
     """Neither closed nor rolled back: the application's transaction on it goes on."""
     with engine.connect() as lent:
         transaction = lent.begin()
-        lent.execute(insert(Row.__table__).values(n=1))
-
-        class Routing(Session):
-            def get_bind(self, *_: Any, **__: Any) -> Any:
-                return lent
-
-        options: dict[str, Any] = {"join_transaction_mode": "create_savepoint"}
-        jenny: Jenny = SessionJenny(
-            sessionmaker(lent, **options)
-            if how == "bind"
-            else sessionmaker(engine, class_=Routing if how == "get_bind" else Session, **options)
-        )
-        arguments: dict[str, Any] = (
-            {"bind_arguments": {"bind": lent}} if how == "bind_arguments" else {}
-        )
+        lent.execute(insert(TABLE).values(n=1))
+        jenny, arguments = routed(how, engine, lent, join_transaction_mode="create_savepoint")
         with open_scope():
             for _ in range(2):
                 assert jenny.session.scalar(select(Row.n), **arguments) == 1
@@ -494,12 +437,8 @@ def test_J7_a_connection_that_cannot_be_given_back_is_invalidated(
         jenny.release()
 
 
-def test_J7_after_the_scope_there_is_nothing_to_give_back(rows: Engine, jenny: Jenny) -> None:
-    """A thread that has outlived its scope hears of it where it would begin something."""
-    with open_scope():
-        scope = current_scope()
-        touch(jenny)
-    assert scope.closed
+def test_J7_after_the_scope_there_is_nothing_to_give_back(jenny: Jenny) -> None:
+    """Code that has outlived its scope hears of it where it would begin something."""
 
     def late() -> None:
         jenny.release()
@@ -507,9 +446,9 @@ def test_J7_after_the_scope_there_is_nothing_to_give_back(rows: Engine, jenny: J
             touch(jenny)
 
     with open_scope():
-        late_in = scope
-        assert late_in.closed
-    jenny.release()
+        touch(jenny)
+        context = copy_context()
+    context.run(late)
 
 
 def test_J7_a_scopefunc_and_a_strict_jenny(rows: Engine) -> None:
@@ -605,9 +544,9 @@ async def test_J7_async_the_connection_goes_back_and_objects_stay_as_they_are(st
         await jenny.release()
 
 
-@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+@pytest.mark.parametrize(("write", "told"), WRITES.values(), ids=WRITES)
 async def test_J7_async_what_is_not_committed_is_named(
-    store: Store, write: Callable[[Session], None]
+    store: Store, write: Callable[[Session], object], told: str
 ) -> None:
     """The same of an AsyncSession."""
     jenny = store.jenny
@@ -617,7 +556,7 @@ async def test_J7_async_what_is_not_committed_is_named(
         await jenny.session.run_sync(write)
         with pytest.raises(RopeError, match=r"commit\(\)") as caught:
             await jenny.release()
-        assert WRITES[write] in str(caught.value)
+        assert told in str(caught.value)
         await jenny.session.rollback()
 
 
