@@ -17,7 +17,7 @@ import pytest
 
 from rope_middleware.running import line as lines
 from rope_middleware.running.line import Line, wait_in_thread
-from tests.kit.sessions import run_threads
+from tests.kit.sessions import beside, run_threads
 from tests.kit.waiting import eventually
 
 
@@ -241,27 +241,23 @@ def test_line_a_line_that_is_full_for_long_is_told_once_a_minute(
     monkeypatch.setattr(lines, "LONG", 0.05)
     line = Line(2)
     held = [line.enter(), line.enter()]
-    threads = [threading.Thread(target=_come_and_go(line)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
 
     def told() -> list[str]:
         return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
-    eventually(lambda: told(), "the log is told")
-    line.tell()
-    assert len(told()) == 1
-    assert "max_active=2: " in told()[0]
-    assert "in line, the first one for 0." in told()[0]
-    assert "while 2 are served" in told()[0]
-    monkeypatch.setattr(lines, "AGAIN", 0.0)
-    line.tell()
-    assert "3 requests wait in line" in told()[-1]
-    for place in held:
-        assert place is not None
-        place.give_back()
-    for thread in threads:
-        thread.join(30)
+    with beside(*[_come_and_go(line)] * 3):
+        eventually(lambda: told(), "the log is told")
+        line.tell()
+        assert len(told()) == 1
+        assert "max_active=2: " in told()[0]
+        assert "in line, the first one for 0." in told()[0]
+        assert "while 2 are served" in told()[0]
+        monkeypatch.setattr(lines, "AGAIN", 0.0)
+        line.tell()
+        assert "3 requests wait in line" in told()[-1]
+        for place in held:
+            assert place is not None
+            place.give_back()
     before = len(told())
     line.tell()
     assert len(told()) == before, "nobody waits any more"

@@ -49,6 +49,7 @@ from tests.e2e.commit_app import (
 from tests.kit.either import now
 from tests.kit.frameworks import FRAMEWORKS, View
 from tests.kit.leaks import open_scopes
+from tests.kit.sessions import run_threads
 from tests.kit.waiting import eventually
 from tests.servers.asgi import HOST, free_port, run_command, serve
 from tests.servers.postgres import Database, postgres_server
@@ -549,14 +550,7 @@ def test_C6_a_deadlock_is_tried_again(kind: str, database: Database) -> None:
     app = Locks(database.url(kind), commit_on_success=True, retries=3)
     with serve(app) as running, httpx.Client(base_url=running.url, timeout=LIMIT) as client:
         found: list[int] = []
-        threads = [
-            threading.Thread(target=lambda n=n: found.append(client.get(f"/{n}").status_code))
-            for n in (1, 2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(LIMIT)
+        run_threads([lambda n=n: found.append(client.get(f"/{n}").status_code) for n in (1, 2)])
         nothing_is_left(app.held, database)
     assert found == [200, 200]
     assert len(tries) == 3, tries

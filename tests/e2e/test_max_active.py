@@ -18,6 +18,7 @@ from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import ASGIRopeMiddleware, RopeMiddleware, SessionJenny
 from tests.kit.leaks import nothing_checked_out
+from tests.kit.sessions import run_threads
 from tests.kit.waiting import eventually
 from tests.servers.asgi import HOST, SERVERS, serve
 from tests.servers.postgres import postgres_server
@@ -63,11 +64,7 @@ def test_A5_100_clients_at_once_are_answered(options: dict[str, Any]) -> None:
                 except httpx.HTTPError as error:
                     statuses.append(error)
 
-            clients = [threading.Thread(target=ask) for _ in range(100)]
-            for one in clients:
-                one.start()
-            for one in clients:
-                one.join(180)
+            run_threads([ask] * 100)
             assert collections.Counter(map(str, statuses)) == {"200": 100}
         assert database.query("SELECT count(*) FROM item") == [(100,)]
         nothing_checked_out(engine)

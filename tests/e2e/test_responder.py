@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from socket import SHUT_RDWR
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from rope_middleware import RopeMiddleware, Scope, ScopeClosedError, SessionJenn
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out, nothing_checked_out
 from tests.kit.models import Data
-from tests.kit.sessions import Jenny
+from tests.kit.sessions import Jenny, run_threads
 from tests.kit.waiting import PATIENCE, eventually
 from tests.servers.asgi import ASYNCIO_SERVERS, serve
 
@@ -649,11 +650,7 @@ def test_S4_many_timed_out_views_leave_a_pool_of_five_whole(
         statuses.append(running.get(f"/{number}").status_code)
 
     with serve(app.api, server) as running:
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(20)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PATIENCE)
+        run_threads([partial(client, number) for number in range(20)])
         eventually(lambda: running_views[0] == 0, "every view has ended")
         nothing_checked_out(engine)
     assert len(statuses) == 20

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextvars
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from rope_middleware import SessionJenny
+from tests.kit.waiting import PATIENCE
 
 Jenny = SessionJenny[Session]
 Around = Callable[[], AbstractContextManager[object]]
@@ -48,11 +49,21 @@ def in_thread(function: Callable[[], Any]) -> Any:
         return pool.submit(contextvars.copy_context().run, function).result(60)
 
 
-def run_threads(functions: list[Callable[[], None]]) -> None:
-    """Run each function in a thread and raise what one of them raised."""
+@contextmanager
+def beside(
+    *functions: Callable[[], object], until: threading.Event | None = None
+) -> Iterator[None]:
+    """Run each function in a thread while the block runs, and wait for their ends.
+
+    Args:
+        until: is set first when the block ends, however it does.
+
+    Raises:
+        BaseException: what one of them raised.
+    """
     errors: list[BaseException] = []
 
-    def guard(function: Callable[[], None]) -> None:
+    def guard(function: Callable[[], object]) -> None:
         try:
             function()
         except BaseException as error:
@@ -61,11 +72,22 @@ def run_threads(functions: list[Callable[[], None]]) -> None:
     threads = [threading.Thread(target=guard, args=[function]) for function in functions]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    try:
+        yield
+    finally:
+        if until is not None:
+            until.set()
+        for thread in threads:
+            thread.join(10 * PATIENCE)
+            assert not thread.is_alive()
     if errors:
         raise errors[0]
+
+
+def run_threads(functions: Sequence[Callable[[], object]]) -> None:
+    """Run each function in a thread, and raise what one of them raised."""
+    with beside(*functions):
+        pass
 
 
 def workers(name: str = "rope_middleware") -> list[threading.Thread]:

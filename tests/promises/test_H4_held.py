@@ -35,7 +35,7 @@ from tests.kit.engines import MakeEngine, small_async_engine
 from tests.kit.models import Row
 from tests.kit.planted import Async, Sync, cancelled, line_of
 from tests.kit.said import Said
-from tests.kit.sessions import SELECT, Jenny, run_threads, touch
+from tests.kit.sessions import SELECT, Jenny, beside, run_threads, touch
 from tests.kit.waiting import eventually, never, poll
 from tests.servers.postgres import Database, postgres_server
 
@@ -75,14 +75,9 @@ def somebody_waits(engine: Engine, said: Said) -> Iterator[Any]:
             ready.set()
             assert leave.wait(60)
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    assert ready.wait(60)
-    try:
+    with beside(wait, until=leave):
+        assert ready.wait(60)
         yield lambda: bool(told_of(said, "somebody"))
-    finally:
-        leave.set()
-        thread.join()
 
 
 # -- what is told ----------------------------------------------------------------------------------
@@ -122,20 +117,13 @@ def test_H4_once_for_each_pair_of_lines_and_hour(
                 leave.wait(60)
             leave.wait(60)
 
-    threads = [threading.Thread(target=wait, args=[name]) for name in "aabc"]
-    for thread in threads:
-        thread.start()
-    try:
+    with beside(*(partial(wait, name) for name in "aabc"), until=leave):
         eventually(lambda: len(said.held) == 2, lambda: f"both lines: {said.held}")
         assert told_of(said, "c")
         for module in (telling, held):
             monkeypatch.setattr(module, "monotonic", lambda: time.monotonic() + 3600)
         eventually(lambda: len(said.held) == 4, lambda: f"both again: {said.held}")
         assert "for 3600." in said.held[-1]
-    finally:
-        leave.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_H4_every_way_to_hold_is_told(make_engine: MakeEngine, said: Said) -> None:
@@ -143,15 +131,8 @@ def test_H4_every_way_to_hold_is_told(make_engine: MakeEngine, said: Said) -> No
     jenny = SessionJenny(sessionmaker(make_engine(20)))
     ready, leave = threading.Semaphore(0), threading.Event()
     kinds = Sync(jenny, ready.release, leave).kinds()
-    threads = [threading.Thread(target=way) for way in kinds.values()]
-    for thread in threads:
-        thread.start()
-    try:
+    with beside(*kinds.values(), until=leave):
         eventually(lambda: len(said.held) == len(kinds), lambda: f"each of them: {said.held}")
-    finally:
-        leave.set()
-        for thread in threads:
-            thread.join()
     for kind in kinds:
         assert any(f"begun at {line_of(kind)}, its code is at planted.py:" in t for t in said.held)
     assert any(text.startswith("a session outside of scopes has held") for text in said.held)
@@ -228,11 +209,9 @@ def test_H4_waiting_for_another_connection_is_a_wait(make_engine: MakeEngine, sa
                     jenny.session.connection()
                 jenny.session.rollback()
 
-        thread = threading.Thread(target=wait)
-        thread.start()
-        eventually(lambda: bool(told_of(said, "outer")), "it is told")
-        taken.close()
-        thread.join()
+        with beside(wait):
+            eventually(lambda: bool(told_of(said, "outer")), "it is told")
+            taken.close()
     assert not told_of(said, "inner")
 
 
@@ -358,15 +337,10 @@ def test_H4_postgres_a_statement_is_no_wait(postgres: Engine, said: Said) -> Non
 
     with somebody_waits(postgres, said) as is_told, postgres.connect() as other:
         other.execute(text("SELECT pg_advisory_lock(1)"))
-        threads = [threading.Thread(target=one) for one in (sleeps, locks, copies, commits)]
-        for thread in threads:
-            thread.start()
-        eventually(is_told, "somebody is told of")
-        for thread in threads:
-            if thread is not threads[1]:
-                thread.join()
-        other.execute(text("SELECT pg_advisory_unlock(1)"))
-        threads[1].join()
+        with beside(locks):
+            with beside(sleeps, copies, commits):
+                eventually(is_told, "somebody is told of")
+            other.execute(text("SELECT pg_advisory_unlock(1)"))
     assert len(said.held) == 1
 
 

@@ -28,8 +28,8 @@ from tests.kit.leaks import nothing_checked_out
 from tests.kit.models import Row
 from tests.kit.planted import Async, Sync, cancelled, line_of
 from tests.kit.said import Said
-from tests.kit.sessions import SELECT, Jenny, run_threads, touch
-from tests.kit.waiting import eventually, poll
+from tests.kit.sessions import SELECT, Jenny, beside, run_threads, touch
+from tests.kit.waiting import PATIENCE, eventually, poll
 
 pytestmark = pytest.mark.anyio
 
@@ -121,28 +121,25 @@ def test_H1_the_password_is_not_told() -> None:
 def test_H1_it_tells_who_has_none_yet_and_who_waits(make_engine: MakeEngine) -> None:
     """Added objects need no connection yet; who stands before an empty pool waits."""
     jenny = SessionJenny(sessionmaker(make_engine(1)))
-    leave = threading.Event()
+    ready = threading.Event()
 
     def wait() -> None:
+        assert ready.wait(PATIENCE)
         with open_scope("waits"):
             jenny.session.execute(SELECT)
 
     def hold() -> None:
         with open_scope("holds"):
             touch(jenny)
-            thread = threading.Thread(target=wait)
-            thread.start()
+            ready.set()
             with open_scope("adds"):
                 jenny.session.add(Row(n=1))
                 eventually(lambda: any(one.waiting for one in holders()), "somebody waits")
                 found.update({one.scope: one.connection for one in holders()})
                 jenny.session.rollback()
-        thread.join()
-        leave.set()
 
     found: dict[str, str] = {}
-    run_threads([hold])
-    assert leave.is_set()
+    run_threads([hold, wait])
     assert found == {"holds": "held", "adds": "none yet", "waits": "waited for"}
     assert holders() == ()
 
@@ -152,17 +149,12 @@ def test_H1_every_way_to_hold_is_listed(make_engine: MakeEngine, kind: str) -> N
     """Requests, streams, blocks, threads, ropes: by the line that began, while they hold."""
     jenny = SessionJenny(sessionmaker(make_engine()))
     ready, leave = threading.Event(), threading.Event()
-    thread = threading.Thread(target=Sync(jenny, ready.set, leave).kinds()[kind])
-    thread.start()
-    assert ready.wait(60)
-    try:
+    with beside(Sync(jenny, ready.set, leave).kinds()[kind], until=leave):
+        assert ready.wait(60)
         (holder,) = holders()
         assert holder.began == line_of(kind)
         assert holder.now.startswith("planted.py:")
         assert (holder.scope == "no scope") == (kind == "rope")
-    finally:
-        leave.set()
-        thread.join()
     assert holders() == ()
 
 
@@ -277,17 +269,10 @@ def test_H2_the_time_out_names_every_holder(tmp_path: Path, seed: int, said: Sai
         ready, leave = threading.Semaphore(0), threading.Event()
         ways = Sync(jenny, ready.release, leave).kinds()
         planted = [choose.choice(sorted(ways)) for _ in range(size)]
-        threads = [threading.Thread(target=ways[kind]) for kind in planted]
-        for thread in threads:
-            thread.start()
-        assert all(ready.acquire(timeout=60) for _ in threads)
-        try:
+        with beside(*(ways[kind] for kind in planted), until=leave):
+            assert all(ready.acquire(timeout=60) for _ in planted)
             with open_scope("too late"), pytest.raises(PoolTimeout) as raised:
                 jenny.session.execute(SELECT)
-        finally:
-            leave.set()
-            for thread in threads:
-                thread.join()
         (note,) = raised.value.__notes__
         assert sorted(began_in(note)) == sorted(line_of(kind) for kind in planted)
         nothing_checked_out(engine)
@@ -383,18 +368,12 @@ def test_H2_only_the_holders_of_that_pool(tmp_path: Path, said: Said) -> None:
     engine, other = small(tmp_path, 1), small(tmp_path, 2)
     jenny, elsewhere = SessionJenny(sessionmaker(engine)), SessionJenny(sessionmaker(other))
     leave, ready = threading.Event(), threading.Semaphore(0)
-    threads = [
-        threading.Thread(target=Sync(one, ready.release, leave).block) for one in (jenny, elsewhere)
-    ]
-    for thread in threads:
-        thread.start()
-    assert all(ready.acquire(timeout=60) for _ in threads)
-    with open_scope(), pytest.raises(PoolTimeout) as raised:
-        jenny.session.execute(SELECT)
+    blocks = [Sync(one, ready.release, leave).block for one in (jenny, elsewhere)]
+    with beside(*blocks, until=leave):
+        assert all(ready.acquire(timeout=60) for _ in blocks)
+        with open_scope(), pytest.raises(PoolTimeout) as raised:
+            jenny.session.execute(SELECT)
     assert began_in(raised.value.__notes__[0]) == [line_of("block")]
-    leave.set()
-    for thread in threads:
-        thread.join()
     engine.dispose()
     other.dispose()
     assert said.warnings

@@ -19,7 +19,7 @@ from rope_middleware.session.holding.giving_way import is_plain_read
 from tests.kit.engines import MakeEngine, begin_as_writer, fill
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data, Row
-from tests.kit.sessions import Jenny, run_threads, touch
+from tests.kit.sessions import Jenny, beside, run_threads, touch
 from tests.kit.stores import Store
 from tests.kit.waiting import PATIENCE
 from tests.servers.postgres import Database, postgres_server
@@ -263,14 +263,11 @@ def test_S6_another_thread_that_is_inside_of_a_call_keeps_its_connection(
             may_go.wait(PATIENCE)
 
         event.listen(session, "do_orm_execute", wait_in_the_session)
-        thread = threading.Thread(target=lambda: session.scalar(select(Data.count)))
-        thread.start()
-        assert inside.wait(PATIENCE)
-        with open_scope(), pytest.raises(PoolTimeout):
-            touch(jenny)
-        assert session.in_transaction()
-        may_go.set()
-        thread.join(PATIENCE)
+        with beside(lambda: session.scalar(select(Data.count)), until=may_go):
+            assert inside.wait(PATIENCE)
+            with open_scope(), pytest.raises(PoolTimeout):
+                touch(jenny)
+            assert session.in_transaction()
         event.remove(session, "do_orm_execute", wait_in_the_session)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,6 +19,7 @@ from rope_middleware.flask import flask_scoped_session
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out
 from tests.kit.models import Row
+from tests.kit.sessions import run_threads
 
 ONE = text("SELECT 1")
 
@@ -246,18 +246,7 @@ def test_S8_a_fork_in_a_context_leaves_the_session_to_the_parent(
             served.jenny.commit()
 
     if in_thread:
-        failed: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                parent()
-            except BaseException as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join(60)
-        assert not failed
+        run_threads([parent])
     else:
         parent()
     with served.app.app_context():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from sqlalchemy.pool import NullPool
 
 from rope_middleware import AsyncSessionJenny, RopeError, ScopeClosedError, open_scope
 from rope_middleware.testing import Sandbox
+from tests.kit.either import now
 from tests.kit.sandboxes import COUNT, Child, Parent, Place, Row
+from tests.kit.sessions import beside
 from tests.kit.waiting import eventually, poll
 
 pytestmark = pytest.mark.anyio
@@ -395,62 +398,37 @@ def test_T3_over_an_error_of_the_block_it_is_a_note(place: Place) -> None:
 
 
 @of("postgresql", "mariadb")
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_T3_a_row_of_another_sandbox_is_told(
-    place: Place, caplog: pytest.LogCaptureFixture
+    place: Place, is_async: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One WARNING with both names, while the wait goes on; it ends with the other's end."""
-    jenny = place.jenny
-    done = threading.Event()
+    """One WARNING with both names, while the wait goes on; it ends with the other's end.
+
+    The statement of an AsyncSession waits on the sandboxes' loop.
+    """
+    both, done = Both(place, is_async), threading.Event()
+
+    def write() -> None:
+        work = both.commit(Row(n=5))
+        asyncio.run(work) if is_async else now(work)
 
     def wait() -> None:
-        with Sandbox(jenny, name="waiting"):
-            jenny.session.add(Row(n=5))
-            jenny.session.commit()
+        with Sandbox(both.jenny, name="waiting"):
+            write()
         done.set()
 
-    thread = threading.Thread(target=wait)
-    with Sandbox(jenny, name="holding"):
-        jenny.session.add(Row(n=5))
-        jenny.session.commit()
-        thread.start()
-        eventually(lambda: caplog.records, "the warning")
-        assert not done.is_set()
-    thread.join(30)
+    with ExitStack() as stack:
+        with Sandbox(both.jenny, name="holding"):
+            write()
+            stack.enter_context(beside(wait))
+            eventually(lambda: caplog.records, "the warning")
+            assert not done.is_set()
     assert done.is_set()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "'waiting'" in record.getMessage()
     assert "'holding'" in record.getMessage()
-    assert "test_T3_no_false_green.py:" in record.getMessage()
-
-
-@of("postgresql", "mariadb")
-def test_T3_an_async_session_that_waits_is_told_as_well(
-    place: Place, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The twin: the statement waits on the sandboxes' loop."""
-
-    async def write() -> None:
-        place.ajenny.session.add(Row(n=5))
-        await place.ajenny.session.commit()
-
-    def wait() -> None:
-        with Sandbox(place.ajenny, name="waiting"):
-            asyncio.run(write())
-        done.set()
-
-    done = threading.Event()
-    thread = threading.Thread(target=wait)
-    with Sandbox(place.ajenny, name="holding"):
-        asyncio.run(write())
-        thread.start()
-        eventually(lambda: caplog.records, "the warning")
-        assert not done.is_set()
-    thread.join(30)
-    assert done.is_set()
-    (record,) = caplog.records
-    assert "'waiting'" in record.getMessage()
-    assert "'holding'" in record.getMessage()
+    assert is_async or "test_T3_no_false_green.py:" in record.getMessage()
 
 
 @of("postgresql", "mariadb")

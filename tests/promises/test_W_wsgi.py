@@ -6,6 +6,7 @@ import contextvars
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import greenlet
@@ -25,7 +26,7 @@ from tests.kit.flask_app import flask_app
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Row
 from tests.kit.said import Said
-from tests.kit.sessions import Jenny, touch
+from tests.kit.sessions import Jenny, run_threads, touch
 from tests.kit.wsgi import (
     BODIES,
     FILE_WRAPPERS,
@@ -329,9 +330,7 @@ def test_W3_collection_in_another_thread(wrap: Wrap, jenny: Jenny, engine: Engin
             found.append(current_scope() is other and not other.closed)
             found.append(touch(jenny) is session)
 
-    thread = threading.Thread(target=drop)
-    thread.start()
-    thread.join(15)
+    run_threads([drop])
     assert found == [True, True]
     probe.is_over(engine)
 
@@ -367,11 +366,7 @@ def test_W4_each_thread_has_a_scope_of_its_own(wrap: Wrap, make_engine: MakeEngi
         errors.append(seen.raised)
         assert seen.close_error is None
 
-    threads = [threading.Thread(target=run, args=(probe,)) for probe in probes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    run_threads([partial(run, probe) for probe in probes])
     assert errors == [None] * 8
     assert len({id(probe.scope) for probe in probes}) == 8
     assert len({id(probe.sessions[0]) for probe in probes}) == 8
