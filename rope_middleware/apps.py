@@ -7,7 +7,7 @@ from typing import Any
 
 from rope_middleware.scope.context import is_async_callable
 
-__all__ = ["NAMES", "check_app", "is_around_itself", "is_wrapped", "protocol_of"]
+__all__ = ["NAMES", "belongs_to_app", "check_app", "is_around_itself", "protocol_of"]
 
 _NO_APP = "{} takes an ASGI or WSGI application, not {!r}."
 _OF_FRAMEWORK = (
@@ -127,7 +127,7 @@ NAMES = (
 )
 
 
-def is_wrapped(middleware: object, name: str) -> AttributeError:
+def belongs_to_app(middleware: object, name: str) -> AttributeError:
     """Make the error for a name of an application that is asked of the middleware around it."""
     owner: Any = middleware if isinstance(middleware, type) else type(middleware)
     return AttributeError(

@@ -15,8 +15,8 @@ from rope_middleware.elsewhere import NO_MIDDLEWARE
 from rope_middleware.errors import no_engine, sync_scope
 from rope_middleware.jenny import get_or_make, name_elsewhere
 from rope_middleware.running.finish import finish, within
-from rope_middleware.scope.asking import check_loop
 from rope_middleware.scope.context import current
+from rope_middleware.scope.loop import check_loop
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.outcome import timeout_of

@@ -17,7 +17,6 @@ __all__ = [
     "async_callback",
     "async_engine",
     "belongs_to_parent",
-    "has_ended",
     "in_doubt",
     "left_behind",
     "memory_of_thread",
@@ -26,6 +25,7 @@ __all__ = [
     "no_such_name",
     "other_loop",
     "pool_deadlock",
+    "scope_ended",
     "sync_scope",
 ]
 
@@ -104,7 +104,7 @@ def left_behind() -> RopeError:
     )
 
 
-def has_ended(name: str) -> ScopeClosedError:
+def scope_ended(name: str) -> ScopeClosedError:
     """Make the error for code that has outlived its scope."""
     return ScopeClosedError(
         f"The scope {name!r} has ended, and its sessions are closed. This code has "

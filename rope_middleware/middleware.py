@@ -12,7 +12,7 @@ from importlib import import_module
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
-from rope_middleware.apps import NAMES, check_app, is_around_itself, is_wrapped, protocol_of
+from rope_middleware.apps import NAMES, belongs_to_app, check_app, is_around_itself, protocol_of
 from rope_middleware.elsewhere import stand_in
 from rope_middleware.scope.context import logger
 from rope_middleware.scope.options import DEFAULT, Options, methods_of, options_of
@@ -213,7 +213,7 @@ class RopeMiddleware:
             )
 
 
-stand_in(RopeMiddleware, NAMES, is_wrapped)
+stand_in(RopeMiddleware, NAMES, belongs_to_app)
 
 
 def _class_of(protocol: str) -> type[RopeMiddleware]:

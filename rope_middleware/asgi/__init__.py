@@ -39,7 +39,7 @@ from rope_middleware.scope.response import (
     shared_scope,
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, OPEN, AsyncScope, Scope
-from rope_middleware.session.committing import asettle
+from rope_middleware.session.committing import aresolve_doubts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable
@@ -257,7 +257,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         except BaseException as error:
             again = False
             if isinstance(error, Exception):
-                await asettle(own)
+                await aresolve_doubts(own)
                 again = gate.may_try_again()
             await aend_failed(own, error)
             if again:

@@ -15,7 +15,7 @@ from rope_middleware.scope.async_ending import acommit, aend, aroll_back
 from rope_middleware.scope.response import doom_rest, is_head, options_now
 from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.short import end_shortly
-from rope_middleware.session.committing import asettle
+from rope_middleware.session.committing import aresolve_doubts
 
 if TYPE_CHECKING:
     from rope_middleware.asgi.replay import Replay
@@ -89,7 +89,7 @@ class Gate(answer.Gate):
                 raise self.raised  # the app has swallowed it
             # The app may have swallowed the error of a commit that failed, and kept quiet.
             if self.state == FAILED:
-                await asettle(self._scope)
+                await aresolve_doubts(self._scope)
                 if self.may_try_again():
                     self.state = HELD
                 else:
@@ -134,7 +134,7 @@ class Gate(answer.Gate):
 
     async def _announce(self, message: Message) -> None:
         """The app wants to start its response: do what that means."""
-        await asettle(self._scope)
+        await aresolve_doubts(self._scope)
         act = self.decide(message["status"], lambda: _headers(message))
         if act is answer.Act.HOLD:
             self.state = HELD

@@ -1,10 +1,11 @@
-"""Which scope is current here and stays so; a few words about errors and functions for all."""
+"""Which scope is current here, and which are around it; what all need of errors and functions."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import traceback
+from collections.abc import Iterator
 from contextvars import ContextVar, Token
 from functools import partial
 from types import FrameType
@@ -27,6 +28,7 @@ __all__ = [
     "removing",
     "traceback_of",
     "unbind",
+    "with_outer",
 ]
 
 SCOPE_KEY = "rope_middleware.scope"
@@ -52,6 +54,13 @@ def unbind(token: Token[Scope | None]) -> None:
         # Left in another context than it was entered in (a coroutine closed by the garbage
         # collector, a generator dependency run in two threads): here nothing was set.
         pass
+
+
+def with_outer(scope: Scope | None) -> Iterator[Scope]:
+    """Give `scope` and the scopes around it, the innermost first."""
+    while scope is not None:
+        yield scope
+        scope = None if scope._outer is None else scope._outer()
 
 
 def printable(name: str) -> str:

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from rope_middleware.scope.asking import with_outer
-from rope_middleware.scope.context import class_of, current, unbind
+from rope_middleware.scope.context import class_of, current, unbind, with_outer
 from rope_middleware.scope.hands import CLOSING, HERE, run_now
 from rope_middleware.scope.order import (
     committing,

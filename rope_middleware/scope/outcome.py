@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from rope_middleware.scope.scope import Scope
+from rope_middleware.scope.scope import OPEN, Scope
 
 __all__ = [
     "begin_commit",
     "end_commit",
+    "expects_nothing",
     "has_refused",
     "is_broken",
     "is_committing",
     "is_loss",
+    "is_to_commit",
     "note_broken",
     "note_commit",
     "note_loss",
@@ -22,6 +24,20 @@ __all__ = [
     "timeout_of",
     "trial_of",
 ]
+
+
+def expects_nothing(scope: Scope) -> bool:
+    """Tell whether nobody expects changes in `scope` to stay.
+
+    An error has left it, it is doomed, or the database has refused them (and another try follows).
+    """
+    return scope._doomed or scope._is_refused or scope._has_failed or scope._refused is not None
+
+
+def is_to_commit(scope: Scope) -> bool:
+    """Tell whether `scope` is open and commits at a success, which may still come."""
+    commits = scope._options.commit_on_success and scope._state == OPEN
+    return commits and not expects_nothing(scope)
 
 
 def note_commit(scope: Scope) -> None:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from rope_middleware.scope.asking import with_outer
+from rope_middleware.scope.context import with_outer
 from rope_middleware.scope.options import EVERY
 from rope_middleware.scope.scope import Scope
 

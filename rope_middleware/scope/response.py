@@ -5,8 +5,7 @@ from __future__ import annotations
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rope_middleware.scope.asking import with_outer
-from rope_middleware.scope.context import SCOPE_KEY, class_of, current, logger
+from rope_middleware.scope.context import SCOPE_KEY, class_of, current, logger, with_outer
 from rope_middleware.scope.options import Options
 from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
 

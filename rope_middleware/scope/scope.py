@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from weakref import ReferenceType
 
-from rope_middleware.errors import RopeError, async_callback, belongs_to_parent, has_ended
+from rope_middleware.errors import RopeError, async_callback, belongs_to_parent, scope_ended
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.options import DEFAULT, Options
 
@@ -26,6 +26,7 @@ __all__ = [
     "call_after_commit",
     "forget",
     "is_over",
+    "is_request",
     "keep",
     "registries_of",
     "require_open",
@@ -194,7 +195,7 @@ class Scope:
             self._raise_closed()
 
     def _raise_closed(self) -> NoReturn:
-        raise belongs_to_parent(self.name) if self._is_parents else has_ended(self.name)
+        raise belongs_to_parent(self.name) if self._is_parents else scope_ended(self.name)
 
     def _begin_use(self) -> dict[SessionKey, Any]:
         """Make sure that the end does not pass this scope over; return its sessions."""
@@ -231,6 +232,11 @@ class AsyncScope(Scope):
 
 
 # -- what the floors above ask of a scope ----------------------------------------------------------
+
+
+def is_request(scope: Scope) -> bool:
+    """Tell whether a middleware has opened `scope`, and not an `open_scope()`."""
+    return isinstance(scope._name, tuple)  # of the method and the path
 
 
 def call_after_commit(scope: Scope, fn: Callable[[], Any]) -> None:

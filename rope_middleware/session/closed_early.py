@@ -17,7 +17,7 @@ from types import FrameType
 
 from sqlalchemy.orm import Session
 
-from rope_middleware.scope.asking import is_to_commit
+from rope_middleware.scope.outcome import is_to_commit
 from rope_middleware.scope.scope import Scope, call_after_commit
 from rope_middleware.session.code.lines import Line, application_line, text_of
 from rope_middleware.session.code.telling import tell_once, was_told

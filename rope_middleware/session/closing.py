@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session
 
 from rope_middleware.errors import belongs_to_parent
 from rope_middleware.running.finish import may_block
-from rope_middleware.scope.asking import is_to_commit
 from rope_middleware.scope.hands import wait_until
 from rope_middleware.scope.options import DEFAULT
+from rope_middleware.scope.outcome import is_to_commit
 from rope_middleware.session.connections import (
     connections_out,
     has_connection_out,

@@ -34,8 +34,8 @@ from rope_middleware.session.unsaved import has_pending
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-__all__ = ["acommit", "acommit_alone", "asettle", "commit", "commit_alone", "flush"]
-__all__ += ["places_alone", "settle"]
+__all__ = ["acommit", "acommit_alone", "aresolve_doubts", "commit", "commit_alone", "flush"]
+__all__ += ["places_alone", "resolve_doubts"]
 
 
 def commit(session: Session) -> None:
@@ -241,20 +241,20 @@ async def _stands(
 # -- commits of the application's own --------------------------------------------------------------
 
 
-def settle(scope: Scope) -> None:
+def resolve_doubts(scope: Scope) -> None:
     """Find out what became of commits of the application's own, before a request is run again."""
     if _has_lost(scope):
         from rope_middleware.session.failures import unanswered
 
-        unanswered.settle(scope)
+        unanswered.resolve_doubts(scope)
 
 
-async def asettle(scope: Scope) -> None:
-    """`settle`, on the event loop."""
+async def aresolve_doubts(scope: Scope) -> None:
+    """`resolve_doubts`, on the event loop."""
     if _has_lost(scope):
         from rope_middleware.session.failures import unanswered
 
-        await unanswered.asettle(scope)
+        await unanswered.aresolve_doubts(scope)
 
 
 def _has_lost(scope: Scope) -> bool:

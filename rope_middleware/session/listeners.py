@@ -16,8 +16,8 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction, SessionTransactionOrigin
 
 from rope_middleware.errors import CrossLoopError, RopeError
-from rope_middleware.scope.asking import check_loop
 from rope_middleware.scope.context import current
+from rope_middleware.scope.loop import check_loop
 from rope_middleware.scope.outcome import note_commit, retries_of
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over, registries_of, require_open
 from rope_middleware.scope.settling import (

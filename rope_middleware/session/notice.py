@@ -11,8 +11,9 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.errors import memory_of_thread
-from rope_middleware.scope.asking import is_async, is_request, is_thread_of
 from rope_middleware.scope.context import current
+from rope_middleware.scope.loop import is_async, is_thread_of
+from rope_middleware.scope.scope import is_request
 from rope_middleware.session.code.lines import Line, text_of
 from rope_middleware.session.code.telling import tell_once
 from rope_middleware.session.holding.begun import DEPTH, call_at_begins, note_begin

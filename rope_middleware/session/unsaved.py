@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
 
-from rope_middleware.scope.asking import expects_nothing
+from rope_middleware.scope.outcome import expects_nothing
 from rope_middleware.scope.reading import reads_only
 from rope_middleware.session.code.lines import Line, text_of
 from rope_middleware.session.code.telling import tell_once

@@ -8,7 +8,7 @@ The objects, and who calls whom:
 
 - A `Sandbox` is one test's block. It has an `Opened` for each engine that its jennies use, and the
   scopes of the test's own (scopes).
-- A `Route` (whose) belongs to a jenny, from its first sandbox on. It puts a way on each of the
+- A `Route` (routes) belongs to a jenny, from its first sandbox on. It puts a way on each of the
   jenny's sessions. When a session asks which engine it uses, the way asks the route which sandbox
   the code belongs to (the one that the request names, that of the block, the only one), and that
   sandbox for its engine.

@@ -15,11 +15,11 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import NullPool, Pool
 
 from rope_middleware.session.connections import check_begun
+from rope_middleware.testing.errors import closed
 from rope_middleware.testing.shared import SharedConnection
 from rope_middleware.testing.stock import Stock, stock_of
 from rope_middleware.testing.virtual import virtual_class
 from rope_middleware.testing.watch import forget, others, watch
-from rope_middleware.testing.words import closed
 
 __all__ = ["Opened", "SandboxEngine"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rope_middleware.errors import RopeError
-from rope_middleware.testing.text import Kind, Said, read
+from rope_middleware.testing.sql import Kind, Said, read
 
 if TYPE_CHECKING:
     from rope_middleware.testing.shared import SharedConnection

@@ -12,7 +12,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, ClassVar
 
-from rope_middleware.testing.text import Said
+from rope_middleware.testing.sql import Said
 
 __all__ = ["BEGIN", "ROOT", "Database"]
 

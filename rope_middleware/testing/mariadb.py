@@ -6,7 +6,7 @@ import re
 
 from rope_middleware.errors import RopeError
 from rope_middleware.testing.database import Database
-from rope_middleware.testing.text import Said
+from rope_middleware.testing.sql import Said
 
 __all__ = ["MariaDB"]
 

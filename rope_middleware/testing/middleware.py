@@ -12,8 +12,8 @@ from rope_middleware.running.threads import in_thread
 from rope_middleware.scope.context import logger
 from rope_middleware.signature import SignatureOf, explained
 from rope_middleware.testing.desk import Desk, Reply, Visit
+from rope_middleware.testing.routes import named
 from rope_middleware.testing.sandbox import NAME, Sandbox
-from rope_middleware.testing.whose import named
 from rope_middleware.wsgi import WSGIRopeMiddleware
 
 if TYPE_CHECKING:

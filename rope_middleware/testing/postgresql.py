@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rope_middleware.testing.database import BEGIN, ROOT, Database
-from rope_middleware.testing.text import Said
+from rope_middleware.testing.sql import Said
 
 __all__ = ["PostgreSQL"]
 

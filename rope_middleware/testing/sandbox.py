@@ -19,10 +19,10 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.signature import explained
 from rope_middleware.testing.connections import Opened, SandboxEngine
+from rope_middleware.testing.errors import closed, false
+from rope_middleware.testing.routes import IsSandbox, block, route_of
 from rope_middleware.testing.scopes import OwnScope, OwnScopes
 from rope_middleware.testing.stock import root_of
-from rope_middleware.testing.whose import IsSandbox, block, route_of
-from rope_middleware.testing.words import closed, false
 
 if TYPE_CHECKING:
     from types import TracebackType

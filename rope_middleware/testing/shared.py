@@ -15,11 +15,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.errors import RopeError
-from rope_middleware.testing import words
+from rope_middleware.testing import errors
 from rope_middleware.testing.database import Database
 from rope_middleware.testing.lanes import Lane
+from rope_middleware.testing.sql import Kind, Said, local_settings
 from rope_middleware.testing.statement import Statement
-from rope_middleware.testing.text import Kind, Said, local_settings
 
 if TYPE_CHECKING:
     from rope_middleware.testing.virtual import VirtualConnection
@@ -108,11 +108,11 @@ class SharedConnection:
 
     def blocked_by(self, other: SharedConnection) -> str:
         """Say that a statement waits for a row of another sandbox."""
-        return words.blocked(self.name, other.name, other.line if other.writer else other.wrote)
+        return errors.blocked(self.name, other.name, other.line if other.writer else other.wrote)
 
     def blocked_by_own(self, other: SharedConnection) -> RopeError:
         """Make the error for a statement that waits for another engine of its own sandbox."""
-        return words.blocked_by_own(self.name, other.line if other.writer else other.wrote)
+        return errors.blocked_by_own(self.name, other.line if other.writer else other.wrote)
 
     # Turns
 
@@ -128,11 +128,11 @@ class SharedConnection:
 
         while not self.lane.wait(take, self.seconds):
             if self.writer not in (None, virtual):
-                raise words.not_your_turn(self.name, self.seconds, self.line)
+                raise errors.not_your_turn(self.name, self.seconds, self.line)
         if statement.is_cancelled:
             raise CancelledError
         if self.is_closed:
-            raise words.closed(self.name)
+            raise errors.closed(self.name)
 
     def _enter(self, virtual: VirtualConnection) -> None:
         """Bring the real connection to where `virtual` left it."""
@@ -151,7 +151,7 @@ class SharedConnection:
         kind, said = statement.kind, statement.said
         virtual.is_used = True
         if kind is Kind.REFUSED:
-            raise words.refused(self.name, said.name)
+            raise errors.refused(self.name, said.name)
         if kind is Kind.BEGIN:
             virtual.is_in_block = True
         elif kind is Kind.COMMIT:
@@ -229,7 +229,7 @@ class SharedConnection:
 
     def _told_false(self, error: BaseException | None = None) -> None:
         self.is_false = True
-        told = words.false(self.name)
+        told = errors.false(self.name)
         if error is None:
             raise told
         error.add_note(str(told))

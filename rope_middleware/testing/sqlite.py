@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from rope_middleware.testing.database import BEGIN, Database
-from rope_middleware.testing.text import Said
+from rope_middleware.testing.sql import Said
 
 __all__ = ["SQLite"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rope_middleware.errors import RopeError
-from rope_middleware.testing.text import Kind, Said
+from rope_middleware.testing.sql import Kind, Said
 
 __all__ = ["Statement"]
 

@@ -13,10 +13,10 @@ from typing import Any
 from rope_middleware.session.code.lines import application_line, text_of
 from rope_middleware.session.release import HAS_WRITTEN
 from rope_middleware.testing.cursor import WRITE, VirtualCursor, refuse
+from rope_middleware.testing.errors import closed
 from rope_middleware.testing.shared import SharedConnection
+from rope_middleware.testing.sql import Kind, Said
 from rope_middleware.testing.statement import Statement
-from rope_middleware.testing.text import Kind, Said
-from rope_middleware.testing.words import closed
 
 __all__ = ["VirtualConnection", "virtual_class"]
 

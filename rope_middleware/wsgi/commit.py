@@ -11,7 +11,7 @@ from rope_middleware.scope.context import class_of, logger, traceback_of
 from rope_middleware.scope.ending import commit, end, roll_back
 from rope_middleware.scope.response import doom_rest, is_head
 from rope_middleware.scope.scope import Scope
-from rope_middleware.session.committing import settle
+from rope_middleware.session.committing import resolve_doubts
 from rope_middleware.wsgi.begun import Begun, close_unsent
 from rope_middleware.wsgi.body import Body, ListBody, hand_on, hand_on_late, made
 from rope_middleware.wsgi.files import is_odd, is_streamed
@@ -127,7 +127,7 @@ class Gate(answer.Gate):
     def _note_error(self, error: BaseException, body: Iterable[bytes]) -> None:
         """The app's call, or the commit, has raised: raise it again, unless we answer."""
         self.why = class_of(error)
-        settle(self._scope)
+        resolve_doubts(self._scope)
         is_ours = self.state == FAILED or self.may_try_again()
         if not isinstance(error, Exception) or not is_ours:
             close_unsent(body)
@@ -185,7 +185,7 @@ class Gate(answer.Gate):
         if self.commits_plainly(status):
             self._commit(call)
             return
-        settle(self._scope)
+        resolve_doubts(self._scope)
         act = self.decide(status, partial(_headers, call))
         if act is Act.HOLD:
             self.state = HELD

@@ -18,8 +18,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from rope_middleware.scope.asking import is_async, loop_of
 from rope_middleware.scope.context import current
+from rope_middleware.scope.loop import is_async, loop_of
 from rope_middleware.session.code.lines import (
     Line,
     frames_of_task,

@@ -131,7 +131,7 @@ def _note_failed(scope: Scope, context: ExceptionContext) -> None:
     if trial is not None and context.connection is not None and ends_transaction(context.statement):
         attempt = trial.of(context.connection)
         if attempt is not None:
-            trial.settle(attempt, failed=True)
+            trial.resolve(attempt, failed=True)
 
 
 # -- commits: with `retries` alone -----------------------------------------------------------------

@@ -111,7 +111,7 @@ class Trial:
             for one in self.attempts
         )
 
-    def settle(self, attempt: Attempt, failed: bool) -> None:
+    def resolve(self, attempt: Attempt, failed: bool) -> None:
         """It is known what became of `attempt`, or that nobody can tell."""
         attempt.state = SENT
         if failed:

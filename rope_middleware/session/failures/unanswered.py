@@ -44,13 +44,13 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
 __all__ = [
-    "asettle",
+    "aresolve_doubts",
     "ask",
     "ask_here",
     "had_only_read",
     "has_no_answer",
     "note_no_answer",
-    "settle",
+    "resolve_doubts",
 ]
 
 
@@ -165,7 +165,7 @@ async def _verdict(scope: Scope, connections: Any, asking: Asking) -> Verdict:
     lost = attempts_lost(scope)
     if not lost:
         return Verdict.UNKNOWN  # without `retries` nothing is known of it
-    verdicts = {await _settle_one(scope, one, asking) for one in lost}
+    verdicts = {await _resolve_one(scope, one, asking) for one in lost}
     if len(verdicts) > 1 or Verdict.UNKNOWN in verdicts:
         return Verdict.UNKNOWN
     (verdict,) = verdicts
@@ -177,11 +177,11 @@ async def _verdict(scope: Scope, connections: Any, asking: Asking) -> Verdict:
     return verdict if is_whole else Verdict.UNKNOWN
 
 
-async def _settle_one(scope: Scope, attempt: Attempt, asking: Asking) -> Verdict:
+async def _resolve_one(scope: Scope, attempt: Attempt, asking: Asking) -> Verdict:
     verdict = await verdict_on(attempt, asking, timeout_of(scope))
     trial = find_trial(scope)
     if trial is not None:
-        trial.settle(attempt, verdict is Verdict.ABORTED)
+        trial.resolve(attempt, verdict is Verdict.ABORTED)
     return verdict
 
 
@@ -203,19 +203,19 @@ def _as_committed(session: Session) -> None:
         session.expire_all()
 
 
-def settle(scope: Scope) -> None:
-    """See `committing.settle`."""
-    run_now(_settle(scope, SYNC_ASKING))
+def resolve_doubts(scope: Scope) -> None:
+    """See `committing.resolve_doubts`."""
+    run_now(_resolve_all(scope, SYNC_ASKING))
 
 
-async def asettle(scope: Scope) -> None:
-    """See `committing.settle`."""
-    await _settle(scope, ASYNC_ASKING)
+async def aresolve_doubts(scope: Scope) -> None:
+    """See `committing.resolve_doubts`."""
+    await _resolve_all(scope, ASYNC_ASKING)
 
 
-async def _settle(scope: Scope, asking: Asking) -> None:
+async def _resolve_all(scope: Scope, asking: Asking) -> None:
     for attempt in attempts_lost(scope):
-        verdict = await _settle_one(scope, attempt, asking)
+        verdict = await _resolve_one(scope, attempt, asking)
         if verdict is Verdict.ABORTED:
             if attempt.error is not None:
                 note_loss(scope, attempt.error)

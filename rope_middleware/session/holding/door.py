@@ -16,7 +16,7 @@ from weakref import ref
 from sqlalchemy.engine import Connection
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, QueuePool
 
-from rope_middleware.scope.asking import with_outer
+from rope_middleware.scope.context import with_outer
 from rope_middleware.scope.scope import Scope, is_over
 from rope_middleware.session.holding.begun import Strand, strand_of
 

@@ -30,8 +30,8 @@ from sqlalchemy.orm import Session, SessionTransactionOrigin
 from sqlalchemy.orm import session as _session_module
 from sqlalchemy.pool import Pool
 
-from rope_middleware.scope.asking import loop_of, with_outer
-from rope_middleware.scope.context import logger
+from rope_middleware.scope.context import logger, with_outer
+from rope_middleware.scope.loop import loop_of
 from rope_middleware.session.code.lines import variables_of
 from rope_middleware.session.code.stacks import stacks_of_others
 from rope_middleware.session.connections import (

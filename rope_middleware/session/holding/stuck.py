@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from rope_middleware.errors import pool_deadlock
-from rope_middleware.scope.asking import with_outer
-from rope_middleware.scope.context import logger
+from rope_middleware.scope.context import logger, with_outer
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.code.where import note_greenlet
 from rope_middleware.session.connections import connections_out

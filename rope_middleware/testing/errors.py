@@ -1,4 +1,4 @@
-"""The texts of a sandbox's errors."""
+"""The errors of sandboxes, and what they say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose sandbox: which one a session belongs to, and how it comes to work there.
+"""Which sandbox a session belongs to, and how it comes to work there.
 
 A `Route` belongs to a jenny. The first `Sandbox` of that jenny sets it up, and it stays: what
 outlives a sandbox has to be told so, and must not reach the real database.
@@ -23,7 +23,7 @@ from rope_middleware.scope.scope import Scope, session_of
 from rope_middleware.session.reading.sessions import Reading, reading_bind
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry
 from rope_middleware.session.tie import is_session, tie_of
-from rope_middleware.testing.words import closed
+from rope_middleware.testing.errors import closed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
