@@ -286,7 +286,8 @@ async def test_L2_a_sync_session_on_the_event_loop_is_told(jenny: Jenny, said: S
     assert said.blocking == []
     for _ in range(3):
         async with open_scope("loop"):
-            jenny.session.execute(SELECT)
+            one, other = jenny.session.execute, jenny.session.commit
+            _ = one(SELECT), other(), one(SELECT)  # two transactions of one line
     (warning,) = said.blocking
     assert "'loop'" in warning and f"{Path(__file__).name}:" in warning
     assert "AsyncSessionJenny" in warning

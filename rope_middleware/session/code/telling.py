@@ -37,8 +37,7 @@ def was_told(what: str, line: Line) -> bool:
 
 
 def _key(what: str, line: Line) -> Hashable:
-    code, instruction = line
-    return what, code.co_filename, code.co_firstlineno, instruction
+    return what, *place_of(line)
 
 
 def tell_hourly(what: str, lines: tuple[Line, ...], text: str, *arguments: object) -> None:
