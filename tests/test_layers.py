@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import functools
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Collection
 from itertools import pairwise
 from pathlib import Path
+
+from tests.kit.programs import run_python
 
 PACKAGE = Path(__file__).parents[1] / "rope_middleware"
 
@@ -346,30 +347,19 @@ print("imported")
 """
 
 
-def _python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=PACKAGE.parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def test_Q_the_core_imports_without_any_framework_or_driver() -> None:
     """Frameworks and drivers are extras: the core imports where none of them is there."""
     blocked = [
         *("starlette", "flask", "werkzeug", "responder", "fastapi", "django", "pyramid"),
         *("aiosqlite", "asyncpg", "psycopg", "trio", "uvicorn", "httpx", "greenlet"),
     ]
-    done = _python(_IMPORT_WITHOUT.format(blocked=blocked))
-    assert done.stdout == "imported\n", done.stderr
+    code = _IMPORT_WITHOUT.format(blocked=blocked)
+    assert run_python("-W", "error", "-c", code).stdout == "imported\n"
 
 
 def test_Q_an_optional_module_without_its_package_names_the_cure() -> None:
     """`rope_middleware.flask` fails at import where Flask is absent, and says what to install."""
-    done = _python("import sys; sys.modules['flask'] = None; import rope_middleware.flask")
-    assert done.returncode == 1
+    code = "import sys; sys.modules['flask'] = None; import rope_middleware.flask"
+    done = run_python("-W", "error", "-c", code, status=1)
     assert "ImportError" in done.stderr
     assert "pip install 'rope-middleware[flask]'" in done.stderr

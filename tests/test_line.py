@@ -6,8 +6,6 @@ import asyncio
 import gc
 import logging
 import os
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,6 +15,7 @@ import pytest
 
 from rope_middleware.running import line as lines
 from rope_middleware.running.line import Line, wait_in_thread
+from tests.kit.programs import run_python
 from tests.kit.sessions import beside, run_threads
 from tests.kit.waiting import eventually
 
@@ -143,8 +142,7 @@ try:
 except KeyboardInterrupt:
     print(len(line._served), len(line._waiting))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["1", "0"], done.stderr
+    assert run_python("-c", code).stdout.split() == ["1", "0"]
     assert first is not None
 
 
@@ -169,8 +167,7 @@ jobs[10].kill()
 gevent.joinall(jobs)
 print(order == [n for n in range(20) if n != 10], len(line._served), len(line._waiting))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["True", "0", "0"], done.stderr
+    assert run_python("-c", code).stdout.split() == ["True", "0", "0"]
 
 
 def test_line_the_garbage_collector_may_come_by_at_any_moment() -> None:
@@ -230,8 +227,7 @@ if pid == 0:
     os._exit(0 if mine is not None and line.enter() is None else 1)
 print(os.waitpid(pid, 0)[1], len(line._served))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["0", "1"], done.stderr
+    assert run_python("-c", code).stdout.split() == ["0", "1"]
 
 
 def test_line_a_line_that_is_full_for_long_is_told_once_a_minute(

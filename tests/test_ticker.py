@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -13,6 +11,7 @@ import pytest
 
 from rope_middleware.running import ticker
 from rope_middleware.running.ticker import Ticker
+from tests.kit.programs import run_python
 from tests.kit.waiting import eventually
 
 Start = Callable[[], bool]
@@ -24,10 +23,8 @@ def threads() -> list[threading.Thread]:
 
 def run(code: str, *flags: str) -> list[str]:
     """Run a program of its own, which must say nothing on its standard error."""
-    done = subprocess.run(
-        [sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr + done.stdout
+    done = run_python(*flags, "-c", code)
+    assert done.stderr == ""
     return done.stdout.splitlines()
 
 
@@ -194,10 +191,4 @@ print("ended")
 
 def test_H4_an_isolated_subinterpreter_goes_without() -> None:
     """It refuses daemons, and its end would wait for any other thread."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SUB, ticker.__file__],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.stdout == "ended\n", done.stderr
+    assert run_python("-W", "ignore", "-c", SUB, ticker.__file__).stdout == "ended\n"

@@ -23,6 +23,7 @@ from sqlalchemy import URL, make_url, text
 from rope_middleware import open_scope
 from tests.e2e.async_app import App, Client, SyncApp, create_tables, mixed_load, seed
 from tests.kit.leaks import open_scopes
+from tests.kit.programs import ROOT
 from tests.kit.waiting import eventually
 from tests.servers.asgi import HOST, free_port, run_command, serve
 from tests.servers.postgres import Database, postgres_server
@@ -57,7 +58,7 @@ def running(url: URL, server: str) -> Iterator[int]:
         command += ["--workers-kill-timeout", "10", "tests.e2e.async_app:app"]
         with run_command(
             command,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             DATABASE_URL=url.render_as_string(hide_password=False),
         ) as process:
             process.wait_for_port(port)

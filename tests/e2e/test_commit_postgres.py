@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -49,6 +48,7 @@ from tests.e2e.commit_app import (
 from tests.kit.either import now
 from tests.kit.frameworks import FRAMEWORKS, View
 from tests.kit.leaks import open_scopes
+from tests.kit.programs import ROOT
 from tests.kit.sessions import run_threads
 from tests.kit.waiting import eventually
 from tests.servers.asgi import HOST, free_port, run_command, serve
@@ -201,9 +201,7 @@ def test_C2_C3_nothing_lost_when_the_server_is_killed(database: Database) -> Non
     command = [sys.executable, "-m", "uvicorn", "tests.e2e.commit_app:app"]
     command += ["--host", HOST, "--port", str(port), "--log-level", "critical"]
     for turn in range(3):
-        with run_command(
-            command, cwd=Path(__file__).parents[2], DATABASE_URL=database.text_url("asyncpg")
-        ) as process:
+        with run_command(command, cwd=ROOT, DATABASE_URL=database.text_url("asyncpg")) as process:
             process.wait_for_port(port)
             begun = len(load.told)
             if turn < 2:

@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.kit.programs import ROOT
 from tests.kit.waiting import PATIENCE
 from tests.servers.asgi import HOST, free_port, run_command
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 TOKEN = {"Authorization": "Bearer let-me-see"}
 

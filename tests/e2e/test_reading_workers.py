@@ -12,18 +12,17 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import cycle
-from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.kit.engines import fill
+from tests.kit.programs import ROOT
 from tests.kit.waiting import PATIENCE
 from tests.servers.asgi import HOST, free_port, run_command
 from tests.servers.postgres import Database
 from tests.servers.replicas import Cluster, Delays, watching
 
-ROOT = Path(__file__).parents[2]
 MODULE = "tests.e2e.reading_app"
 REQUESTS = int(os.environ.get("REQUESTS", "300"))
 COMMANDS = {

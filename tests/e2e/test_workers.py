@@ -10,21 +10,19 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.kit.programs import ROOT, run_python
 from tests.kit.waiting import PATIENCE, eventually
 from tests.servers.asgi import HOST, Command, free_port, run_command
 from tests.servers.postgres import Database
 from tests.servers.wsgi import SERVERS as WSGI_SERVERS
 
-ROOT = Path(__file__).parents[2]
 MODULE = "tests.e2e.workers_app"
 CLIENTS = 12
 
@@ -209,9 +207,7 @@ print(json.dumps(told))
 
 def fork(where: str, database: Database) -> dict[str, Any]:
     """Fork at `where`; what both processes told, and whether the parent's row is there."""
-    command = [sys.executable, "-c", FORK, where, database.text_url("psycopg")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", FORK, where, database.text_url("psycopg"))
     told: dict[str, Any] = json.loads(done.stdout)
     return told | {"rows": database.query("SELECT n FROM row"), "errors": done.stderr}
 

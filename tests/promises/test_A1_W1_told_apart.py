@@ -8,7 +8,6 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -27,6 +26,7 @@ from rope_middleware import (
 )
 from tests.kit.asgi import ASGIClient
 from tests.kit.frameworks import FRAMEWORKS, View
+from tests.kit.programs import ROOT
 from tests.kit.waiting import PATIENCE
 from tests.kit.wsgi import Server, make_environ
 from tests.servers.asgi import HOST, free_port, run_command
@@ -423,12 +423,11 @@ def test_A1_granian_serves_the_result(tmp_path: Any) -> None:
         "app = RopeMiddleware(ASGIPlainCall())\n"
     )
     port = free_port()
-    root = Path(__file__).parents[2]
     command = [
         *(sys.executable, "-m", "granian", "--interface", "asginl", "--host", HOST),
         *("--port", str(port), "choose_app:app"),
     ]
-    with run_command(command, cwd=tmp_path, PYTHONPATH=f"{root}:{tmp_path}") as granian:
+    with run_command(command, cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}") as granian:
         granian.wait_for_port(port)
         answer = httpx.get(f"http://{HOST}:{port}/", timeout=PATIENCE)
         assert (answer.status_code, answer.text) == (200, "GET /")

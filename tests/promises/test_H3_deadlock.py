@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +30,7 @@ from rope_middleware import (
 from rope_middleware.session.holding.pools import limit_of
 from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.engines import small_async_engine
+from tests.kit.programs import run_python
 from tests.kit.said import Said
 from tests.kit.sessions import SELECT, run_threads, touch
 from tests.kit.waiting import eventually, never
@@ -248,14 +246,7 @@ def test_H3_greenlets_of_gevent_are_told_as_threads_are(tmp_path: Path) -> None:
     """At one pool, and on a ring of three pools; each with the line where it waits."""
     program = tmp_path / "app.py"
     program.write_text(GEVENT)
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([".", *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_python(program, tmp_path)
     rows = [row.split() for row in done.stdout.splitlines() if row.startswith("request")]
     assert len(rows) == 15 + 3
     for row in rows:

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import random
 import runpy
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.kit.engines import MakeEngine, small_async_engine
 from tests.kit.leaks import nothing_checked_out
 from tests.kit.models import Row
 from tests.kit.planted import Async, Sync, cancelled, line_of
+from tests.kit.programs import ROOT, run_python
 from tests.kit.said import Said
 from tests.kit.sessions import SELECT, Jenny, beside, run_threads, touch
 from tests.kit.waiting import PATIENCE, eventually, poll
@@ -97,7 +97,7 @@ def test_H1_the_example_shows_them_to_who_has_the_token(
     """The page of examples/holders_app.py: a row for each; 403 without the right token."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOLDERS_TOKEN", "let-me-see")
-    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "holders_app.py"))
+    example = runpy.run_path(str(ROOT / "examples" / "holders_app.py"))
     client = TestClient(example["app"])
     with open_scope("POST /orders"):
         touch(jenny)
@@ -414,12 +414,7 @@ def test_H2_greenlets_of_gevent_are_named(tmp_path: Path) -> None:
     """They are threads of one thread: each with its own line, and where it is now."""
     program = tmp_path / "app.py"
     program.write_text(GEVENT)
-    done = subprocess.run(
-        [sys.executable, str(program), f"{tmp_path}/x.sqlite"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_python(program, tmp_path / "x.sqlite")
     rows = [line.split() for line in done.stdout.splitlines()]
     held = {row[0]: row[3:] for row in rows if row and row[-1] == "held"}
     assert set(held) == {"one", "another"}, done.stdout + done.stderr

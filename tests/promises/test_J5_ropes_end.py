@@ -6,7 +6,6 @@ import asyncio
 import functools
 import gc
 import logging
-import subprocess
 import sys
 import threading
 import traceback
@@ -24,6 +23,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from rope_middleware import SessionJenny, SessionRope
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data
+from tests.kit.programs import run_python
 from tests.kit.ropes import Seen, is_over
 from tests.kit.sessions import Jenny, run_threads, use
 
@@ -425,16 +425,8 @@ def test_J5_a_script_ends_without_a_word(tmp_path: Path, what: str) -> None:
         "jenny = SessionJenny(sessionmaker(engine))\n"
         f"SELECT = text('SELECT 1')\n{lines}print('done')\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=Path(__file__).parents[2],
-        env={"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, "done\n")
+    done = run_python(script)
+    assert done.stdout == "done\n"
     assert told in done.stderr
     assert bool(done.stderr) is bool(told), done.stderr
     assert "ImportError" not in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import subprocess
 import sys
 from multiprocessing.pool import ThreadPool
 from typing import Any
@@ -26,6 +25,7 @@ from rope_middleware import (
 from tests.kit.engines import rows
 from tests.kit.leaks import checked_out
 from tests.kit.models import Row
+from tests.kit.programs import run_python
 from tests.kit.sessions import Jenny
 from tests.kit.waiting import eventually
 
@@ -145,7 +145,7 @@ def test_J6_sessions_that_are_none_of_ours_are_not_listened_to() -> None:
     In a process of its own: `registries=` with sessions of a class that cannot be told listens to
     all of `Session`.
     """
-    done = subprocess.run([sys.executable, "-c", _FOREIGN], capture_output=True, text=True)
+    done = run_python("-c", _FOREIGN)
     assert (done.stdout, done.stderr) == ("True 0\n", "")
 
 

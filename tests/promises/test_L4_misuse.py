@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import AsyncMock, Mock
@@ -27,6 +25,7 @@ from rope_middleware.flask import flask_scoped_session
 from rope_middleware.testing import Sandbox, SandboxMiddleware
 from tests.kit.asgi import answer, ask, http_scope, into_nothing
 from tests.kit.leaks import checked_out
+from tests.kit.programs import run_python
 from tests.kit.wsgi import make_environ
 
 ONE = text("SELECT 1")
@@ -183,8 +182,7 @@ def test_L4_a_star_import_without_greenlet() -> None:
         "try: rope_middleware.AsyncSessionJenny\n"
         "except ImportError as error: assert 'rope-middleware[asyncio]' in str(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", program)
 
 
 def test_S_the_name_of_a_scope_is_one_line_of_text(engine: Engine) -> None:

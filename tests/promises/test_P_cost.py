@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
-import subprocess
 import sys
 import tracemalloc
 from collections.abc import Awaitable, Callable
@@ -31,6 +30,7 @@ from rope_middleware import (
     open_scope,
 )
 from tests.kit.models import Data
+from tests.kit.programs import run_python
 from tests.kit.sessions import workers
 
 HEADERS: list[tuple[str, str]] = []
@@ -277,14 +277,7 @@ print(*found, sep="\\n")
 
 def test_P2_a_request_with_a_select_makes_few_calls(tmp_path: Path) -> None:
     """Left open, for us to end or to commit. Alone in a process: others leave sessions behind."""
-    done = subprocess.run(
-        [sys.executable, "-c", _COUNT, str(tmp_path / "x.sqlite")],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", _COUNT, tmp_path / "x.sqlite")
     counts = [int(count) for count in done.stdout.splitlines()[0].split()]
     assert all(found <= most for found, most in zip(counts, MOST_CALLS, strict=True)), done.stdout
 

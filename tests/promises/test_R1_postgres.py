@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -20,6 +18,7 @@ from tests.kit.asgi import serve
 from tests.kit.either import ONE, Either
 from tests.kit.engines import fill
 from tests.kit.models import Row
+from tests.kit.programs import run_python
 from tests.kit.waiting import eventually
 from tests.servers.postgres import Database, postgres_server
 
@@ -241,9 +240,7 @@ def test_R1_a_connection_that_was_left_in_autocommit_and_is_lost_is_replaced(
     database: Database,
 ) -> None:
     """In a process of its own: with a listener on every engine (retries) none is left so."""
-    subprocess.run(
-        [sys.executable, "-c", LOST, database.text_url("psycopg")], check=True, timeout=60
-    )
+    run_python("-c", LOST, database.text_url("psycopg"))
 
 
 def test_R1_for_update_and_ctes_are_refused(reader: Reader) -> None:

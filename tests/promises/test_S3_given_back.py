@@ -7,8 +7,6 @@ import contextvars
 import gc
 import logging
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +37,7 @@ from tests.kit.asgi import asgi_app, ask, serve
 from tests.kit.engines import MakeEngine, hold_up, rows, small_async_engine
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Data, Row
+from tests.kit.programs import run_python
 from tests.kit.sessions import SELECT, Jenny, errors_in, touch, use
 from tests.kit.stores import Store
 from tests.kit.waiting import PATIENCE, eventually, poll
@@ -348,9 +347,6 @@ def test_S3_a_session_event_that_raises_leaves_nothing_out(
         assert connection.scalar(SELECT) == 1
 
 
-ROOT = Path(__file__).parents[2]
-
-
 _FORK = """
 import asyncio, os, signal
 from sqlalchemy import create_engine, text
@@ -377,10 +373,7 @@ print("child:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_S3_a_forked_process_has_threads_of_its_own() -> None:
     """A server that forks its workers after a request was served in it."""
-    done = subprocess.run(
-        [sys.executable, "-c", _FORK], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == "child: 0\n", done.stderr
+    assert run_python("-c", _FORK).stdout == "child: 0\n"
 
 
 def test_S3_the_thread_ends_the_scope_also_where_its_loop_is_gone(

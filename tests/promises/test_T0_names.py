@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,8 @@ from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import RopeError, SessionJenny, open_scope
 from rope_middleware.testing import Sandbox
+from tests.kit.programs import run_python
 from tests.kit.sandboxes import COUNT, Base, Row
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -123,8 +119,7 @@ import rope_middleware.flask, rope_middleware.asgi, rope_middleware.wsgi
 assert not [name for name in sys.modules if name.startswith("rope_middleware.testing")]
 assert "rope_middleware.pytest_plugin" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60)
-    assert done.returncode == 0
+    run_python("-c", code)
 
 
 CONFTEST = """
@@ -193,28 +188,23 @@ async def test_async(rope_sandbox, again):
 """
 
 
-def run_pytest(folder: Path, tests: str, *options: str) -> subprocess.CompletedProcess[str]:
+def run_pytest(folder: Path, *options: str, status: int = 0) -> str:
+    plugin = ("-p", "rope_middleware.pytest_plugin")
+    done = run_python("-m", "pytest", *plugin, "-q", *options, cwd=folder, status=status)
+    return done.stdout
+
+
+def run_tests(folder: Path, kind: str, *options: str) -> str:
     (folder / "conftest.py").write_text(CONFTEST.format(path=str(folder)))
-    (folder / "test_it.py").write_text(tests)
+    (folder / "test_it.py").write_text(TESTS.replace("MARK", kind))
     (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
-    plugin = "rope_middleware.pytest_plugin"
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", plugin, "-q", "--rootdir", ".", *options],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    return run_pytest(folder, "--rootdir", ".", *options)
 
 
 @pytest.mark.slow
 def test_T0_the_plugin_works_in_sync_tests_and_under_anyio(tmp_path: Path) -> None:
     """Each test begins with what the last one found."""
-    options = ("-p", "no:asyncio")
-    done = run_pytest(tmp_path, TESTS.replace("MARK", "anyio"), *options)
-    assert "4 passed" in done.stdout, done.stdout + done.stderr
+    assert "4 passed" in run_tests(tmp_path, "anyio", "-p", "no:asyncio")
 
 
 @pytest.mark.slow
@@ -223,25 +213,16 @@ def test_T0_the_plugin_works_under_pytest_asyncio(tmp_path: Path) -> None:
     if importlib.util.find_spec("pytest_asyncio") is None:
         pytest.skip("pytest-asyncio is not installed")
     options = ("-o", "asyncio_default_fixture_loop_scope=function", "-p", "no:anyio")
-    done = run_pytest(tmp_path, TESTS.replace("MARK", "asyncio"), *options)
-    assert "4 passed" in done.stdout, done.stdout + done.stderr
+    assert "4 passed" in run_tests(tmp_path, "asyncio", *options)
 
 
 @pytest.mark.slow
 def test_T0_without_rope_jennies_the_plugin_says_what_to_define(tmp_path: Path) -> None:
     """The error of the first test that asks for a sandbox."""
     (tmp_path / "test_it.py").write_text("def test(rope_sandbox): pass")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "rope_middleware.pytest_plugin"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert "conftest.py a fixture of scope" in done.stdout
-    assert "rope_jennies" in done.stdout
+    told = run_pytest(tmp_path, status=1)
+    assert "conftest.py a fixture of scope" in told
+    assert "rope_jennies" in told
 
 
 def test_T0_the_plugin_only_defines_fixtures() -> None:

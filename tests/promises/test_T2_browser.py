@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from starlette.websockets import WebSocket
 from rope_middleware import RopeMiddleware, open_scope
 from rope_middleware.testing import Sandbox, SandboxMiddleware
 from tests.kit.chromium import MISSING, PROGRAM, browser
+from tests.kit.programs import ROOT
 from tests.kit.sandboxes import COUNT, Base, Place, Row, open_place
 from tests.servers.asgi import Server, serve
 from tests.servers.postgres import postgres_server
@@ -149,7 +149,7 @@ async def _write(place: Place) -> None:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_T2_by_curl_from_a_shell(server: Server, tmp_path: Any) -> None:
     """The lines of the documentation, and what is seen between and after them."""
-    page = (Path(__file__).parents[2] / "docs" / "howto" / "testing.md").read_text()
+    page = (ROOT / "docs" / "howto" / "testing.md").read_text()
     opened, asked, ended = re.findall(r"^curl .+$", page, re.MULTILINE)
     asked = asked.replace("/notes/milk", "/ --data 'n=1&name=Emma'")
     show = f"curl --cookie jar {server.url}/ | grep -o '<li>[A-Za-z]*' || true"
@@ -166,7 +166,7 @@ def test_T2_by_curl_from_a_shell(server: Server, tmp_path: Any) -> None:
 
 def test_T4_the_recipe_with_a_template(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database for each worker, by the block of the documentation."""
-    page = (Path(__file__).parents[2] / "docs" / "howto" / "testing.md").read_text()
+    page = (ROOT / "docs" / "howto" / "testing.md").read_text()
     (block,) = re.findall(r":caption: template.py\n\n(.+?)```", page, re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(block, "template.py", "exec"), names)

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,11 +17,11 @@ from sqlalchemy import text
 
 from rope_middleware import open_scope
 from rope_middleware.testing import Sandbox, SandboxMiddleware
+from tests.kit.programs import ROOT
 from tests.kit.sandboxes import COUNT, Place, Row, open_place
 from tests.promises.test_T2_middleware import starlette_app
 from tests.servers.asgi import HOST, free_port, run_command, serve
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.kit.programs import ROOT
+
 HOST = "127.0.0.1"
 APP = "tests.e2e.wsgi_apps:application"
 PATIENCE = 30.0
