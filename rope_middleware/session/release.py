@@ -8,7 +8,6 @@ written since the last commit, so we look for that first.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from rope_middleware.session.connections import end_transaction, lent_connection
 from rope_middleware.session.guard.sessions import in_turn
 from rope_middleware.session.sql.notes import is_watched, notes_of
 from rope_middleware.session.tie import tie_of
+from rope_middleware.session.unsaved import pending
 
 if TYPE_CHECKING:
     from rope_middleware.session.registry import ScopeRegistry
@@ -66,7 +66,7 @@ def _release(session: Session) -> None:
     lent = lent_connections(transaction)
     # A lent connection's notes begin with the session's transaction where it is the session's bind.
     noted = [*made, *(one for one in lent if one is session.bind)]
-    _refuse([*_pending(session), *(name for one in noted for name in notes_of(one).dml())])
+    _refuse([*pending(session), *(name for one in noted for name in notes_of(one).dml())])
     if transaction is None:
         return
     _refuse_open(session, transaction, made)
@@ -94,20 +94,6 @@ def _refuse(written: list[str]) -> None:
             f"release() would lose what is not committed: {names}. Call commit() first, or "
             "rollback() if it is not to be kept."
         )
-
-
-def _pending(session: Session) -> list[str]:
-    """Name the objects whose changes are not flushed."""
-    changed = [one for one in session.dirty if session.is_modified(one)]
-    return [
-        f"{count} {how} {name}"
-        for how, objects in (
-            ("new", session.new),
-            ("changed", changed),
-            ("deleted", session.deleted),
-        )
-        for name, count in Counter(type(one).__name__ for one in objects).items()
-    ]
 
 
 def _refuse_open(

@@ -33,6 +33,7 @@ __all__ = [
     "lost_by_closing",
     "note_dropped",
     "note_flush",
+    "pending",
     "tell_expired",
     "tell_lost",
 ]
@@ -253,6 +254,20 @@ def has_pending(session: Session) -> bool:
     # What is public costs more: `Session.dirty` looks at every object, and `Session.new` and
     # `Session.deleted` make a set each time. `Session.flush` asks the same.
     return not session._is_clean()  # noqa: SLF001
+
+
+def pending(session: Session) -> list[str]:
+    """Name what a flush of `session` would write, as "2 new User"; not what is only touched."""
+    changed = [thing for thing in session.dirty if session.is_modified(thing)]
+    return [
+        f"{count} {how} {name}"
+        for how, objects in (
+            ("new", session.new),
+            ("changed", changed),
+            ("deleted", session.deleted),
+        )
+        for name, count in Counter(type(thing).__name__ for thing in objects).items()
+    ]
 
 
 def _counted(lost: _Counts) -> list[str]:

@@ -38,13 +38,13 @@ def _changed(session: Session) -> Row:
 
 
 WRITES: dict[str, tuple[Callable[[Session], Any], str]] = {
-    "new": (lambda s: (s.add(Row(n=2)), s.flush()), "a flush of 1 Row new"),
-    "new, found by autoflush": (lambda s: (s.add(Row(n=2)), s.get(Row, 1)), "1 Row new"),
-    "all new": (lambda s: (s.add_all([Row(n=2), Row(n=3)]), s.flush()), "2 Row new"),
-    "changed": (lambda s: (_changed(s), s.flush()), "1 Row changed"),
-    "deleted": (lambda s: (s.delete(s.get(Row, 1)), s.flush()), "1 Row deleted"),
-    "committed": (lambda s: (s.add(Row(n=2)), s.commit()), "1 Row new"),
-    "merged": (lambda s: (s.merge(Row(n=2)), s.flush()), "1 Row new"),
+    "new": (lambda s: (s.add(Row(n=2)), s.flush()), "a flush of 1 new Row"),
+    "new, found by autoflush": (lambda s: (s.add(Row(n=2)), s.get(Row, 1)), "1 new Row"),
+    "all new": (lambda s: (s.add_all([Row(n=2), Row(n=3)]), s.flush()), "2 new Row"),
+    "changed": (lambda s: (_changed(s), s.flush()), "1 changed Row"),
+    "deleted": (lambda s: (s.delete(s.get(Row, 1)), s.flush()), "1 deleted Row"),
+    "committed": (lambda s: (s.add(Row(n=2)), s.commit()), "1 new Row"),
+    "merged": (lambda s: (s.merge(Row(n=2)), s.flush()), "1 new Row"),
     "bulk": (lambda s: s.bulk_insert_mappings(Row, [{"n": 2}, {"n": 3}]), "INSERT"),
     "insert": (lambda s: s.execute(insert(Row).values(n=2)), "INSERT"),
     "many": (lambda s: s.execute(insert(Row), [{"n": 2}, {"n": 3}]), "INSERT"),
@@ -146,7 +146,7 @@ def test_R1_pending_changes_at_the_middlewares_commit_raise(web: Web) -> None:
     assert web.store.rows() == []
     if not web.wsgi:  # there the server's log has it
         assert isinstance(answer.error, ReadOnlyError)
-        assert "1 Row new" in str(answer.error)
+        assert "1 new Row" in str(answer.error)
 
 
 @pytest.mark.parametrize("commits", [False, True])

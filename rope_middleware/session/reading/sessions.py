@@ -7,8 +7,6 @@ as they are.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from inspect import currentframe
 from itertools import takewhile
 from types import FrameType, new_class
@@ -28,6 +26,7 @@ from rope_middleware.session.reading.autocommit import (
 )
 from rope_middleware.session.sql.statements import effect_of
 from rope_middleware.session.tie import tie_of
+from rope_middleware.session.unsaved import pending
 
 if TYPE_CHECKING:
     from sqlalchemy import ClauseElement, Engine
@@ -127,20 +126,9 @@ class Reading(Session if TYPE_CHECKING else object):  # type: ignore[misc]
 
 def _refuse_flush(session: Session, _: object, __: object) -> None:
     """Refuse a flush of what has changed; what is only touched passes."""
-    dirty = (thing for thing in session.dirty if session.is_modified(thing))
-    changes: dict[str, Iterable[object]] = {
-        "new": session.new,
-        "changed": dirty,
-        "deleted": session.deleted,
-    }
-    told = [f"{text} {kind}" for kind, things in changes.items() if (text := _classes_of(things))]
-    if told:
-        refuse(f"a flush of {', '.join(told)}", session.__dict__.get(_CHANGED_AT, ""))
-
-
-def _classes_of(things: Iterable[object]) -> str:
-    counted = Counter(type(thing).__name__ for thing in things)
-    return ", ".join(f"{count} {name}" for name, count in counted.items())
+    changes = pending(session)
+    if changes:
+        refuse(f"a flush of {', '.join(changes)}", session.__dict__.get(_CHANGED_AT, ""))
 
 
 def refuse(what: str, line: str = "") -> NoReturn:
