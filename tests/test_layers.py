@@ -143,6 +143,7 @@ HOUSE = (
     "testing.sqlite",
     "testing.lanes",
     "testing.cursor",
+    "testing.turn",
     "testing.shared",
     "testing.virtual",
     "testing.watch",

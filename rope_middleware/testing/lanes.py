@@ -25,6 +25,8 @@ __all__ = ["Lane", "LoopLane", "ThreadLane", "at_exit", "loop"]
 
 _T = TypeVar("_T")
 
+_EXIT_SECONDS = 2.0  # that the exit of the process waits for connections to be closed
+
 
 class Lane(Protocol):
     """Where the statements of one connection run, one at a time."""
@@ -199,10 +201,19 @@ class _LoopThread:
             return  # a child's copy of the parent's
         for close in at_exit:
             close()
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(_others_ended(), made).result(_EXIT_SECONDS)
         made.call_soon_threadsafe(made.stop)
         thread.join(5)
         if not thread.is_alive():
             made.close()
+
+
+async def _others_ended() -> None:
+    """Wait for what is under way on the loop: connections that are being closed, above all."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others)
 
 
 _thread = _LoopThread()

@@ -7,10 +7,8 @@ turn: what a session has only read can be undone at any time without anybody not
 
 from __future__ import annotations
 
-from asyncio import CancelledError
 from collections.abc import Callable
 from functools import partial
-from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from rope_middleware.testing.database import Database
 from rope_middleware.testing.lanes import Lane
 from rope_middleware.testing.sql import Kind, Said, local_settings
 from rope_middleware.testing.statement import Statement
+from rope_middleware.testing.turn import take_turn
 
 if TYPE_CHECKING:
     from rope_middleware.testing.virtual import VirtualConnection
@@ -49,6 +48,8 @@ class SharedConnection:
         """Somebody has committed behind the sandbox's back."""
         self.busy: Statement | None = None  # the one under way
         self.writer: VirtualConnection | None = None  # whose turn it is
+        self.since = 0.0  # the turn began
+        self.in_line: list[Statement] = []  # first come, first served, when the turn is over
         self.line: str = ""  # of the write that began the turn
         self.wrote: str = ""  # the line of the last turn's, for other sandboxes that wait for a row
         # Who has done something since TURN that has to be undone before somebody else may go on:
@@ -68,7 +69,7 @@ class SharedConnection:
             RopeError: the turn has not come in time.
             ScopeClosedError: the sandbox has ended.
         """
-        self._take(virtual, statement)
+        take_turn(self, virtual, statement)
         try:
             return self._say(virtual, statement)
         finally:
@@ -114,25 +115,7 @@ class SharedConnection:
         """Make the error for a statement that waits for another engine of its own sandbox."""
         return errors.blocked_by_own(self.name, other.line if other.writer else other.wrote)
 
-    # Turns
-
-    def _take(self, virtual: VirtualConnection, statement: Statement) -> None:
-        def take() -> bool:
-            if self.is_closed or statement.is_cancelled:
-                return True
-            if self.busy is not None or self.writer not in (None, virtual):
-                return False
-            statement.since, statement.thread = monotonic(), get_ident()
-            self.busy = statement
-            return True
-
-        while not self.lane.wait(take, self.seconds):
-            if self.writer not in (None, virtual):
-                raise errors.not_your_turn(self.name, self.seconds, self.line)
-        if statement.is_cancelled:
-            raise CancelledError
-        if self.is_closed:
-            raise errors.closed(self.name)
+    # Statements
 
     def _enter(self, virtual: VirtualConnection) -> None:
         """Bring the real connection to where `virtual` left it."""
@@ -144,8 +127,6 @@ class SharedConnection:
             self.tainting = virtual
             for _, repeat in virtual.again:
                 repeat()
-
-    # Statements
 
     def _say(self, virtual: VirtualConnection, statement: Statement) -> Any:
         kind, said = statement.kind, statement.said
@@ -172,7 +153,7 @@ class SharedConnection:
         if statement.kind in _TAKES_TURN:
             database.before_write(statement.text)
             if self.writer is None:
-                self.writer, self.line = virtual, statement.line
+                self.writer, self.line, self.since = virtual, statement.line, monotonic()
             virtual.has_written = virtual.has_written or statement.kind is not Kind.LOCK
         elif statement.kind is Kind.SETTING and database.undoes_settings:
             for name in local_settings(statement.text, statement.parameters):

@@ -16,6 +16,7 @@ from rope_middleware import RopeError, SessionJenny, open_scope
 from rope_middleware.testing import Sandbox
 from tests.kit.programs import run_python
 from tests.kit.sandboxes import COUNT, Base, Row
+from tests.servers.postgres import postgres_server
 
 
 @pytest.fixture
@@ -120,6 +121,39 @@ assert not [name for name in sys.modules if name.startswith("rope_middleware.tes
 assert "rope_middleware.pytest_plugin" not in sys.modules
 """
     run_python("-c", code)
+
+
+def test_T0_a_process_with_async_sandboxes_ends_without_a_word() -> None:
+    """Their connections are closed before the event loop is, whenever the engine was disposed."""
+    code = """
+import asyncio, sys
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from rope_middleware import AsyncSessionJenny
+from rope_middleware.testing import Sandbox
+
+async def main():
+    engines = [create_async_engine(sys.argv[1]) for _ in range(9)]
+    for engine in engines:
+        jenny = AsyncSessionJenny(async_sessionmaker(engine))
+        async with Sandbox(jenny):
+            await jenny.execute(text("SELECT 1"))
+    for engine in engines:
+        await engine.dispose()
+
+asyncio.run(main())
+"""
+    with postgres_server().new_database() as database:
+        url = database.url("asyncpg").render_as_string(hide_password=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, url],
+            cwd=ROOT,
+            check=False,
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 CONFTEST = """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,48 @@ async def test_T1_an_uncommitted_write_of_an_async_session(ajenny: Any) -> None:
             with pytest.raises(RopeError, match=r"test_T1_sandbox.py:\d+"):
                 await ajenny.session.scalar(COUNT)
         await ajenny.session.commit()
+
+
+def test_T1_many_short_turns_are_served_in_order_and_are_no_error(jenny: Any) -> None:
+    """`wait` is the time of one turn: nobody is blamed for what all of them took together."""
+    start = threading.Barrier(4)
+
+    def work(n: int) -> None:
+        start.wait(5)
+        with open_scope(commit_on_success=True):
+            jenny.session.add(Row(n=n))
+            jenny.session.flush()
+            time.sleep(0.15)  # so long is a turn
+
+    with Sandbox(jenny, wait=0.4):
+        run_threads([partial(work, n) for n in range(4)])
+        assert jenny.session.scalar(COUNT) == 4
+
+
+async def test_T1_many_short_turns_of_async_sessions(ajenny: Any) -> None:
+    """The twin."""
+
+    async def work(n: int) -> None:
+        async with open_scope(commit_on_success=True):
+            ajenny.session.add(Row(n=n))
+            await ajenny.session.flush()
+            await asyncio.sleep(0.15)
+
+    async with Sandbox(ajenny, wait=0.4):
+        await asyncio.gather(*(work(n) for n in range(4)))
+        assert await ajenny.session.scalar(COUNT) == 4
+
+
+async def test_T1_who_waits_for_nobody_still_reads_beside_others(ajenny: Any) -> None:
+    """wait=0 is for a write that is not committed; a statement under way is waited for."""
+
+    async def read() -> None:
+        async with open_scope():
+            for _ in range(3):
+                assert await ajenny.session.scalar(COUNT) == 0
+
+    async with Sandbox(ajenny, wait=0):
+        await asyncio.gather(*(read() for _ in range(4)))
 
 
 def test_T1_a_failed_statement_spoils_only_its_own_transaction(jenny: Any) -> None:
