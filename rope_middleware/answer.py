@@ -85,23 +85,17 @@ WAITING, FAILED, HELD, REPLACED, SETTLING, STARTED = range(6)
 
 
 class Gate:
-    """What both boundaries know of one try's response.
-
-    Args:
-        scope: the request's.
-        may_replay: tells whether the request can be run again as it came; None: no try follows.
-    """
+    """What both boundaries know of one try's response; their own `Gate` sets it."""
 
     __slots__ = ("_may_replay", "_scope", "_told_inside", "commits", "raised", "state", "why")
 
-    def __init__(self, scope: Scope, may_replay: Callable[[], bool] | None) -> None:
-        self._scope = scope
-        self._may_replay = may_replay
-        self.state: int = WAITING
-        self.commits: bool = False  # what is done after the response's start
-        self.why: str = ""  # it is not committed
-        self.raised: BaseException | None = None  # by on_commit_error, or by what it returned
-        self._told_inside: Carried | None = None  # what the response's start has to tell again: R3
+    _scope: Scope
+    _may_replay: Callable[[], bool] | None  # can the request be run again? None: no try follows
+    state: int
+    commits: bool  # what is done after the response's start
+    why: str  # it is not committed
+    raised: BaseException | None  # by on_commit_error, or by what it returned
+    _told_inside: Carried | None  # what the response's start has to tell again: R3
 
     def passes(self, status: int) -> bool:
         """Let a plain success start: no session was used, so there is nothing to settle.

@@ -12,7 +12,6 @@ requests of the thread find it, take it for theirs, and never tear it down
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakSet, ref
@@ -31,6 +30,7 @@ from sqlalchemy.orm import Session
 from rope_middleware.flask_popped import being_popped
 from rope_middleware.jenny import SessionJenny
 from rope_middleware.rope.rope import ScopeRope
+from rope_middleware.running.forks import at_fork
 from rope_middleware.scope.ending import detach, end, explain
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.order import invalidate_failed
@@ -85,8 +85,7 @@ def _after_fork() -> None:
             detach(context.scope)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+at_fork(after_in_child=_after_fork)
 
 
 class _AppContextRegistry(ScopeRegistry[_T]):

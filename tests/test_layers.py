@@ -23,6 +23,7 @@ HOUSE = (
     "protocols",
     "position",
     "running",
+    "running.forks",
     "running.finish",
     "running.line",
     "running.places",

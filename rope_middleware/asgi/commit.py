@@ -19,7 +19,6 @@ from rope_middleware.session.committing import aresolve_doubts
 
 if TYPE_CHECKING:
     from rope_middleware.asgi.replay import Replay
-    from rope_middleware.position import Carried
 
 __all__ = ["Gate"]
 
@@ -46,14 +45,13 @@ class Gate(answer.Gate):
         request: tuple[ASGIScope, Receive],
         replay: Replay | None = None,
     ) -> None:
-        # The base's, without the price of a call.
         self._scope = scope
         self._may_replay = None if replay is None else replay.can_repeat
-        self.state: int = WAITING
-        self.commits: bool = False
-        self.why: str = ""
-        self.raised: BaseException | None = None
-        self._told_inside: Carried | None = None
+        self.state = WAITING
+        self.commits = False
+        self.why = ""
+        self.raised = None
+        self._told_inside = None
         self._settled: Any = None  # an anyio.Event, where another task waits for the commit
         self._send = send
         self._request = request

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from sqlalchemy.util import ScopedRegistry
 from rope_middleware.rope.frames import calling_frame, held_by, hold
 from rope_middleware.rope.rope import OwnRope, SessionRope
 from rope_middleware.running.finish import running_loop
+from rope_middleware.running.forks import at_fork
 from rope_middleware.scope.opening import current_scope
 
 __all__ = ["RopeRegistry", "owner_name"]
@@ -196,5 +196,4 @@ def _after_fork() -> None:
         registry.detach()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+at_fork(after_in_child=_after_fork)

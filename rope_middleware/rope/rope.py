@@ -8,12 +8,12 @@ Every later frame that uses the session holds the same rope: then a frame that i
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from weakref import WeakSet, WeakValueDictionary
 
 from sqlalchemy.util import ScopedRegistry
 
+from rope_middleware.running.forks import at_fork
 from rope_middleware.scope.context import logger
 from rope_middleware.session.closing import close, detach
 from rope_middleware.session.code.lines import Line
@@ -234,5 +234,4 @@ def _after_fork() -> None:
         rope.detach()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+at_fork(after_in_child=_after_fork)

@@ -9,12 +9,13 @@ function that wakes it, to be called in any thread.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from weakref import WeakSet
+
+from rope_middleware.running.forks import at_fork
 
 __all__ = ["AGAIN", "LONG", "Line", "Place", "wait_in_thread"]
 
@@ -173,5 +174,4 @@ def _after_fork() -> None:
         line.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+at_fork(after_in_child=_after_fork)

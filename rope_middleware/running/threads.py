@@ -8,7 +8,6 @@ against 172 us). Under trio they are anyio's. Which call waits for which is told
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from weakref import WeakKeyDictionary
 from rope_middleware.running.anyio_threads import in_anyio_thread, into_anyio_thread
 from rope_middleware.running.call import Call
 from rope_middleware.running.finish import finish
+from rope_middleware.running.forks import at_fork
 from rope_middleware.running.places import COMMITS, NEEDS, RELEASES, WRITES, Limiter, Places
 
 __all__ = [
@@ -124,10 +124,9 @@ def _end_idle() -> None:
             worker.join()
 
 
-if hasattr(os, "register_at_fork"):
-    # A forked process has none of its parent's threads, and Python warns of a fork beside them:
-    # those without work end before it.
-    os.register_at_fork(before=_end_idle, after_in_child=_idle.clear)
+# A forked process has none of its parent's threads, and Python warns of a fork beside them: those
+# without work end before it.
+at_fork(before=_end_idle, after_in_child=_idle.clear)
 
 
 def _started(func: Callable[[Any], Any], argument: Any, places: Places) -> Call | None:

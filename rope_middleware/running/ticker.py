@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import math
-import os
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from contextvars import Context
 from typing import Any
 
 from rope_middleware.running.finish import look_at_deadlines
+from rope_middleware.running.forks import at_fork
 
 __all__ = ["Ticker"]
 
@@ -46,12 +46,11 @@ class Ticker:
         self._running: tuple[threading.Thread, threading.Event] | None = None
         arm(self.start)
         atexit.register(self._end)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(
-                before=self._before_fork,
-                after_in_parent=self._after_fork,
-                after_in_child=self._after_fork_in_child,
-            )
+        at_fork(
+            before=self._before_fork,
+            after_in_parent=self._after_fork,
+            after_in_child=self._after_fork_in_child,
+        )
 
     def start(self) -> bool:
         """Start the thread, unless it runs.

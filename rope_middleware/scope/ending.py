@@ -7,11 +7,11 @@ is in `async_ending`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from rope_middleware.running.forks import at_fork
 from rope_middleware.scope.context import class_of, current, unbind, with_outer
 from rope_middleware.scope.hands import CLOSING, HERE, run_now
 from rope_middleware.scope.order import (
@@ -168,5 +168,4 @@ def _after_fork() -> None:
             detach(scope)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+at_fork(after_in_child=_after_fork)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from rope_middleware.position import Carried
     from rope_middleware.wsgi.replay import Replay
 
 __all__ = ["AGAIN", "Gate"]
@@ -65,14 +64,13 @@ class Gate(answer.Gate):
         replay: Replay | None = None,
         owns: bool = True,
     ) -> None:
-        # The base's, without the price of a call.
         self._scope = scope
         self._may_replay = None if replay is None else replay.can_repeat
-        self.state: int = WAITING
-        self.commits: bool = False
-        self.why: str = ""
-        self.raised: BaseException | None = None
-        self._told_inside: Carried | None = None
+        self.state = WAITING
+        self.commits = False
+        self.why = ""
+        self.raised = None
+        self._told_inside = None
         self._instead: WSGIApplication | None = None  # what `on_commit_error` has returned
         self._write_on: Callable[[bytes], object] | None = None
         self._start_response = start_response

@@ -7,13 +7,13 @@ weak reference, a line is a code object and a number.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
 from weakref import ref
 
+from rope_middleware.running.forks import at_fork
 from rope_middleware.session.code.lines import application_line
 
 if TYPE_CHECKING:
@@ -163,5 +163,4 @@ def _after_fork() -> None:
     _ties.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)  # before anybody looks at the list there
+at_fork(after_in_child=_after_fork)  # before anybody looks at the list there

@@ -8,7 +8,6 @@ which every connection leaves its pool. So a `Door` stands in front of it, on th
 from __future__ import annotations
 
 import math
-import os
 import threading
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -16,6 +15,7 @@ from weakref import ref
 from sqlalchemy.engine import Connection
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, QueuePool
 
+from rope_middleware.running.forks import at_fork
 from rope_middleware.scope.context import with_outer
 from rope_middleware.scope.scope import Scope, is_over
 from rope_middleware.session.holding.begun import Strand, strand_of
@@ -121,8 +121,5 @@ def _after_fork() -> None:
     deciding.release()
 
 
-if hasattr(os, "register_at_fork"):
-    # Held by no thread at the fork, so that nobody is missing who would release it.
-    os.register_at_fork(
-        before=deciding.acquire, after_in_parent=deciding.release, after_in_child=_after_fork
-    )
+# Held by no thread at the fork, so that nobody is missing who would release it.
+at_fork(before=deciding.acquire, after_in_parent=deciding.release, after_in_child=_after_fork)
