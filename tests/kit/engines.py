@@ -129,3 +129,9 @@ def rows(engine: Engine) -> int:
     """Count the `Row`s that are committed."""
     with Session(engine) as session:
         return session.scalar(select(func.count()).select_from(Row)) or 0
+
+
+def counts(engine: Engine) -> list[int]:
+    """Return the counts of all `Data` that is committed, the smallest first."""
+    with Session(engine) as session:
+        return sorted(session.scalars(select(Data.count)))

@@ -8,6 +8,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import factory
@@ -22,7 +23,7 @@ from sqlalchemy.orm import Query, Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
 from rope_middleware import AsyncSessionJenny, ScopeClosedError, SessionJenny, open_scope
-from tests.kit.engines import MakeEngine
+from tests.kit.engines import MakeEngine, counts
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data
 from tests.kit.sessions import Around, Jenny, use
@@ -145,50 +146,42 @@ INSTANCE_NAMES = [
 class Recorder:
     """Makes sessions that write down what reaches them under one name."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
+    def __init__(self, name: str) -> None:
         self.calls: list[tuple[object, ...]] = []
-        self.result: Any = iter([1]) if name == "__iter__" else True
-        static = inspect.getattr_static(scoped_session, name)
-        replacement: Any
-        if isinstance(static, property):
+        nothing_in_it = SimpleNamespace(_modified=())
+        self.result: Any = iter([1]) if name == "__iter__" else nothing_in_it
+        # What the end of a session looks at: it was never begun, and has no objects.
+        self._insides: dict[str, Any] = {
+            **dict.fromkeys(["_transaction", "_nested_transaction", "_new", "_deleted"]),
+            "identity_map": nothing_in_it,
+        }
+        is_property = isinstance(inspect.getattr_static(scoped_session, name), property)
+        named = property(self._read, self._write) if is_property else self._method()
+        self._class = type("Recording", (Session,), {name: named})
 
-            def read(session: Session) -> object:
-                self.calls.append(("get", session))
-                return self.result
+    def __call__(self, **kw: object) -> Session:
+        """Make a session without __init__, which would read and write what is recorded."""
+        session = self._class.__new__(self._class)
+        session.__dict__.update(self._insides)
+        return session
 
-            def write(session: Session, value: object) -> None:
-                self.calls.append(("set", session, value))
+    def _read(self, session: Session) -> object:
+        self.calls.append(("get", session))
+        return self.result
 
-            replacement = property(read, write)
-        else:
+    def _write(self, session: Session, value: object) -> None:
+        self.calls.append(("set", session, value))
 
-            def method(session: Session, *args: object, **kw: object) -> object:
-                self.calls.append(("call", session, args, tuple(kw.items())))
-                return self.result
+    def _method(self) -> Any:
+        def call(session: Session, *args: object, **kw: object) -> object:
+            self.calls.append(("call", session, args, tuple(kw.items())))
+            return self.result
 
-            replacement = method
-        # Without __init__: it would read and write the attribute under test.
-        made = type("Recording", (Session,), {name: replacement, "__init__": self._init})
-        self._engine = engine
-        self.factory = made
-
-    def _init(self, session: Any = None, **kw: object) -> None: ...
+        return call
 
     def seen(self, session: Session) -> list[tuple[object, ...]]:
         """Return the calls, with a word for the session."""
         return [tuple("it" if x is session else x for x in call) for call in self.calls]
-
-
-class RealEnough:
-    """A session factory for recording sessions, whose class has no __init__ to speak of."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-
-    def __call__(self, **kw: object) -> Session:
-        session = self.recorder.factory.__new__(self.recorder.factory)
-        session.__dict__.update(_transaction=None, _nested_transaction=None)
-        return session  # type: ignore[no-any-return]
 
 
 def arguments_for(name: str) -> tuple[list[object], dict[str, object]]:
@@ -209,9 +202,7 @@ def arguments_for(name: str) -> tuple[list[object], dict[str, object]]:
 
 
 @pytest.mark.parametrize("name", INSTANCE_NAMES)
-def test_J1_every_proxied_name_goes_to_the_current_session(
-    engine: Engine, around: Around, name: str
-) -> None:
+def test_J1_every_proxied_name_goes_to_the_current_session(around: Around, name: str) -> None:
     """What reaches the session, and what comes back, is what SQLAlchemy's own proxy does."""
 
     def exercise(proxy: Any, recorder: Recorder) -> tuple[object, object]:
@@ -228,11 +219,11 @@ def test_J1_every_proxied_name_goes_to_the_current_session(
         seen = recorder.seen(session)
         return seen, result is recorder.result
 
-    theirs, ours = Recorder(engine, name), Recorder(engine, name)
-    plain: Any = scoped_session(theirs.factory)  # type: ignore[arg-type]
+    theirs, ours = Recorder(name), Recorder(name)
+    plain: Any = scoped_session(theirs)  # type: ignore[arg-type]
     expected = exercise(plain, theirs)
     assert expected[0], "SQLAlchemy's own proxy reaches the session"
-    jenny: Any = SessionJenny(RealEnough(ours))
+    jenny: Any = SessionJenny(ours)
     with around():
         assert exercise(jenny, ours) == expected
         jenny.registry.clear()  # it cannot be closed: it has no insides
@@ -531,8 +522,7 @@ def test_J1_zope_sqlalchemy(make_engine: MakeEngine, around: Around, manager: An
         manager.begin()
         request(4)
         manager.abort()
-    with Session(engine) as session:
-        assert sorted(session.scalars(select(Data.count))) == [0, 1, 3]
+    assert counts(engine) == [0, 1, 3]
 
 
 def test_S4_every_name_refuses_code_that_outlived_its_scope(jenny: Jenny) -> None:

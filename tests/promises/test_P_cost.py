@@ -29,6 +29,7 @@ from rope_middleware import (
     WSGIRopeMiddleware,
     open_scope,
 )
+from tests.kit.asgi import answer
 from tests.kit.models import Data
 from tests.kit.programs import run_python
 from tests.kit.sessions import workers
@@ -103,8 +104,7 @@ def wsgi(handler: Callable[[], object]) -> Any:
 def asgi(handler: Callable[[], Awaitable[object]]) -> Any:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await handler()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
+        await answer(send)
 
     return app
 

@@ -318,8 +318,7 @@ def test_R3_two_middlewares_tell_once(site: Site) -> None:
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await site.handle("POST", "commit", next(NUMBERS))
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
+        await answer(send)
 
     async def send(message: Any) -> None:
         sent.append(message)

@@ -34,7 +34,7 @@ from rope_middleware.session.connections import (
     made_connections,
 )
 from tests.kit.asgi import asgi_app, ask, serve
-from tests.kit.engines import MakeEngine, hold_up, rows, small_async_engine
+from tests.kit.engines import MakeEngine, counts, hold_up, rows, small_async_engine
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Data, Row
 from tests.kit.programs import run_python
@@ -83,8 +83,7 @@ def test_S3_a_return_gives_everything_back(jenny: Jenny, engine: Engine, way: Wa
     scope = way(body)
     assert scope.closed
     assert checked_out(engine) == 0
-    with Session(engine) as session:
-        assert session.scalars(select(Data.count)).all() == [0]
+    assert counts(engine) == [0]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
@@ -300,8 +299,7 @@ def test_S3_nested_transactions_are_given_back(make_engine: MakeEngine) -> None:
         session.add(Data(count=2))
         session.flush()
     assert checked_out(engine) == 0
-    with Session(engine) as session:
-        assert session.scalars(select(Data.count)).all() == [0]
+    assert counts(engine) == [0]
 
 
 def test_S3_a_session_on_several_databases_gives_all_back(make_engine: MakeEngine) -> None:

@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 import httpx
 import pytest
-from sqlalchemy import Engine, event, select, text
+from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError, OperationalError
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -30,7 +30,7 @@ from rope_middleware import (
     open_scope,
 )
 from tests.kit.asgi import ASGIClient, answer
-from tests.kit.engines import MakeEngine
+from tests.kit.engines import MakeEngine, counts
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data
 from tests.kit.sessions import SELECT, Jenny, errors_in, use
@@ -87,8 +87,7 @@ def test_S3_a_plain_scoped_session_ends_with_the_request(ask: Way, engine: Engin
     assert seen[0] is not seen[1]
     registry: Any = plain.registry
     assert registry.registry == {}
-    with Session(engine) as session:
-        assert session.scalars(select(Data.count)).all() == [0]
+    assert counts(engine) == [0]
 
 
 def test_S3_without_registries_it_stays(engine: Engine) -> None:
@@ -215,8 +214,7 @@ def test_C2_a_plain_scoped_session_is_committed(ask: Way, engine: Engine) -> Non
     ask(view, registries=[plain], commit_on_success=True)
     ask(doomed, registries=[plain], commit_on_success=True)
     assert checked_out(engine) == 0
-    with Session(engine) as session:
-        assert sorted(session.scalars(select(Data.count))) == [0, 9]
+    assert counts(engine) == [0, 9]
 
 
 def test_S5_when_on_close_runs_the_registries_are_empty(ask: Way, engine: Engine) -> None:
@@ -262,8 +260,7 @@ def test_Y1_a_plain_async_scoped_session_ends_with_the_request(
             await used[0].execute(text("SELECT 1"))
             assert pool.checkedout() == 1
             await anyio.to_thread.run_sync(use, plain)
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
+            await answer(send)
 
         wrapped = ASGIRopeMiddleware(app, [broken, fine, plain])
         try:
@@ -456,5 +453,4 @@ def test_C6_what_a_plain_session_committed_is_not_written_again(ask: Way, engine
     with pytest.raises(OperationalError):
         ask(view, registries=[plain], retries=3)
     assert len(runs) == 1
-    with engine.connect() as connection:
-        assert connection.scalars(select(Data.count)).all() == [0, 7]
+    assert counts(engine) == [0, 7]

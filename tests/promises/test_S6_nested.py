@@ -24,7 +24,7 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
-from tests.kit.asgi import ASGIClient, client, http_scope, into_nothing, serve
+from tests.kit.asgi import ASGIClient, answer, client, http_scope, into_nothing, serve
 from tests.kit.engines import rows
 from tests.kit.flask_app import flask_app
 from tests.kit.leaks import checked_out, no_scope_here
@@ -269,8 +269,7 @@ async def test_S6_another_request_of_a_client_in_the_same_process_has_its_own_sc
     async def inner(scope: Any, receive: Any, send: Any) -> None:
         seen.append(current_scope())
         await store.jenny.execute(text("SELECT 1"))
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"inner"})
+        await answer(send, body=b"inner")
 
     async def handler() -> None:
         outer = current_scope()

@@ -144,16 +144,8 @@ async def main():
 asyncio.run(main())
 """
     with postgres_server().new_database() as database:
-        url = database.url("asyncpg").render_as_string(hide_password=False)
-        done = subprocess.run(
-            [sys.executable, "-c", code, url],
-            cwd=ROOT,
-            check=False,
-            timeout=60,
-            capture_output=True,
-            text=True,
-        )
-    assert (done.returncode, done.stderr) == (0, "")
+        done = run_python("-c", code, database.text_url("asyncpg"))
+    assert done.stderr == ""
 
 
 CONFTEST = """

@@ -21,6 +21,7 @@ from websockets.sync.client import connect
 
 from rope_middleware import RopeMiddleware, ScopeClosedError
 from rope_middleware.testing import Sandbox, SandboxMiddleware
+from tests.kit.asgi import answer
 from tests.kit.sandboxes import COUNT, Place, Row, open_place
 from tests.kit.waiting import eventually
 from tests.servers.asgi import Server, serve
@@ -299,8 +300,7 @@ def test_T3_a_request_that_outlives_its_sandbox_is_told_so(place: Place) -> None
             await place.ajenny.session.scalar(COUNT)
         except ScopeClosedError as error:
             told.append(str(error))
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
+        await answer(send)
 
     async def run() -> None:
         transport = httpx.ASGITransport(SandboxMiddleware(RopeMiddleware(app)))

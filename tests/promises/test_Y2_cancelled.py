@@ -45,11 +45,8 @@ async def test_Y2_cancelled_again_and_again_while_it_closes(store: Store) -> Non
     """The call ends as cancelled, and not before its connection is back."""
     done = make_slow(store.engine)
 
-    async def handler() -> None:
-        await store.hold()
-
     for _ in range(5):
-        task = asyncio.create_task(serve(handler))
+        task = asyncio.create_task(serve(store.hold))
         await poll(lambda: store.holding == 1)
         await cancel_again_and_again(task)
         assert store.held() == 0
@@ -104,13 +101,10 @@ async def test_Y2_in_an_anyio_task_group_that_is_cancelled(store: Store) -> None
     """A cancelled anyio scope cancels again at each turn; the end is shielded from it."""
     done = make_slow(store.engine)
 
-    async def handler() -> None:
-        await store.hold()
-
     for _ in range(3):
         async with anyio.create_task_group() as group:
-            group.start_soon(serve, handler)
-            group.start_soon(serve, handler)
+            group.start_soon(serve, store.hold)
+            group.start_soon(serve, store.hold)
             await poll(lambda: store.holding == 2)
             group.cancel_scope.cancel()
         assert store.held() == 0
@@ -121,11 +115,8 @@ async def test_Y2_a_cancelled_scope_does_not_spin_while_it_closes(store: Store) 
     """anyio cancels again at each turn of the loop; the processor has better things to do."""
     make_slow(store.engine, 0.5)
 
-    async def handler() -> None:
-        await store.hold()
-
     async with anyio.create_task_group() as group:
-        group.start_soon(serve, handler)
+        group.start_soon(serve, store.hold)
         await poll(lambda: store.holding == 1)
         before = time.thread_time()
         group.cancel_scope.cancel()
@@ -141,12 +132,9 @@ async def test_Y2_in_an_asyncio_task_group_whose_other_task_fails(store: Store) 
         await poll(lambda: store.holding == 1)
         raise LookupError
 
-    async def handler() -> None:
-        await store.hold()
-
     with pytest.raises(ExceptionGroup):
         async with asyncio.TaskGroup() as group:
-            group.create_task(serve(handler))
+            group.create_task(serve(store.hold))
             group.create_task(fail())
     assert store.held() == 0
 
@@ -156,23 +144,20 @@ async def test_Y2_when_the_time_is_up(store: Store, how: str) -> None:
     """`asyncio.timeout`, `wait_for` and anyio's scopes end as they do without a middleware."""
     done = make_slow(store.engine)
 
-    async def handler() -> None:
-        await store.hold()
-
     if how == "timeout":
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await serve(handler)
+                await serve(store.hold)
     elif how == "wait_for":
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(serve(handler), 0.05)
+            await asyncio.wait_for(serve(store.hold), 0.05)
     elif how == "move_on_after":
         with anyio.move_on_after(0.05) as moved:
-            await serve(handler)
+            await serve(store.hold)
         assert moved.cancelled_caught
     else:
         with pytest.raises(TimeoutError), anyio.fail_after(0.05):
-            await serve(handler)
+            await serve(store.hold)
     assert store.held() == 0
     assert done in (["rollback"], [])  # not even connected on a very busy machine
     # nothing of the cancellation is left in this task
@@ -312,10 +297,7 @@ async def test_Y2_a_silent_database_does_not_hold_a_cancelled_request(store: Sto
         lambda connection: await_only(asyncio.sleep(3600)),
     )
 
-    async def handler() -> None:
-        await store.hold()
-
-    task = asyncio.create_task(serve(handler, close_timeout=0.2))
+    task = asyncio.create_task(serve(store.hold, close_timeout=0.2))
     await poll(lambda: store.holding == 1)
     await cancel_again_and_again(task)
     assert store.held() == 0
