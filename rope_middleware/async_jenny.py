@@ -11,9 +11,9 @@ from inspect import Signature
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-from rope_middleware.elsewhere import NO_MIDDLEWARE
+from rope_middleware.elsewhere import NO_MIDDLEWARE, name_elsewhere
 from rope_middleware.errors import no_engine, sync_scope
-from rope_middleware.jenny import get_or_make, name_elsewhere
+from rope_middleware.jenny import get_or_make
 from rope_middleware.running.finish import finish, within
 from rope_middleware.scope.context import current
 from rope_middleware.scope.loop import check_loop
@@ -21,7 +21,7 @@ from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.outcome import timeout_of
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over
-from rope_middleware.scope.settling import may_begin
+from rope_middleware.scope.settling import needs_at_once
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
 from rope_middleware.session.factories import check_arguments, check_session, class_of_made
 from rope_middleware.session.failures.sharing import noting
@@ -92,8 +92,9 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
     def first_use(self, scope: Scope | None) -> _T:
         if isinstance(scope, AsyncScope):
             check_loop(scope)
-            if may_begin(scope):
-                return self._adopt(scope, self.createfunc())  # as below, a call less
+            needed = needs_at_once(scope)
+            if needed is not None:
+                return self._adopt(scope, self.createfunc(), needed)  # as below, a call less
         elif scope is not None and not is_over(scope):
             raise sync_scope(scope.name)
         return super().first_use(scope)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-__all__ = ["NO_MIDDLEWARE", "Elsewhere", "stand_in"]
+from rope_middleware.errors import no_such_name
+
+__all__ = ["NO_MIDDLEWARE", "Elsewhere", "name_elsewhere", "stand_in"]
 
 NO_MIDDLEWARE = (
     ".__call__ [it takes arguments for the session factory, by keyword; around an application goes "
@@ -64,3 +66,14 @@ def stand_in(owner: type, names: Iterable[str], error: _Error) -> None:
     for name in names:
         if not hasattr(owner, name):
             setattr(owner, name, Elsewhere(name, error))
+
+
+def name_elsewhere(jenny: type, made: type | None) -> None:
+    """Let a class of jennies say of the names of its sessions where they are.
+
+    Args:
+        jenny: sync or async.
+        made: the class of the sessions; None where no session has been made yet.
+    """
+    names = ("exec",) if made is None else dir(made)  # SQLModel's is what people look for
+    stand_in(jenny, (name for name in names if not name.startswith("_")), no_such_name)

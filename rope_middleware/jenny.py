@@ -16,8 +16,8 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util import ScopedRegistry
 
-from rope_middleware.elsewhere import NO_MIDDLEWARE, stand_in
-from rope_middleware.errors import no_engine, no_such_name
+from rope_middleware.elsewhere import NO_MIDDLEWARE, name_elsewhere
+from rope_middleware.errors import no_engine
 from rope_middleware.rope.frames import code_of
 from rope_middleware.rope.registry import RopeRegistry, owner_name
 from rope_middleware.rope.rope import ScopeRope, SessionRope
@@ -32,7 +32,7 @@ from rope_middleware.session.kinds import FOREIGN
 from rope_middleware.session.registry import ScopeRegistry, StrictRegistry, tying, use_replicas
 from rope_middleware.signature import explained
 
-__all__ = ["SessionJenny", "get_or_make", "name_elsewhere"]
+__all__ = ["SessionJenny", "get_or_make"]
 
 _S = TypeVar("_S", bound=Session)
 
@@ -81,6 +81,7 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         check_arguments(session_factory, scopefunc, strict, _EXAMPLE, is_async=False)
         listen_to_factory(session_factory)  # now: later its sessions may be in use
         self._session_class = class_of_made(session_factory)
+        self._checked_class: type[Any] | None = None  # of sessions: nothing is to be asked of it
         name_elsewhere(SessionJenny, self._session_class)
         # Any callable is as good as the sessionmaker that SQLAlchemy's annotation asks for.
         super().__init__(cast("Any", session_factory), scopefunc)
@@ -110,16 +111,24 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         # Looked up on each use: the factory may be replaced later.
         factory: Any = self.session_factory
         session: _S = factory(**kw)
-        made: object = session  # a factory of the user's may return anything
+        if type(session) is not self._checked_class:
+            self._check(session, factory)
+        return session
+
+    def _check(self, session: _S, factory: Any) -> None:
+        """Check what a factory of the user's has made: it may return anything."""
+        made: object = session
         if not issubclass(type(made), Session):  # a mock may say that it is
             check_session(made, Session, factory, _EXAMPLE)
             self.registry.kind = FOREIGN
-        elif factory is Session and session.bind is None:
-            raise no_engine(f"SessionJenny({_EXAMPLE})")
-        elif self._session_class is None:
-            self._session_class = type(session)
-            name_elsewhere(SessionJenny, self._session_class)
-        return session
+        elif factory is Session:
+            if session.bind is None:
+                raise no_engine(f"SessionJenny({_EXAMPLE})")
+        else:
+            self._checked_class = type(session)
+            if self._session_class is None:
+                self._session_class = type(session)
+                name_elsewhere(SessionJenny, self._session_class)
 
     @property
     def session(self) -> _S:
@@ -269,17 +278,6 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
 
 
 vars(SessionJenny)["__call__"].__qualname__ = "SessionJenny" + NO_MIDDLEWARE
-
-
-def name_elsewhere(jenny: type, made: type | None) -> None:
-    """Let a class of jennies say of the names of its sessions where they are.
-
-    Args:
-        jenny: sync or async.
-        made: the class of the sessions; None where no session has been made yet.
-    """
-    names = ("exec",) if made is None else dir(made)  # SQLModel's is what people look for
-    stand_in(jenny, (name for name in names if not name.startswith("_")), no_such_name)
 
 
 def get_or_make(jenny: Any, refuse: Callable[..., Any], kw: dict[str, Any]) -> Any:

@@ -74,7 +74,8 @@ def end_plainly(scope: Scope) -> None:
     """Close the sessions here."""
     failure: BaseException | None = None
     scope._state = ENDED
-    for key, session in list((scope._sessions or {}).items()):
+    sessions = scope._sessions
+    for key, session in () if sessions is None else list(sessions.items()):
         kind = key.kind
         try:
             kind.end(session)

@@ -44,7 +44,6 @@ __all__ = [
     "close_later",
     "detach",
     "discard",
-    "end",
     "end_at_once",
     "forget",
     "has_begun",
@@ -125,17 +124,6 @@ def has_open_result(session: Session) -> bool:
     return False
 
 
-def end(session: Session) -> None:
-    """`close` or `discard`, as it needs.
-
-    Raises:
-        BaseException: as `close`.
-    """
-    # The first: nearly all that comes by here without a commit.
-    if session.in_transaction() or not _end_idle(session):
-        close(session)
-
-
 def close(session: Session, by: Callable[[], object] | None = None) -> None:
     """Close `session`; what could not be given back to the pool is invalidated.
 
@@ -155,9 +143,14 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
         elif (scope := tie.scope) is not None:
             if (kind := tie.kind) is None or not kind.is_async:
                 stop_others(tie, scope)
-            if by is None and (tie.written is not None or has_pending(session)):
+            if by is None and (
+                tie.written is not None
+                or session._new  # noqa: SLF001 - as in `has_nothing_open`
+                or session.identity_map._modified  # noqa: SLF001
+                or session._deleted  # noqa: SLF001
+            ):
                 tell_lost(tie, session)
-    cls: Any = type(session)
+    cls: Any = type(session)  # as `plain_class`
     if cls.close is not _SESSION_CLOSE or "close" in session.__dict__:  # else a call less
         cls = plain_class(session)
     try:

@@ -54,7 +54,7 @@ class SyncKind:
         return None
 
     def end(self, session: Any, /) -> None:
-        closing.end(session)
+        closing.close(session)
 
     def has_begun(self, session: Any, /) -> bool:
         inner = self.inner(session)
@@ -209,7 +209,7 @@ class _ByRequest(SyncKind):
     end_at_once = staticmethod(closing.end_at_once)  # pyright: ignore[reportAssignmentType]
     places_alone = staticmethod(committing.places_alone)  # pyright: ignore[reportAssignmentType]
     commit_alone = staticmethod(committing.commit_alone)  # pyright: ignore[reportAssignmentType]
-    end = staticmethod(closing.end)  # pyright: ignore[reportAssignmentType]
+    end = staticmethod(closing.close)  # pyright: ignore[reportAssignmentType]
 
 
 SYNC: SyncKind = _ByRequest()

@@ -27,8 +27,8 @@ from rope_middleware.scope.scope import (
 from rope_middleware.scope.settling import (
     READING,
     TIED,
-    may_begin,
     needs,
+    needs_at_once,
     needs_for_commit,
     settling_of,
 )
@@ -93,7 +93,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         replaced = self._remove_from(scope)
         if replaced is not None and replaced is not obj:
             self._keep_also(replaced)
-        self._adopt(scope, obj)
+        self._adopt(scope, obj, needs(scope))
 
     def clear(self) -> None:
         scope = self.scope()
@@ -129,21 +129,19 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         """Make the session of `scope`, or leave it to `outside` where there is none."""
         if scope is None:
             return self.outside()
-        if not may_begin(scope):
+        needed = needs_at_once(scope)
+        if needed is None:
             require_open(scope)
             settling = settling_of(scope)
             if settling is not None and (session := settling.session_for(self)) is not None:
                 return session  # type: ignore[no-any-return]
-        return self._adopt(scope, self.createfunc())
+            needed = needs(scope)
+        return self._adopt(scope, self.createfunc(), needed)
 
-    def _adopt(self, scope: Scope, session: Any) -> _T:
+    def _adopt(self, scope: Scope, session: Any, needed: int) -> _T:
         kind = self.kind
         inner = kind.inner(session) if kind.is_async else session
-        if (
-            type(inner) is self._listening
-            and TIE not in inner.__dict__
-            and (needed := needs(scope)) != READING
-        ):
+        if type(inner) is self._listening and TIE not in inner.__dict__ and needed != READING:
             tie = tie_to(inner, scope, kind)  # most of all: 60 instructions less
             if needed:
                 become(inner, needed, scope, session)

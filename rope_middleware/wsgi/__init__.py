@@ -8,6 +8,7 @@ in each chunk, and in the body's `close()`.
 from __future__ import annotations
 
 import time
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.errors import ScopeClosedError
@@ -35,7 +36,7 @@ from rope_middleware.wsgi.position import Telling, carried_by
 from rope_middleware.wsgi.replay import Replay
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Self, Unpack
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -47,6 +48,15 @@ __all__ = ["WSGIRopeMiddleware"]
 # Bound once: this is the way of every request.
 _set_current = current.set
 _reset_current = current.reset
+
+_name_of: Callable[[WSGIEnvironment], Any] = itemgetter(
+    "REQUEST_METHOD", "SCRIPT_NAME", "PATH_INFO"
+)
+
+
+def _name_by(environ: WSGIEnvironment) -> tuple[Any, ...]:
+    """`_name_of`, where something is missing: PEP 3333 lets what is empty be absent."""
+    return environ.get("REQUEST_METHOD"), environ.get("SCRIPT_NAME"), environ.get("PATH_INFO")
 
 
 class _RequestScope(SyncScope):
@@ -104,8 +114,10 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         # The slots are set by hand and the ContextVar is reset without `unbind`: a call for
         # each would cost 0.1 us and 0.04 us of the 1.4 us that a request pays here.
         scope = _RequestScope()
-        name = environ.get("REQUEST_METHOD"), environ.get("SCRIPT_NAME"), environ.get("PATH_INFO")
-        scope._name = name
+        try:
+            scope._name = _name_of(environ)
+        except KeyError:
+            scope._name = _name_by(environ)
         scope._options = options = self._options
         scope._sessions = None
         scope._state = OPEN
@@ -211,8 +223,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         """Serve one try of a request; the response is AGAIN where there should be another."""
         kinds_by(environ)
         scope = _RequestScope()
-        name = tuple(map(environ.get, ("REQUEST_METHOD", "SCRIPT_NAME", "PATH_INFO")))
-        open_as(scope, name, self._options, self._registries)
+        open_as(scope, _name_by(environ), self._options, self._registries)
         if carried is not None:
             carry(scope, carried)
         environ[SCOPE_KEY] = scope

@@ -165,11 +165,22 @@ class ListBody(_Ending):
     def close(self) -> None:
         """End the scope. Called again it does nothing."""
         scope = self._scope
-        if scope is not None and end_untouched(scope):
+        if scope is None or end_untouched(scope):
             self._scope = None
-        else:
-            self._read = True
-            _Ending.close(self)  # super() would make an object
+            return
+        self._scope = None
+        token = _set_current(scope)
+        try:
+            if not end_shortly(scope):
+                end(scope, *_verdict(scope, self._commits, is_read=True))
+        except BaseException as error:
+            end_failed(scope, error)
+            raise
+        finally:
+            try:  # `unbind`, without the price of a call (0.04 us)
+                _reset_current(token)
+            except ValueError:
+                pass
 
 
 class Body(_Ending):

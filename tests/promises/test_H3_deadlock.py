@@ -27,6 +27,7 @@ from rope_middleware import (
     holders,
     open_scope,
 )
+from rope_middleware.session.holding.door import door_of
 from rope_middleware.session.holding.pools import limit_of
 from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.engines import small_async_engine
@@ -251,6 +252,25 @@ def test_H3_greenlets_of_gevent_are_told_as_threads_are(tmp_path: Path) -> None:
     assert len(rows) == 15 + 3
     for row in rows:
         assert row[4].startswith("test_H3_deadlock.py:") and row[5].startswith("app.py:"), row
+
+
+def test_H3_a_connection_is_known_to_belong_to_the_pool_that_it_came_from(make_pool: Any) -> None:
+    """A private attribute of SQLAlchemy's tells it; its engine has another pool after dispose()."""
+    engine = make_pool(1)
+    jenny = SessionJenny(sessionmaker(engine))
+    with open_scope():
+        before = jenny.connection()
+        door = door_of(before)
+        assert door is not None
+        assert door.pool() is engine.pool
+        engine.dispose()
+        with open_scope():
+            now = door_of(jenny.connection())
+        assert now is not None
+        assert now.pool() is engine.pool
+        assert door_of(before) is door
+        before.detach()
+        assert door_of(before) is None
 
 
 def test_H3_one_thread_alone_can_stand_in_its_own_way(make_pool: Any) -> None:

@@ -16,7 +16,7 @@ from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.outcome import timeout_of
 from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import calls_of
-from rope_middleware.session.connections import connections_of, made_connections
+from rope_middleware.session.connections import made_connections
 from rope_middleware.session.guard.sessions import is_guarded
 from rope_middleware.session.sql.notes import NOTES, Notes, notes_of, notes_to_be
 from rope_middleware.session.tie import Tie, tie_of
@@ -84,11 +84,13 @@ def stop_others(tie: Tie, scope: Scope) -> None:
     No other thread begins a statement on them any more (see `sql.taking`), and we wait for the one
     that is under way: two threads at once break a connection of many drivers.
     """
-    before = None
-    for connection, _, _, is_made in connections_of(tie.transaction):
-        if not is_made or connection is before:  # each is there twice
+    transaction = tie.transaction
+    if transaction is None:
+        return
+    # As `connections_of`, a call less in each request; each is there twice, side by side.
+    for connection, _, _, is_made in (*transaction._connections.values(),)[::2]:  # noqa: SLF001
+        if not is_made:
             continue
-        before = connection
         notes: Notes | None = connection.__dict__.get(NOTES)
         if notes is None:
             notes = notes_to_be(connection)

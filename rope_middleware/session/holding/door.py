@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from rope_middleware.session.tie import Tie
 
 __all__ = [
+    "DOOR",
     "LEFT",
-    "TAG",
     "Door",
+    "came_by",
     "deciding",
     "door_of",
     "is_waiting",
@@ -35,13 +36,13 @@ __all__ = [
     "through_door",
 ]
 
-TAG = "rope_middleware.door"
-"""Where the record of a connection tells the door that it came by."""
+DOOR = "_rope_middleware_door"
+"""Under this name a pool has its door."""
 
 LEFT = "rope_middleware.left"
-"""In the same place: which connection is still as a read-only scope has left it, and a function
-that brings it back to what it was. The next one calls it who comes by the door and does not read:
-see `autocommit`."""
+"""In the record of a connection: which connection is still as a read-only scope has left it, and a
+function that brings it back to what it was. The next one calls it who comes by the door and does
+not read: see `autocommit`."""
 
 marks: dict[Strand, tuple[Door, Scope | None]] = {}
 """Who is between a door and a connection: by which door, in which scope."""
@@ -53,7 +54,10 @@ deciding: threading.Lock = threading.Lock()
 class Door:
     """What is known of a pool that somebody may have to wait for."""
 
-    __slots__ = ("__weakref__", "engine", "is_async", "overflow", "pool", "size", "told")
+    __slots__ = (
+        *("__weakref__", "engine", "has_left", "is_async"),
+        *("overflow", "pool", "size", "told"),
+    )
 
     def __init__(self, pool: QueuePool, engine: str, limit: int | None) -> None:
         self.pool: ref[QueuePool] = ref(pool)
@@ -62,6 +66,7 @@ class Door:
         self.overflow: float = math.inf if limit is None else limit - pool.size()
         self.size: float = math.inf if limit is None else limit
         self.told: float = -math.inf  # when a time-out was logged last
+        self.has_left: bool = False  # some of its connections may be `LEFT`
 
     def waiting(self) -> int:
         """Return how many are between this door and a connection."""
@@ -78,9 +83,18 @@ def door_of(connection: Connection) -> Door | None:
     """Return the door by which a connection that is out has left its pool, or None."""
     if connection.closed or connection.invalidated:
         return None
-    # Not connection.engine.pool: that is another one after Engine.dispose().
-    info = connection.connection.record_info
-    return None if info is None else info.get(TAG)
+    return came_by(connection.connection)
+
+
+def came_by(connection: PoolProxiedConnection) -> Door | None:
+    """Return the door of the pool that `connection` belongs to, or None.
+
+    Not by its engine: that has another pool after Engine.dispose(). The pool's name in it is
+    SQLAlchemy's own (`tests/promises/test_H3_deadlock.py` pins it).
+    """
+    pool: Any = None if connection.is_detached else getattr(connection, "_pool", None)
+    door: Any = None if pool is None else pool.__dict__.get(DOOR)
+    return door if type(door) is Door else None
 
 
 def is_waiting(tie: Tie) -> bool:

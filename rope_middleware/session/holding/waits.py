@@ -8,8 +8,8 @@ when that happens.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any, cast
 
 from sqlalchemy.engine import Engine
@@ -20,11 +20,9 @@ from rope_middleware.errors import PoolDeadlockError
 from rope_middleware.scope.context import current
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.holding.begun import Strand, strand
-from rope_middleware.session.holding.door import LEFT, TAG, Door, deciding, marks
+from rope_middleware.session.holding.door import DOOR, LEFT, Door, deciding, marks
 
 __all__ = ["put_door"]
-
-_DOOR = "_rope_middleware_door"
 
 
 def put_door(engine: Engine) -> dict[str, int] | None:
@@ -35,7 +33,7 @@ def put_door(engine: Engine) -> dict[str, int] | None:
         that has the first one. Else None.
     """
     pool = engine.pool
-    known: Any = pool.__dict__.get(_DOOR, pool)
+    known: Any = pool.__dict__.get(DOOR, pool)
     if type(known) is Door:
         return None
     if known is not pool:
@@ -45,13 +43,13 @@ def put_door(engine: Engine) -> dict[str, int] | None:
     from rope_middleware.session.holding.pools import engine_text, is_memory_of_thread, limit_of
 
     with deciding:
-        if _DOOR not in vars(pool):
+        if DOOR not in vars(pool):
             door = None
             if isinstance(pool, QueuePool):
                 door = Door(pool, engine_text(engine), limit_of(pool))
                 # Under its name on this one object: everything else about the pool stays as it is.
                 pool.connect = _through(door, pool, pool.connect)  # type: ignore[method-assign]
-            vars(pool)[_DOOR] = {} if is_memory_of_thread(engine) else door
+            vars(pool)[DOOR] = {} if is_memory_of_thread(engine) else door
     return put_door(engine)
 
 
@@ -61,9 +59,11 @@ def _through(
     is_async, overflow, here = door.is_async, door.overflow, current.get
 
     def through(reads: bool = False) -> PoolProxiedConnection:
-        who = strand() if is_async else threading.get_ident()
-        before = marks.get(who)
-        marks[who] = door, here(None)
+        who = strand() if is_async else get_ident()
+        mark = door, here(None)
+        before = marks.setdefault(who, mark)
+        if before is not mark:
+            marks[who] = mark
         try:
             if pool.overflow() >= overflow and not pool.checkedin():
                 _before_wait(door, pool, who, here(None))
@@ -77,14 +77,13 @@ def _through(
                 tell_holders(door, error, here(None))
             raise
         finally:
-            if before is None:
+            if before is mark:
                 marks.pop(who, None)
             else:
                 marks[who] = before  # to connect, this pool has asked another one
-        info = fairy.record_info
-        if info is not None:
-            info[TAG] = door
-            if LEFT in info and not reads:
+        if door.has_left and not reads:
+            info = fairy.record_info
+            if info is not None and LEFT in info:
                 return _as_before(fairy, info.pop(LEFT), through)
         return fairy
 

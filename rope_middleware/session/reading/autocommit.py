@@ -29,7 +29,7 @@ from sqlalchemy.pool import (
     QueuePool,
 )
 
-from rope_middleware.session.holding.door import LEFT, TAG, through_door
+from rope_middleware.session.holding.door import LEFT, came_by, through_door
 from rope_middleware.session.reading.switches import Switch, switch_of
 from rope_middleware.session.sql.notes import watch_engine
 from rope_middleware.session.sql.statements import READS, effect_of
@@ -181,7 +181,9 @@ class _ReadingDialect:
         before = None if switch is None else switch.on(real)
         if switch is None or before is None:
             return
-        if self.leaves and info is not None and TAG in info:
+        door = came_by(connection) if self.leaves else None
+        if door is not None and info is not None:
+            door.has_left = True  # first: who comes by then looks
             info[LEFT] = real, partial(_bring_back, switch, before)
         else:
             self.restore_at_checkin()

@@ -59,11 +59,9 @@ class Notes:
     is_whole: bool = True  # False once there were so many that not all of them are kept
     many: int = _MAX_NOTES  # executions that are noted before they are looked through
 
-    def __init__(self) -> None:
-        # Each once: what SQLAlchemy has compiled, or the text that was given to the driver.
-        self.statements: dict[Any, None] = {}
-        self.executions: list[ReferenceType[ExecutionContext]] = []
-        self.gone = None
+    # Each once: what SQLAlchemy has compiled, or the text that was given to the driver.
+    statements: dict[Any, None]
+    executions: list[ReferenceType[ExecutionContext]]
 
     def sql(self) -> list[str]:
         """Return the SQL of what was executed, each once; of all of it where `is_whole`."""
@@ -114,27 +112,37 @@ class Notes:
 def notes_of(connection: Connection) -> Notes:
     """Return what was executed on `connection` since it came from its pool."""
     notes: Notes | None = connection.__dict__.get(NOTES)
-    return Notes() if notes is None else notes
+    return _new() if notes is None else notes
 
 
 def notes_to_be(connection: Connection) -> Notes:
     """`notes_of`, also of what is still to be executed on `connection`."""
-    notes: Notes = connection.__dict__.setdefault(NOTES, Notes())
+    # By setdefault(): a statement and the end of its scope may do so in one instant.
+    notes: Notes = connection.__dict__.setdefault(NOTES, _new())
+    return notes
+
+
+def _new() -> Notes:
+    """Return new notes. An `__init__` would cost twice as much, in each transaction."""
+    notes = Notes()
+    notes.statements = {}
+    notes.executions = []
+    notes.gone = None
     return notes
 
 
 def _on_execute(_: Any, statement: str, __: Any, context: ExecutionContext) -> None:
-    attributes = context.root_connection.__dict__
-    found: Notes | None = attributes.get(NOTES)
-    # By setdefault(): the end of its scope may do the same in this instant.
-    notes: Notes = attributes.setdefault(NOTES, Notes()) if found is None else found
+    connection = context.root_connection
+    notes: Notes | None = connection.__dict__.get(NOTES)
+    if notes is None:
+        notes = notes_to_be(connection)
     compiled = context.compiled
     notes.statements[statement if compiled is None else compiled] = None
     executions = notes.executions
     executions.append(ref(context))
     if notes.gone is not None:  # after the append: see `taking`
         _refuse(notes, context)
-    if len(executions) > notes.many:
+    if len(executions) > _MAX_NOTES and len(executions) > notes.many:
         notes.put_together()
 
 
