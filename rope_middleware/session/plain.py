@@ -21,10 +21,8 @@ from rope_middleware.session import closing, committing
 from rope_middleware.session.connections import leave_block
 from rope_middleware.session.failures.listening import listen_for_errors
 from rope_middleware.session.failures.sharing import tell_cut_off
-from rope_middleware.session.guard.busy import is_busy
 from rope_middleware.session.guard.sessions import guard
-from rope_middleware.session.holding.begun import is_of_body
-from rope_middleware.session.kinds import SYNC
+from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.listeners import listen
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.session.tie import is_session, tie_of, tie_to
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["PlainSessions", "kinds_of"]
 
 
-class PlainSessions:
+class PlainSessions(SyncKind):
     """The sessions of a plain `scoped_session`, one for each scope."""
 
     def __init__(self, scoped: Any) -> None:
@@ -76,68 +74,42 @@ class PlainSessions:
 
         return ASYNC
 
-    def find(self) -> Any:
-        """Return the SQLAlchemy session, or None."""
-        return self.inner(self.registry()) if self.registry.has() else None
-
-    def inner(self, session: Any, /) -> Any:
-        return getattr(session, "sync_session", session)
-
-    def handed_out(self, session: Any, /) -> Any:
-        return session
+    def inner(self, _: Any = None, /) -> Any:
+        return _sync_of(self.registry()) if self.registry.has() else None
 
     def owns(self, session: Any, scope: Any, /) -> bool:
         found = self.registry.registry.get(scope)
-        if found is None or self.inner(found) is not session:
+        if found is None or _sync_of(found) is not session:
             return False
         if is_over(scope):  # it was made while the scope ended, and nobody removes it any more
             self.registry.registry.pop(scope, None)
         return True
 
     def is_idle(self, _: Any, /) -> bool:
-        session = self.find()
+        session = self.inner()
         if session is None:
             return True
         # The end of an async_scoped_session has to be awaited, whatever it has open.
         return not self.is_async and closing.has_nothing_open(session)
 
     def has_begun(self, _: Any, /) -> bool:
-        session = self.find()
+        session = self.inner()
         return session is not None and closing.has_begun(session)
 
-    def holds_connection(self, _: Any, /) -> bool:
-        session = self.find()
-        return session is not None and closing.holds_connection(session)
-
     def has_changes(self, _: Any, /) -> bool:
-        session = self.find()
+        session = self.inner()
         return session is not None and has_pending(session)
 
     def end_at_once(self, _: Any, /) -> bool:
         return False
 
-    def has_open_result(self, _: Any, /) -> bool:
-        session = self.find()
-        return session is not None and closing.has_open_result(session)
-
-    def is_busy(self, _: Any, /) -> bool:
-        session = self.find()
-        return session is not None and is_busy(session)
-
-    def is_of_body(self, _: Any, /) -> bool:
-        session = self.find()
-        return session is not None and is_of_body(session)
-
     def guard(self, _: Any, scope: Any, /) -> None:
-        session = self.find()
+        session = self.inner()
         if is_session(session):
             guard(session, scope)
 
     def is_twophase(self, _: Any, /) -> bool:
-        return bool(getattr(self.find(), "twophase", False))
-
-    def is_opaque(self, _: Any, /) -> bool:
-        return False
+        return bool(getattr(self.inner(), "twophase", False))
 
     def flush(self, _: Any, /) -> Any:
         if self.is_async:
@@ -159,11 +131,8 @@ class PlainSessions:
     def commit_alone(self, _: Any, /) -> bool:
         return False
 
-    def acommit_alone(self, _: Any, /) -> None:
-        return None
-
     def rollback(self, _: Any, /) -> Any:
-        leave_block(self.find())
+        leave_block(self.inner())
         return self.registry().rollback()
 
     def close(self, _: Any, /) -> Any:
@@ -190,7 +159,7 @@ class PlainSessions:
 
     def _tied(self) -> Session | None:
         """Return the session, tied to its scope: one that has not begun yet must not do so now."""
-        session = self.find()
+        session = self.inner()
         if not is_session(session):
             return None
         if tie_of(session) is None:
@@ -205,23 +174,28 @@ class PlainSessions:
         self.discard(session)
 
     def invalidate(self, _: Any, /) -> None:
-        session = self.find()
+        session = self.inner()
         if session is not None:
             if is_over(current_scope()):  # else its end removes it: it may get a connection yet
                 self.registry.clear()
             closing.invalidate(session)
 
     def detach(self, _: Any, /) -> None:
-        session = self.find()
+        session = self.inner()
         if session is not None:
             closing.detach(session)
 
     def tells_why(self, _: Any, error: BaseException, name: str, /) -> bool:
-        session = self.find()
+        session = self.inner()
         return self.is_async and session is not None and tell_cut_off(session, error, name)
 
     def explain(self, _: BaseException, /) -> None:
         """Nothing: what is told of sessions that a jenny has made does not fit here."""
+
+
+def _sync_of(session: Any) -> Any:
+    """Return the Session within an AsyncSession; any other as it is."""
+    return getattr(session, "sync_session", session)
 
 
 def kinds_of(registries: Iterable[Any]) -> tuple[PlainKind, ...]:
