@@ -24,13 +24,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import sessionmaker
 
 import rope_middleware
-from rope_middleware import (
-    NoScopeError,
-    RopeMiddleware,
-    SessionJenny,
-    current_scope,
-    open_scope,
-)
+from rope_middleware import NoScopeError, RopeMiddleware, SessionJenny, current_scope, open_scope
 from rope_middleware.scope.options import Options
 from tests.doc_pages import ROOT, Page, check_output, pages
 from tests.kit.engines import MakeEngine

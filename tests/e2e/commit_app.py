@@ -24,12 +24,7 @@ from sqlalchemy import URL, NullPool, create_engine, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
-from rope_middleware import (
-    ASGIRopeMiddleware,
-    AsyncSessionJenny,
-    SessionJenny,
-    WSGIRopeMiddleware,
-)
+from rope_middleware import ASGIRopeMiddleware, AsyncSessionJenny, SessionJenny, WSGIRopeMiddleware
 from tests.e2e.async_app import answer
 from tests.kit.leaks import open_scopes
 from tests.kit.models import Base, Child, Data, Row

@@ -377,9 +377,7 @@ def test_C3_exactly_one_complete_error_response_and_no_row(
 # C2, C4: after the start
 
 
-def test_C4_twenty_streams_on_a_pool_of_five_and_request_21_is_answered(
-    database: Database,
-) -> None:
+def test_C4_twenty_streams_on_a_pool_of_five_and_request_21_is_answered(database: Database) -> None:
     """Open streams hold no connection; what they write at the end is committed."""
     go = threading.Event()
 
@@ -556,9 +554,7 @@ def test_C6_a_deadlock_is_tried_again(kind: str, database: Database) -> None:
 
 
 def test_C6_a_serialization_failure_of_the_commit_itself_is_tried_again(
-    database: Database,
-    make_engine: Callable[..., Engine],
-    caplog: pytest.LogCaptureFixture,
+    database: Database, make_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The refusal comes at the middleware's own commit; the client sees one success."""
     failing = Failing(database, "serialization", make_engine)

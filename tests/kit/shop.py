@@ -21,12 +21,7 @@ from sqlalchemy import URL, create_engine, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from rope_middleware import (
-    ASGIRopeMiddleware,
-    AsyncSessionJenny,
-    SessionJenny,
-    WSGIRopeMiddleware,
-)
+from rope_middleware import ASGIRopeMiddleware, AsyncSessionJenny, SessionJenny, WSGIRopeMiddleware
 from tests.kit.asgi import ASGIClient, answer
 from tests.kit.models import Row
 from tests.kit.wsgi import Server, make_environ

@@ -347,10 +347,7 @@ async def test_A4_fastapi_dependencies_share_the_scope(store: Store, commits: bo
 
     @app.get("/{n}")
     async def view(
-        n: int,
-        tasks: BackgroundTasks,
-        db: Any = Depends(session),
-        ident: int = Depends(threaded),
+        n: int, tasks: BackgroundTasks, db: Any = Depends(session), ident: int = Depends(threaded)
     ) -> dict[str, bool]:
         scopes.append(current_scope())
         db.add(Row(n=n))

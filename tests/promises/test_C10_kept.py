@@ -134,9 +134,7 @@ def test_C10_what_is_changed_while_the_commit_is_under_way(
     ] == ([True] if expires else [])
 
 
-def test_C10_who_is_on_the_way_to_a_statement_is_waited_for(
-    make_engine: MakeEngine,
-) -> None:
+def test_C10_who_is_on_the_way_to_a_statement_is_waited_for(make_engine: MakeEngine) -> None:
     """Another thread that is inside of a call, before its statement begins: the commit is later."""
     engine = make_engine()
     jenny = SessionJenny(sessionmaker(engine))

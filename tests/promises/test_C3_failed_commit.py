@@ -115,9 +115,7 @@ def test_C3_an_app_that_swallows_the_error_cannot_turn_it_into_a_success(
 
 
 @pytest.mark.parametrize("web", ["wsgi"], indirect=True)
-def test_C3_a_wsgi_app_that_swallows_the_error_cannot_turn_it_into_a_success(
-    web: Web,
-) -> None:
+def test_C3_a_wsgi_app_that_swallows_the_error_cannot_turn_it_into_a_success(web: Web) -> None:
     """Whatever a WSGI app does around its start, nobody reads a 2xx without its row."""
 
     async def handler(exchange: Exchange) -> None:

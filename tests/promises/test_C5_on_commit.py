@@ -13,13 +13,7 @@ import anyio.to_thread
 import pytest
 from sqlalchemy import event, text
 
-from rope_middleware import (
-    ASGIRopeMiddleware,
-    RopeError,
-    SessionJenny,
-    current_scope,
-    open_scope,
-)
+from rope_middleware import ASGIRopeMiddleware, RopeError, SessionJenny, current_scope, open_scope
 from tests.kit.asgi import answer, http_scope
 from tests.kit.models import Row
 from tests.kit.stores import Store, open_store

@@ -15,12 +15,7 @@ import pytest
 from sqlalchemy import Engine, insert
 from sqlalchemy.exc import IntegrityError
 
-from rope_middleware import (
-    ASGIRopeMiddleware,
-    WSGIRopeMiddleware,
-    current_scope,
-    open_scope,
-)
+from rope_middleware import ASGIRopeMiddleware, WSGIRopeMiddleware, current_scope, open_scope
 from tests.kit.asgi import http_scope, into_nothing, websocket_scope
 from tests.kit.engines import rows
 from tests.kit.models import Child, Row

@@ -18,12 +18,7 @@ import pytest
 from sqlalchemy import Engine, event
 from sqlalchemy.orm import Session, scoped_session
 
-from rope_middleware import (
-    ASGIRopeMiddleware,
-    WSGIRopeMiddleware,
-    current_scope,
-    open_scope,
-)
+from rope_middleware import ASGIRopeMiddleware, WSGIRopeMiddleware, current_scope, open_scope
 from tests.kit.asgi import ASGIClient, answer, http_scope
 from tests.kit.engines import rows
 from tests.kit.leaks import checked_out
@@ -376,8 +371,7 @@ def test_W1_a_server_without_write_says_so(jenny: Jenny) -> None:
 
 
 def test_C3_a_stream_whose_commit_fails_is_the_plain_500(
-    jenny: Jenny,
-    caplog: pytest.LogCaptureFixture,
+    jenny: Jenny, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In place of the whole body; the log has the traceback, once."""
     refuse_commits(jenny)

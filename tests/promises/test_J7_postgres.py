@@ -14,13 +14,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 from starlette.responses import StreamingResponse
 
-from rope_middleware import (
-    AsyncSessionJenny,
-    RopeError,
-    RopeMiddleware,
-    SessionJenny,
-    open_scope,
-)
+from rope_middleware import AsyncSessionJenny, RopeError, RopeMiddleware, SessionJenny, open_scope
 from tests.kit.asgi import ASGIClient, client
 from tests.kit.engines import fill
 from tests.kit.leaks import checked_out

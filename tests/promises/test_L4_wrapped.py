@@ -398,10 +398,7 @@ def test_L4_depends_in_all_its_spellings(jenny: Jenny, engine: Engine) -> None:
 
     @app.get("/{number}")
     async def view(
-        number: int,
-        q: int = 1,
-        session: Session = Depends(jenny),
-        found: int = Depends(count),
+        number: int, q: int = 1, session: Session = Depends(jenny), found: int = Depends(count)
     ) -> str:
         assert session is jenny.session
         return f"{number} {found} {q}"

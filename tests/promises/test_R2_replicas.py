@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, select, text
-from sqlalchemy.ext.asyncio import (
-    async_sessionmaker,
-    create_async_engine,
-)
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import (
@@ -55,9 +52,7 @@ def three(make_engine: MakeEngine) -> Jenny:
     return SessionJenny(sessionmaker(primary), replicas=replicas)
 
 
-def test_R2_read_only_scopes_use_a_replica_and_all_others_the_primary(
-    three: Jenny,
-) -> None:
+def test_R2_read_only_scopes_use_a_replica_and_all_others_the_primary(three: Jenny) -> None:
     """One of the replicas at random; a rope and an inner scope that writes use the primary."""
     seen: Counter[str | None] = Counter()
     for _ in range(60):
@@ -124,9 +119,7 @@ def test_R2_a_statement_that_names_its_engine_goes_there(three: Jenny) -> None:
         assert three.session.scalar(NAME, bind_arguments={"bind": primary}) == "primary"
 
 
-def test_T1_a_sandbox_reads_its_own_transaction_and_no_replica(
-    three: Jenny,
-) -> None:
+def test_T1_a_sandbox_reads_its_own_transaction_and_no_replica(three: Jenny) -> None:
     """What a test has written is what its read-only requests see."""
     with Sandbox(three):
         with open_scope():

@@ -15,10 +15,7 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
 
-from rope_middleware import (
-    ASGIRopeMiddleware,
-    WSGIRopeMiddleware,
-)
+from rope_middleware import ASGIRopeMiddleware, WSGIRopeMiddleware
 from tests.kit.asgi import ASGIClient, answer, http_scope
 from tests.kit.either import Either, now
 from tests.kit.models import Base, Data
@@ -116,12 +113,7 @@ class Site(Either):
     # The client's side.
 
     def ask(
-        self,
-        method: str,
-        way: str,
-        number: int | None = None,
-        headers: Any = (),
-        **options: Any,
+        self, method: str, way: str, number: int | None = None, headers: Any = (), **options: Any
     ) -> tuple[str, Headers]:
         """Send one request; return the body and the headers of the response."""
         options = {"read_only": ("GET", "HEAD"), **options}

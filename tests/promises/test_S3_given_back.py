@@ -47,9 +47,7 @@ from tests.kit.wsgi import BODIES, HEADERS, Probe, Server, Wrap, served
 pytestmark = pytest.mark.anyio
 
 
-def test_S3_which_connections_are_lent_is_known_on_each_sqlalchemy(
-    make_engine: MakeEngine,
-) -> None:
+def test_S3_which_connections_are_lent_is_known_on_each_sqlalchemy(make_engine: MakeEngine) -> None:
     """A private attribute tells it: each connection twice, by its engine and by itself."""
     own, other = make_engine(), make_engine()
     with other.connect() as lent, Session(binds={Data: own, Row: lent}) as session:
@@ -172,10 +170,7 @@ class CannotClose(Session):
 
 @pytest.mark.parametrize("error", [None, ValueError("mine")], ids=["returns", "raises"])
 def test_S3_a_close_that_fails_is_logged_and_the_next_session_is_closed(
-    make_engine: MakeEngine,
-    way: Way,
-    error: ValueError | None,
-    caplog: pytest.LogCaptureFixture,
+    make_engine: MakeEngine, way: Way, error: ValueError | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its connection is invalidated; nothing comes out but what the application raised."""
     engines = [make_engine(pool_size=1) for _ in range(3)]

@@ -333,11 +333,7 @@ def test_S3_a_removed_plain_session_that_is_used_on_is_closed_with_its_request(
 
 
 def _outlive(
-    ask: Way,
-    plain: Any,
-    work: Callable[[], None],
-    inside: threading.Event,
-    go_on: threading.Event,
+    ask: Way, plain: Any, work: Callable[[], None], inside: threading.Event, go_on: threading.Event
 ) -> None:
     """Serve a request whose thread is `inside` of `work` at its end, and may go on after it."""
     with ThreadPoolExecutor(1) as pool:

@@ -205,9 +205,7 @@ def test_S4_the_end_waits_for_a_statement_no_longer_than_it_may(
     assert "failed, its connection is invalidated" in told
 
 
-def test_S4_a_statement_that_a_thread_is_about_to_send_is_refused(
-    make_engine: MakeEngine,
-) -> None:
+def test_S4_a_statement_that_a_thread_is_about_to_send_is_refused(make_engine: MakeEngine) -> None:
     """It is not sent over a connection that is back in its pool."""
     engine = make_engine(pool_size=1)
     jenny = SessionJenny(sessionmaker(engine))

@@ -12,13 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from rope_middleware import (
-    RopeError,
-    Scope,
-    ScopeClosedError,
-    current_scope,
-    open_scope,
-)
+from rope_middleware import RopeError, Scope, ScopeClosedError, current_scope, open_scope
 from tests.kit.asgi import serve
 from tests.kit.leaks import checked_out
 from tests.kit.sessions import Jenny, errors_in, in_thread, touch, use

@@ -33,16 +33,7 @@ from tests.kit.sessions import Jenny, touch, use
 from tests.kit.stores import Store
 from tests.kit.waiting import never
 from tests.kit.ways import BLOCKS, Way
-from tests.kit.wsgi import (
-    BODIES,
-    HEADERS,
-    KEY,
-    Probe,
-    Server,
-    Wrap,
-    make_environ,
-    scope_of,
-)
+from tests.kit.wsgi import BODIES, HEADERS, KEY, Probe, Server, Wrap, make_environ, scope_of
 
 pytestmark = pytest.mark.anyio
 

@@ -15,14 +15,7 @@ from sqlalchemy import Engine, event, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 
-from rope_middleware import (
-    NoScopeError,
-    RopeError,
-    Scope,
-    SessionJenny,
-    current_scope,
-    open_scope,
-)
+from rope_middleware import NoScopeError, RopeError, Scope, SessionJenny, current_scope, open_scope
 from tests.kit.asgi import serve
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out, no_scope_here
@@ -170,9 +163,7 @@ def test_S7_threads_at_work_in_scopes_of_their_own(make_engine: MakeEngine) -> N
         assert session.scalar(select(Data.count)) == 400
 
 
-async def test_S7_three_hundred_requests_share_a_pool_of_two(
-    store: Store,
-) -> None:
+async def test_S7_three_hundred_requests_share_a_pool_of_two(store: Store) -> None:
     """On a pool of 2, each request has its own session and all succeed."""
     sessions: set[int] = set()
     alive: list[AsyncSession] = []

@@ -208,11 +208,7 @@ def test_W2_the_apps_own_context_variables_are_left_alone(wrap: Wrap, jenny: Jen
 @pytest.mark.parametrize("take", [1, None])
 @pytest.mark.parametrize("options", [{}, {"commit_on_success": True}], ids=["plain", "commit"])
 def test_W3_a_dropped_body_is_closed_once(
-    kind: str,
-    take: int | None,
-    options: dict[str, Any],
-    jenny: Jenny,
-    engine: Engine,
+    kind: str, take: int | None, options: dict[str, Any], jenny: Jenny, engine: Engine
 ) -> None:
     """A server that forgets close(): on collection it is called once, inside the scope."""
     probe = Probe(jenny, kind)

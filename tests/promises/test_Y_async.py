@@ -169,9 +169,7 @@ async def test_Y1_the_first_use_in_a_worker_thread_is_seen_by_the_middleware(
     assert checked_out(engine) == 0
 
 
-async def test_Y1_a_session_made_in_a_child_task_is_closed_by_the_middleware(
-    store: Store,
-) -> None:
+async def test_Y1_a_session_made_in_a_child_task_is_closed_by_the_middleware(store: Store) -> None:
     """Sessions are kept in the scope, not in the task's context (S2)."""
 
     async def child() -> AsyncSession:
@@ -186,9 +184,7 @@ async def test_Y1_a_session_made_in_a_child_task_is_closed_by_the_middleware(
     assert store.held() == 0
 
 
-async def test_Y3_gather_over_the_decorator_gives_each_task_its_own_session(
-    store: Store,
-) -> None:
+async def test_Y3_gather_over_the_decorator_gives_each_task_its_own_session(store: Store) -> None:
     """Concurrent work of one request on a pool of 2, without a shared session."""
 
     @open_scope()

@@ -18,12 +18,7 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from rope_middleware import (
-    ASGIRopeMiddleware,
-    RopeMiddleware,
-    WSGIRopeMiddleware,
-    current_scope,
-)
+from rope_middleware import ASGIRopeMiddleware, RopeMiddleware, WSGIRopeMiddleware, current_scope
 
 
 def wsgi_app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
