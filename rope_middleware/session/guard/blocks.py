@@ -13,7 +13,7 @@ from weakref import ReferenceType, ref
 from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.scope.settling import Calls
-from rope_middleware.session.guard.sessions import CALLS, wait, who
+from rope_middleware.session.guard.sessions import CALLS, calling
 
 __all__ = ["guard_transaction"]
 
@@ -32,15 +32,10 @@ class _Ends:
     def call(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         of = self._of()
         assert of is not None  # noqa: S101 - who calls its method has it
-        calls = self._calls
-        me = who(calls)
-        calls.append(me)
-        try:
-            if calls.settling is not None and wait(calls, me) and _is_over(of):
+        with calling(self._calls) as has_waited:
+            if has_waited and _is_over(of):
                 return None
             return getattr(type(of), name)(of, *args, **named)
-        finally:
-            calls.remove(me)
 
 
 def _end(name: str) -> Callable[..., Any]:

@@ -13,7 +13,8 @@ for each.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from threading import get_ident
 from types import new_class
 from typing import TYPE_CHECKING, Any
@@ -30,14 +31,13 @@ __all__ = [
     "CALLS",
     "become",
     "call_at_close",
+    "calling",
     "commit_unguarded",
     "guard",
     "in_turn",
     "is_guarded",
     "plain_class",
     "reset",
-    "wait",
-    "who",
 ]
 
 # What begins, uses or ends a transaction.
@@ -100,7 +100,7 @@ def _guarded(name: str, above: type[Session] = _Guarded) -> Callable[..., Any]:
 
     def guarded(self: _Guarded, /, *args: Any, **named: Any) -> Any:
         calls = self._rope_middleware_calls
-        me: object = get_ident()  # as `who`, without the price of a call
+        me: object = get_ident()  # as `_who`, without the price of a call
         if me == calls.thread:
             me = strand()
         # Order matters. We note the call, then look for a commit; a commit makes itself known, then
@@ -108,7 +108,7 @@ def _guarded(name: str, above: type[Session] = _Guarded) -> Callable[..., Any]:
         calls.append(me)
         try:
             if calls.settling is not None:
-                wait(calls, me)
+                _wait(calls, me)
             return getattr(super(above, self), name)(*args, **named)
         finally:
             calls.remove(me)
@@ -120,7 +120,18 @@ for _name in (*_METHODS, *CLOSING):
     setattr(_Guarded, _name, _guarded(_name))
 
 
-def who(calls: Calls) -> object:
+@contextmanager
+def calling(calls: Calls) -> Generator[bool]:
+    """Be inside of a call, as `guarded` is; gives whether a commit was waited for."""
+    me = _who(calls)
+    calls.append(me)
+    try:
+        yield calls.settling is not None and _wait(calls, me)
+    finally:
+        calls.remove(me)
+
+
+def _who(calls: Calls) -> object:
     """Return who makes a call: a thread, or of the scope's own event loop a task.
 
     (In another loop's thread no other task runs until a call is over.)
@@ -129,7 +140,7 @@ def who(calls: Calls) -> object:
     return strand() if me == calls.thread else me
 
 
-def wait(calls: Calls, me: object) -> bool:
+def _wait(calls: Calls, me: object) -> bool:
     """Let a commit under way end, unless the running code is part of it; tell whether it was so.
 
     Not in a call within a call: the commit waits for the outer one.
@@ -245,12 +256,5 @@ def in_turn(session: Session, call: Callable[[Session], None]) -> None:
     if not isinstance(session, _Guarded):
         call(session)
         return
-    calls: Calls = session.__dict__[CALLS]
-    me = who(calls)
-    calls.append(me)
-    try:
-        if calls.settling is not None:
-            wait(calls, me)
+    with calling(session.__dict__[CALLS]):
         call(session)
-    finally:
-        calls.remove(me)
