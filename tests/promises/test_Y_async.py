@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ from rope_middleware import (
 )
 from tests.kit.asgi import serve
 from tests.kit.engines import small_async_engine
-from tests.kit.leaks import checked_out
+from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Row
 from tests.kit.said import Said
 from tests.kit.sessions import SELECT, Jenny, touch
 from tests.kit.stores import Store, open_store
 from tests.kit.waiting import poll
+from tests.kit.wsgi import Server, make_environ
 
 pytestmark = pytest.mark.anyio
 
@@ -57,7 +59,7 @@ async def test_Y1_a_session_is_made_on_first_use_and_closed_with_the_scope(store
         first = store.jenny.session
         assert store.jenny.session is first
         assert store.jenny() is first
-        await first.execute(text("SELECT 1"))
+        await first.execute(SELECT)
         assert store.held() == 1
 
     await serve(handler)
@@ -106,7 +108,7 @@ async def test_Y1_remove_is_awaited_and_the_next_use_makes_a_new_session(store: 
         await second.commit()
         await store.jenny.remove()
         await store.jenny.remove()  # silent
-        await first.execute(text("SELECT 1"))
+        await first.execute(SELECT)
         assert store.held() == 1
     assert store.held() == 0
     assert store.rows() == [2]
@@ -119,9 +121,9 @@ async def test_Y1_sync_and_async_jennies_side_by_side_in_one_scope(
     async with open_store(tmp_path / "second.db") as second:
 
         async def handler() -> None:
-            jenny.execute(text("SELECT 1"))
-            await store.jenny.execute(text("SELECT 1"))
-            await second.jenny.execute(text("SELECT 1"))
+            jenny.execute(SELECT)
+            await store.jenny.execute(SELECT)
+            await second.jenny.execute(SELECT)
             assert store.jenny.session is not second.jenny.session
             assert (checked_out(engine), store.held(), second.held()) == (1, 1, 1)
 
@@ -140,7 +142,7 @@ async def test_Y1_open_scope_by_hand_has_a_name_and_its_own_session(store: Store
     @open_scope("work")
     async def work() -> str | None:
         seen.append(store.jenny.session)
-        await store.jenny.execute(text("SELECT 1"))
+        await store.jenny.execute(SELECT)
         return current_scope().name
 
     async with open_scope("nightly") as scope:
@@ -151,8 +153,7 @@ async def test_Y1_open_scope_by_hand_has_a_name_and_its_own_session(store: Store
     assert await work() == await work() == "work"
     assert seen[0] is not seen[1]
     assert store.held() == 0
-    with pytest.raises(NoScopeError):
-        current_scope()
+    assert no_scope_here()
 
 
 async def test_Y1_the_first_use_in_a_worker_thread_is_seen_by_the_middleware(
@@ -173,7 +174,7 @@ async def test_Y1_a_session_made_in_a_child_task_is_closed_by_the_middleware(sto
     """Sessions are kept in the scope, not in the task's context (S2)."""
 
     async def child() -> AsyncSession:
-        await store.jenny.execute(text("SELECT 1"))
+        await store.jenny.execute(SELECT)
         return store.jenny.session
 
     async def handler() -> None:
@@ -240,6 +241,23 @@ def leaves(error: BaseException) -> list[BaseException]:
     return [error]
 
 
+def note_on(error: BaseException) -> str:
+    """Return the one note that tells of the shared session."""
+    (note,) = [note for note in getattr(error, "__notes__", []) if "open_scope" in note]
+    return str(note)
+
+
+def line_of(function: Callable[..., object], number: int = 1) -> str:
+    """Return the line of this file that comes so many lines after the function's first."""
+    return f"{Path(__file__).name}:{function.__code__.co_firstlineno + number}"
+
+
+@pytest.fixture
+def jenny_of_its_own(store: Store) -> AsyncSessionJenny[Any]:
+    """A jenny for the store's engine, by a session factory as users have it."""
+    return AsyncSessionJenny(async_sessionmaker(store.async_engine))
+
+
 @pytest.mark.told
 @pytest.mark.parametrize("how", ["gather", "TaskGroup", "open_scope"])
 async def test_Y3_a_shared_session_gets_a_note_that_names_open_scope(
@@ -248,7 +266,7 @@ async def test_Y3_a_shared_session_gets_a_note_that_names_open_scope(
     """SQLAlchemy's IllegalStateChangeError says what happened; the note says what to do."""
 
     async def query() -> None:
-        await store.jenny.execute(text("SELECT 1"))
+        await store.jenny.execute(SELECT)
 
     async def handler() -> None:
         if how == "TaskGroup":
@@ -265,70 +283,61 @@ async def test_Y3_a_shared_session_gets_a_note_that_names_open_scope(
                 await handler()
         else:
             await serve(handler)
-    found = leaves(caught.value)
-    assert all(getattr(leaf, "code", None) == "isce" for leaf in found), found
-    for leaf in found:
-        notes = getattr(leaf, "__notes__", [])
-        assert len([note for note in notes if "open_scope" in note]) == 1, notes
+    for leaf in leaves(caught.value):
+        assert getattr(leaf, "code", None) == "isce", leaf
+        assert note_on(leaf)
     await poll(lambda: store.held() == 0)
 
 
 @pytest.mark.told
-async def test_Y3_the_note_names_both_lines(store: Store, said: Said) -> None:
-    """Where this task is, and where the other one; the log says it once for each line."""
-
-    async def one() -> None:
-        await store.jenny.execute(text("SELECT 1"))
-
-    async def other() -> None:
-        await store.jenny.execute(text("SELECT 2"))
-
-    name = Path(__file__).name
-    at = {f"{name}:{query.__code__.co_firstlineno + 1}" for query in (one, other)}
-    for _ in range(3):
-        await store.async_engine.dispose()
-        with pytest.raises(InvalidRequestError) as caught:
-            async with open_scope():
-                await asyncio.gather(one(), other())
-        (note,) = [n for n in caught.value.__notes__ if "open_scope" in n]
-        assert all(line in note for line in at), note
-        await poll(lambda: store.held() == 0)
-    assert len([text for text in said.warnings if "Two tasks" in text]) == 1
-
-
-@pytest.mark.told
-async def test_Y3_the_log_tells_it_where_the_application_swallows_the_error(
-    store: Store, said: Said
+@pytest.mark.parametrize("swallows", [False, True], ids=["raises", "swallowed"])
+async def test_Y3_note_and_log_name_both_lines(
+    store: Store, jenny_of_its_own: AsyncSessionJenny[Any], said: Said, swallows: bool
 ) -> None:
-    """As GraphQL does, which answers an error of a resolver itself: once for each line."""
-    jenny = AsyncSessionJenny(async_sessionmaker(store.async_engine))
+    """Where this task is, and where the other one; the log says it once for each line.
+
+    Also where the application swallows the error, as GraphQL does, which answers an error of a
+    resolver itself.
+    """
+    jenny = jenny_of_its_own if swallows else store.jenny
 
     async def one() -> None:
-        await jenny.execute(text("SELECT 1"))
+        await jenny.execute(SELECT)
 
     async def other() -> None:
         await jenny.scalars(text("SELECT 2"))
 
     async def handler() -> None:
-        results = await asyncio.gather(one(), other(), return_exceptions=True)
+        results = await asyncio.gather(one(), other(), return_exceptions=swallows)
         (error,) = [result for result in results if result is not None]
-        assert len([note for note in error.__notes__ if "open_scope" in note]) == 1
+        notes.append(note_on(error))
 
+    notes: list[str] = []
     for _ in range(3):
         await store.async_engine.dispose()
-        await serve(handler)
-    (warning,) = said.warnings
-    assert "Two tasks" in warning and "open_scope" in warning
-    for query in (one, other):
-        assert f"{Path(__file__).name}:{query.__code__.co_firstlineno + 1}" in warning
+        if swallows:
+            await serve(handler)
+        else:
+            with pytest.raises(InvalidRequestError) as caught:
+                async with open_scope():
+                    await handler()
+            notes.append(note_on(caught.value))
+        await poll(lambda: store.held() == 0)
+    assert len(notes) == 3
+    (warning,) = [text for text in said.warnings if "Two tasks" in text]
+    assert "open_scope" in warning
+    for told in (*notes, warning):
+        assert line_of(one) in told and line_of(other) in told, told
     assert [record.levelname for record in said.records] == ["WARNING"]
 
 
 @pytest.mark.told
 @pytest.mark.parametrize("how", ["flush", "commit"])
-async def test_Y3_two_tasks_that_write_are_told_as_well(store: Store, said: Said, how: str) -> None:
+async def test_Y3_two_tasks_that_write_are_told_as_well(
+    jenny_of_its_own: AsyncSessionJenny[Any], said: Said, how: str
+) -> None:
     """SQLAlchemy's errors for that have no code: "Session is already flushing", for example."""
-    jenny = AsyncSessionJenny(async_sessionmaker(store.async_engine))
+    jenny = jenny_of_its_own
 
     async def one() -> None:
         await (jenny.flush() if how == "flush" else jenny.commit())
@@ -339,7 +348,7 @@ async def test_Y3_two_tasks_that_write_are_told_as_well(store: Store, said: Said
     async def handler() -> None:
         jenny.add(Row(name="x"))
         (error,) = filter(None, await asyncio.gather(one(), other(), return_exceptions=True))
-        assert len([note for note in error.__notes__ if "open_scope" in note]) == 1
+        assert note_on(error)
         await jenny.rollback()
 
     await serve(handler)
@@ -347,9 +356,11 @@ async def test_Y3_two_tasks_that_write_are_told_as_well(store: Store, said: Said
     assert "Two tasks" in warning and "test_Y_async.py" in warning.partition("the other at")[2]
 
 
-async def test_Y3_a_flush_within_a_flush_gets_no_note(store: Store) -> None:
+async def test_Y3_a_flush_within_a_flush_gets_no_note(
+    jenny_of_its_own: AsyncSessionJenny[Any],
+) -> None:
     """A listener's: nobody shares the session."""
-    jenny = AsyncSessionJenny(async_sessionmaker(store.async_engine))
+    jenny = jenny_of_its_own
 
     async def handler() -> None:
         session = jenny().sync_session
@@ -372,13 +383,13 @@ async def test_Y3_no_line_says_that_closing_a_session_has_failed(
     jenny = AsyncSessionJenny((lambda: make()) if own_factory else make)
 
     async def query() -> None:
-        await jenny.execute(text("SELECT 1"))
+        await jenny.execute(SELECT)
 
     await store.async_engine.dispose()
     with pytest.raises(InvalidRequestError) as caught:
         async with open_scope():
             await asyncio.gather(query(), query())
-    assert len([note for note in caught.value.__notes__ if "open_scope" in note]) == 1
+    assert note_on(caught.value)
     assert len(said.warnings) == 1
     assert [record.levelname for record in said.records] == ["WARNING"]
     await poll(lambda: store.held() == 0)
@@ -392,7 +403,7 @@ async def test_Y3_a_task_that_outlives_its_scope_is_told_with_its_line(
     tasks: list[asyncio.Task[None]] = []
 
     async def late() -> None:
-        await store.jenny.execute(text("SELECT 1"))
+        await store.jenny.execute(SELECT)
 
     async def handler() -> None:
         tasks.append(asyncio.create_task(late()))
@@ -402,7 +413,7 @@ async def test_Y3_a_task_that_outlives_its_scope_is_told_with_its_line(
     await serve(handler)
     (warning,) = said.warnings
     assert "another task was in the middle of a call" in warning and "open_scope" in warning
-    assert f"{Path(__file__).name}:{late.__code__.co_firstlineno + 1}" in warning
+    assert line_of(late) in warning
     assert [record.levelname for record in said.records] == ["WARNING"]
     await asyncio.gather(*tasks, return_exceptions=True)
     await poll(lambda: store.held() == 0)
@@ -421,25 +432,17 @@ async def test_Y3_another_error_gets_no_note(store: Store) -> None:
 
 async def test_Y4_another_event_loop_is_refused(store: Store) -> None:
     """A thread with a loop of its own, in the context of the request."""
-    errors: list[BaseException] = []
 
-    def other_loop(made: bool) -> None:
-        async def main() -> None:
-            try:
-                await store.jenny.execute(text("SELECT 1"))
-            except BaseException as error:
-                errors.append(error)
-
-        asyncio.run(main())
+    def other_loop() -> None:
+        with pytest.raises(CrossLoopError, match="open_scope"):
+            asyncio.run(store.jenny.execute(SELECT))
 
     async def handler() -> None:
-        await anyio.to_thread.run_sync(other_loop, False)
-        await store.jenny.execute(text("SELECT 1"))
-        await anyio.to_thread.run_sync(other_loop, True)
+        await anyio.to_thread.run_sync(other_loop)
+        await store.jenny.execute(SELECT)
+        await anyio.to_thread.run_sync(other_loop)
 
     await serve(handler)
-    assert [type(error) for error in errors] == [CrossLoopError] * 2
-    assert all("open_scope" in str(error) for error in errors), errors
     assert store.held() == 0
 
 
@@ -450,12 +453,12 @@ async def test_Y4_in_the_other_loop_a_scope_of_its_own_is_the_cure(tmp_path: Pat
         def other_loop() -> None:
             async def main() -> None:
                 async with open_store(tmp_path / "inner.db") as inner, open_scope():
-                    await inner.jenny.execute(text("SELECT 1"))
+                    await inner.jenny.execute(SELECT)
 
             asyncio.run(main())
 
         async with open_scope():
-            await outer.jenny.execute(text("SELECT 1"))
+            await outer.jenny.execute(SELECT)
             await anyio.to_thread.run_sync(other_loop)
 
 
@@ -468,7 +471,7 @@ async def test_Y5_outside_of_any_scope_there_is_no_rope(store: Store) -> None:
         with pytest.raises(NoScopeError, match="open_scope"):
             jenny()
         with pytest.raises(NoScopeError, match="open_scope"):
-            await jenny.execute(text("SELECT 1"))
+            await jenny.execute(SELECT)
         await jenny.remove()  # silent, as in SQLAlchemy
     assert isinstance(NoScopeError("x"), LookupError)
     assert store.held() == 0
@@ -480,7 +483,7 @@ async def test_Y5_with_a_scopefunc_it_is_keyed_as_sqlalchemy_does(store: Store) 
     jenny = AsyncSessionJenny(make, scopefunc=asyncio.current_task)
     outside = jenny.session
     assert jenny.session is outside
-    await outside.execute(text("SELECT 1"))
+    await outside.execute(SELECT)
 
     async def other() -> AsyncSession:
         found = jenny.session
@@ -490,7 +493,7 @@ async def test_Y5_with_a_scopefunc_it_is_keyed_as_sqlalchemy_does(store: Store) 
     assert await asyncio.create_task(other()) is not outside
     async with open_scope():
         assert jenny.session is not outside
-        await jenny.execute(text("SELECT 1"))
+        await jenny.execute(SELECT)
         assert store.held() == 2
     assert store.held() == 1
     await jenny.remove()
@@ -505,7 +508,7 @@ async def test_Y5_strict_refuses_even_with_a_scopefunc(store: Store) -> None:
     with pytest.raises(NoScopeError):
         _ = jenny.session
     async with open_scope():
-        await jenny.execute(text("SELECT 1"))
+        await jenny.execute(SELECT)
 
 
 async def test_Y6_in_a_sync_open_scope_it_is_refused_in_words(store: Store) -> None:
@@ -524,25 +527,16 @@ def test_Y6_in_a_wsgi_scope_it_is_refused_in_words(tmp_path: Path) -> None:
     jenny = AsyncSessionJenny(async_sessionmaker(engine))
     texts: list[str] = []
 
-    async def view() -> None:
-        await jenny.execute(text("SELECT 1"))
-
     def app(environ: Any, start_response: Any) -> list[bytes]:
-        with pytest.raises(RopeError) as caught:
-            _ = jenny.session
-        texts.append(str(caught.value))
-        with pytest.raises(RopeError) as caught:
-            asyncio.run(view())
-        texts.append(str(caught.value))
+        for use in (lambda: jenny.session, lambda: asyncio.run(jenny.execute(SELECT))):
+            with pytest.raises(RopeError) as caught:
+                use()
+            texts.append(str(caught.value))
         start_response("200 OK", [])
         return [b"x"]
 
-    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/thing", "SCRIPT_NAME": ""}
-    body: Any = WSGIRopeMiddleware(app)(
-        environ, lambda status, headers, exc_info=None: lambda data: None
-    )
-    assert b"".join(body) == b"x"
-    body.close()
+    seen = Server()(WSGIRopeMiddleware(app), make_environ("/thing"))
+    assert (seen.error, seen.body) == (None, b"x")
     assert len(texts) == 2
     for told in texts:
         assert "WSGI" in told
