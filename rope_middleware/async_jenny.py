@@ -108,7 +108,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
 
     Args:
         session_factory: an `async_sessionmaker`, or any callable that returns a new
-            `AsyncSession`.
+            `AsyncSession`, or something else that has a ``close()``.
         scopefunc: called outside of scopes; its hashable result is the key of the session.
             Call ``await jenny.remove()`` yourself there.
         strict: raise `NoScopeError` outside of scopes, even if there is a `scopefunc`.

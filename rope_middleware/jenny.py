@@ -51,7 +51,8 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
     SQLAlchemy-Rope.
 
     Args:
-        session_factory: a `sessionmaker`, or any callable that returns a new `Session`.
+        session_factory: a `sessionmaker`, or any callable that returns a new `Session`, or
+            something else that has a ``close()``: a mock, a wrapper.
         scopefunc: called outside of scopes; its hashable result is the key of the session.
         strict: raise `NoScopeError` outside of scopes, even if there is a `scopefunc`.
         replicas: one `Engine` for each server that replicates the factory's. Sessions of read-only
