@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 from rope_middleware.elsewhere import NO_MIDDLEWARE, name_elsewhere
 from rope_middleware.errors import no_engine, sync_scope
 from rope_middleware.jenny import get_or_make
-from rope_middleware.running.finish import finish, within
+from rope_middleware.running.deadlines import within
+from rope_middleware.running.finish import finish
 from rope_middleware.scope.context import current
 from rope_middleware.scope.loop import check_loop
 from rope_middleware.scope.opening import current_scope

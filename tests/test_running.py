@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from rope_middleware import ASGIRopeMiddleware, Scope, SessionJenny, open_scope
-from rope_middleware.running import finish, threads, ticker
+from rope_middleware.running import deadlines, finish, threads, ticker
 from tests.kit.asgi import asgi_app, ask
 from tests.kit.leaks import checked_out
 from tests.kit.sessions import workers
@@ -42,7 +42,7 @@ def test_Y2_each_has_its_own_time() -> None:
 
     async def ends_after(seconds: float, work: Awaitable[object]) -> str:
         try:
-            await finish.finish(finish.within(seconds, work))
+            await finish.finish(deadlines.within(seconds, work))
         except TimeoutError as error:
             return str(error)
         return "done"
@@ -73,38 +73,38 @@ def test_Y2_the_ticker_sees_to_the_times_that_are_up_late(
 
     async def main() -> None:
         async def take(seconds: float) -> None:
-            await finish.finish(finish.within(seconds, asyncio.Event().wait()))
+            await finish.finish(deadlines.within(seconds, asyncio.Event().wait()))
 
         async def look(next_look: float) -> bool:
             """Look, in another thread; tell whether there is a timer."""
-            await asyncio.to_thread(finish.look_at_deadlines, next_look)
+            await asyncio.to_thread(deadlines.look_at_deadlines, next_look)
             await asyncio.sleep(0)
-            return finish._deadlines[asyncio.get_running_loop()]._wakes_at < math.inf
+            return deadlines._deadlines[asyncio.get_running_loop()]._wakes_at < math.inf
 
         for last_look in (monotonic() + PATIENCE, -math.inf):
-            finish.look_at_deadlines(monotonic() + 0.05)
+            deadlines.look_at_deadlines(monotonic() + 0.05)
             task = asyncio.create_task(take(0.5))
             await asyncio.sleep(0)
             assert await look(monotonic() + 0.05) is False
             assert await look(last_look) is True
             with pytest.raises(TimeoutError, match=r"gave up after 0\.5 seconds"):
                 await asyncio.wait_for(task, PATIENCE)
-        for long_ago in (monotonic() - 2 * finish.LATE, -math.inf):
-            finish.look_at_deadlines(long_ago)
+        for long_ago in (monotonic() - 2 * deadlines.LATE, -math.inf):
+            deadlines.look_at_deadlines(long_ago)
             with pytest.raises(TimeoutError, match=r"gave up after 0\.01 seconds"):
                 await asyncio.wait_for(take(0.01), PATIENCE)
 
     try:
         pytest.importorskip(loop).run(main())
     finally:
-        finish.look_at_deadlines(-math.inf)
+        deadlines.look_at_deadlines(-math.inf)
 
 
 def test_Y2_what_cancels_the_work_itself_is_no_timeout() -> None:
     """A cancellation from elsewhere passes through as it is."""
 
     async def main() -> None:
-        work = asyncio.create_task(finish.within(PATIENCE, asyncio.Event().wait()))
+        work = asyncio.create_task(deadlines.within(PATIENCE, asyncio.Event().wait()))
         await asyncio.sleep(0)
         work.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -223,16 +223,16 @@ def test_P4_times_that_differ_gather_no_timers() -> None:
 
         async def long() -> None:
             while loop.time() < end:
-                await finish.finish(finish.within(0.2, asyncio.sleep(0.01)))
+                await finish.finish(deadlines.within(0.2, asyncio.sleep(0.01)))
 
         async def short() -> None:
             while loop.time() < end:
                 await asyncio.sleep(0.02)
-                await finish.finish(finish.within(0.1, asyncio.sleep(0)))
+                await finish.finish(deadlines.within(0.1, asyncio.sleep(0)))
 
         loop.call_later = counted  # type: ignore[method-assign]
         await asyncio.gather(long(), long(), short())
-        return sum(one is finish._deadlines[loop] for one in armed)
+        return sum(one is deadlines._deadlines[loop] for one in armed)
 
     # About 40 in the two seconds; with old ones that go on, about 400.
     assert asyncio.run(main()) < 120

@@ -7,34 +7,22 @@ application without async code never loads it.
 from __future__ import annotations
 
 import asyncio
-import math
 import sys
 from collections.abc import Awaitable, Coroutine
 from contextlib import AbstractContextManager, nullcontext, suppress
-from contextvars import Context
-from time import monotonic
-from typing import Any, ClassVar, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, TypeVar
 
 __all__ = [
-    "OutOfTimeError",
     "at_most",
     "finish",
     "is_async_running",
-    "limit",
-    "look_at_deadlines",
     "may_block",
     "pause",
     "running_loop",
     "shield",
-    "within",
 ]
 
 _T = TypeVar("_T")
-
-
-class OutOfTimeError(TimeoutError):
-    """Work was cut off because it took too long; see `within`."""
 
 
 # The event loop holds tasks weakly. One that is still ending something must stay alive even
@@ -154,7 +142,7 @@ async def pause(seconds: float) -> None:
 
 
 async def at_most(seconds: float, work: Awaitable[_T]) -> _T:
-    """Await `work` for at most `seconds`, in any task; `within` is cheaper, and not for every task.
+    """Await `work` for at most `seconds`, in any task. `deadlines.within` is cheaper, but for some.
 
     Raises:
         TimeoutError: the time was up.
@@ -163,114 +151,3 @@ async def at_most(seconds: float, work: Awaitable[_T]) -> _T:
 
     with anyio.fail_after(seconds):
         return await work
-
-
-async def within(seconds: float, work: Awaitable[_T]) -> _T:
-    """Await `work` for at most `seconds`; cheaper than ``asyncio.timeout``.
-
-    Only for code that runs in a task of its own (see `finish`), because the whole task is
-    cancelled.
-
-    Raises:
-        OutOfTimeError: the time was up.
-    """
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:  # trio
-        import anyio
-
-        with anyio.move_on_after(seconds):
-            return await work
-        raise OutOfTimeError(f"gave up after {seconds} seconds") from None
-    task = asyncio.current_task(loop)
-    assert task is not None  # noqa: S101 - no user input: `finish` has made the task
-    deadlines = _deadlines.get(loop)
-    if deadlines is None:
-        deadlines = _deadlines[loop] = _Deadlines()
-    deadlines.add(task, loop, seconds)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if task in deadlines.tasks:
-            raise
-        task.uncancel()
-        raise OutOfTimeError(f"gave up after {seconds} seconds") from None
-    finally:
-        deadlines.tasks.pop(task, None)
-
-
-def limit(seconds: float) -> None:
-    """Let what the running task awaits `within` a time have so many seconds from now on."""
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task(loop)
-    assert task is not None  # noqa: S101 - no user input: see `within`
-    _deadlines[loop].add(task, loop, seconds)
-
-
-LATE = 1.0  # seconds after which a look that has not come is not counted on any more
-
-
-class _Deadlines:
-    """What has to be done by when in one event loop, under one timer for all.
-
-    A timer for each costs 6 to 12 us more, and one that is there at all 3 % of a request: asyncio
-    computes its wait for the next timer at each turn of the loop. So what is due after the next
-    look of the `ticker` is left to that look.
-    """
-
-    next_look: ClassVar[float] = -math.inf
-    """When the ticker looks again, by `time.monotonic`; none is to come where that is long ago.
-    Not by the loop's clock: uvloop's stands still while the loop waits."""
-
-    def __init__(self) -> None:
-        self.tasks: dict[asyncio.Task[Any], float] = {}
-        """Each with the time at which it is cancelled and taken out."""
-        self._wakes_at = math.inf
-
-    def add(self, task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        now = monotonic()
-        self.tasks[task] = deadline = now + seconds
-        # Order matters. We note the task, then ask for the next look; who looks says when the next
-        # one will be, then goes through the tasks. So one of the two sees to it.
-        if not now - LATE < self.next_look <= deadline:
-            self.see_to_next(loop)
-
-    def see_to_next(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Have a timer for the first that is due, unless there is a look before."""
-        deadline, now = min(self.tasks.values(), default=math.inf), monotonic()
-        if deadline < self._wakes_at and not now - LATE < self.next_look <= deadline:
-            self._wakes_at = deadline
-            # The handle is not kept: it refers to the loop, which would then live as long. An empty
-            # context: one timer follows from the other, and would keep the first request's.
-            loop.call_later(deadline - now, self._wake, deadline, context=Context())
-
-    def _wake(self, now: float) -> None:
-        if now != self._wakes_at:
-            return  # an earlier one came in between, and has seen to the next
-        self._wakes_at = math.inf
-        for task, deadline in list(self.tasks.items()):
-            if deadline <= now:
-                del self.tasks[task]
-                task.cancel()
-        self.see_to_next(asyncio.get_running_loop())
-
-
-_deadlines: WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = WeakKeyDictionary()
-
-
-def look_at_deadlines(next_look: float) -> None:
-    """See to what is due before the next look. Called again and again, in a thread of its own.
-
-    Args:
-        next_look: when this will be called again, by `time.monotonic`; minus infinity for never.
-    """
-    _Deadlines.next_look = next_look
-    for kept in _deadlines.keyrefs():
-        loop = kept()
-        deadlines = None if loop is None else _deadlines.get(loop)
-        if loop is None or deadlines is None:
-            continue
-        tasks = list(deadlines.tasks.values())
-        if tasks and not monotonic() - LATE < next_look <= min(tasks):
-            with suppress(RuntimeError):  # the loop is closed: nothing goes on in it
-                loop.call_soon_threadsafe(deadlines.see_to_next, loop, context=Context())

@@ -15,7 +15,7 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
-from rope_middleware.running.finish import look_at_deadlines
+from rope_middleware.running.deadlines import look_at_deadlines
 from rope_middleware.running.forks import at_fork
 
 __all__ = ["Ticker"]

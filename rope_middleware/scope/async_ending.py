@@ -9,7 +9,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from rope_middleware.running.finish import finish, within
+from rope_middleware.running.deadlines import within
+from rope_middleware.running.finish import finish
 from rope_middleware.running.threads import finish_in_thread, in_thread
 from rope_middleware.scope.async_hands import Async
 from rope_middleware.scope.context import class_of, current, unbind

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from rope_middleware.running.finish import within
+from rope_middleware.running.deadlines import within
 from rope_middleware.running.places import COMMITS, NEEDS, WRITES, Places
 from rope_middleware.running.threads import in_app_thread, in_thread
 from rope_middleware.scope.context import is_async_callable

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session, SessionTransaction
 
-from rope_middleware.running.finish import OutOfTimeError, limit, within
+from rope_middleware.running.deadlines import OutOfTimeError, limit, within
 from rope_middleware.running.places import COMMITS, NEEDS, WRITES, Places
 from rope_middleware.scope.outcome import (
     begin_commit,

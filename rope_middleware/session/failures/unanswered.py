@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
 
 from rope_middleware.errors import in_doubt
-from rope_middleware.running.finish import OutOfTimeError
+from rope_middleware.running.deadlines import OutOfTimeError
 from rope_middleware.scope.context import class_of, logger
 from rope_middleware.scope.hands import run_now
 from rope_middleware.scope.outcome import (

@@ -27,7 +27,7 @@ except ImportError as _error:
 
 from sqlalchemy.orm import Session
 
-from rope_middleware.flask_popped import being_popped
+from rope_middleware.flask.popped import being_popped
 from rope_middleware.jenny import SessionJenny
 from rope_middleware.rope.rope import ScopeRope
 from rope_middleware.running.forks import at_fork
