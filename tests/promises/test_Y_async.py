@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
+from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import (
     AsyncSessionJenny,
@@ -26,16 +27,17 @@ from rope_middleware import (
     RopeError,
     Scope,
     ScopeClosedError,
+    SessionJenny,
     WSGIRopeMiddleware,
     current_scope,
     open_scope,
 )
 from tests.kit.asgi import serve
-from tests.kit.engines import small_async_engine
+from tests.kit.engines import hold_up, small_async_engine, small_engine
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Row
 from tests.kit.said import Said
-from tests.kit.sessions import SELECT, Jenny, touch
+from tests.kit.sessions import SELECT, Jenny, beside, touch
 from tests.kit.stores import Store, open_store
 from tests.kit.waiting import poll
 from tests.kit.wsgi import Server, make_environ
@@ -287,6 +289,26 @@ async def test_Y3_a_shared_session_gets_a_note_that_names_open_scope(
         assert getattr(leaf, "code", None) == "isce", leaf
         assert note_on(leaf)
     await poll(lambda: store.held() == 0)
+
+
+@pytest.mark.told
+def test_Y3_two_threads_that_share_a_session_are_told_of_threads(
+    tmp_path: Path, said: Said
+) -> None:
+    """The words are those of a Session: there is nothing to await, and no task."""
+    engine = small_engine(tmp_path / "threads.db")
+    jenny = SessionJenny(sessionmaker(engine))
+    commits, may_go = hold_up(engine)
+    with pytest.raises(InvalidRequestError) as caught, open_scope():
+        jenny.session.execute(text("SELECT 1"))
+        with beside(jenny.session.commit, until=may_go):
+            assert commits.wait(5)
+            jenny.session.commit()
+    (note,) = caught.value.__notes__
+    assert note.startswith("Two threads have probably used one Session at the same time")
+    assert "'with open_scope():'" in note
+    assert said.warnings == [note]
+    engine.dispose()
 
 
 @pytest.mark.told

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from rope_middleware.scope.context import MAX_CAUSES
 from rope_middleware.session.code.lines import Line, application_line, text_of
 from rope_middleware.session.code.telling import tell_once
+from rope_middleware.session.tie import PlainTie, tie_of
 
 __all__ = ["note_reason", "note_rollback", "noting", "tell_cut_off"]
 
@@ -25,6 +26,12 @@ _SHARED_SESSION = (
     "Two tasks have probably used one AsyncSession at the same time, which SQLAlchemy does not "
     "allow. Give each concurrent task sessions of its own: 'async with open_scope():' around "
     "its work, or @open_scope() on its function (rope_middleware)."
+)
+
+_SHARED_BY_THREADS = (
+    "Two threads have probably used one Session at the same time, which SQLAlchemy does not allow. "
+    "Give each thread sessions of its own: 'with open_scope():' around its work, or @open_scope() "
+    "on its function (rope_middleware)."
 )
 
 _ROLL_BACK = (
@@ -81,24 +88,36 @@ def _note_for(error: BaseException, around: list[BaseException]) -> str:
 
     if _tells_of_sharing(error):
         notes: list[str] = getattr(error, "__notes__", [])
-        known = next((note for note in notes if note.startswith(_SHARED_SESSION)), None)
-        return known or _SHARED_SESSION + _both(*session_in(error))
+        known = next((note for note in notes if note.startswith(_SHARED)), None)
+        return known or _shared(*session_in(error))
     return note_of_load(error, around)
 
 
-def _both(session: Session | None, here: Line | None) -> str:
-    """Say at which lines the two tasks are, and tell it once in the log."""
+_SHARED = (_SHARED_SESSION, _SHARED_BY_THREADS)
+
+
+def _shared(session: Session | None, here: Line | None) -> str:
+    """Say who shares a session, and at which lines they are; tell it once in the log."""
+    text = _SHARED_BY_THREADS if session is not None and _is_sync(session) else _SHARED_SESSION
     if here is None:
-        return ""
+        return text
     from rope_middleware.session.failures.shared_at import line_of_other
 
     other = None if session is None else line_of_other(session)
     where = f" This one is at {text_of(here)}"
     where += "." if other is None else f", the other at {text_of(other)}."
-    tell_once("shared", here, "%s%s", _SHARED_SESSION, where)
+    tell_once("shared", here, "%s%s", text, where)
     if session is not None:
         session.__dict__[_TOLD] = True
-    return where
+    return text + where
+
+
+def _is_sync(session: Session) -> bool:
+    tie = tie_of(session)
+    if tie is None:
+        return False
+    kind = tie.owner if isinstance(tie, PlainTie) else tie.kind
+    return kind is not None and not kind.is_async
 
 
 _TOLD = "_rope_middleware_shared"  # in a session: it has been told that two tasks share it
@@ -109,7 +128,7 @@ def _note_shared(session: Session, error: BaseException) -> None:
     if not getattr(error, "__notes__", None) and (
         _tells_of_sharing(error) or (_has_text(error, _AMBIGUOUS) and _is_with_other(session))
     ):
-        error.add_note(_SHARED_SESSION + _both(session, application_line(2)))
+        error.add_note(_shared(session, application_line(2)))
 
 
 def _is_with_other(session: Session) -> bool:
