@@ -46,9 +46,18 @@ def aend(scope: Scope, commits: bool = False, why: str = "") -> Coroutine[Any, A
 
 
 async def _end(scope: Scope, commits: bool, why: str) -> None:
-    if not (end_untouched(scope) or end_shortly(scope)):
-        timeout = scope._options.close_timeout
-        await finish(ending(scope, Async(timeout), commits, why), timeout)
+    if end_untouched(scope) or end_shortly(scope):
+        return
+    timeout = scope._options.close_timeout
+    alone = alone_in(scope) if commits else None
+    try:
+        if alone is not None:
+            commits, why = False, ""  # where this one fails, nothing more is committed
+            await _commit_alone(scope, alone, None)
+            commits = True  # what a listener has added since
+    finally:
+        if not end_shortly(scope):
+            await finish(ending(scope, Async(timeout), commits, why), timeout)
 
 
 def acommit(scope: Scope, note: Callable[[], None]) -> Coroutine[Any, Any, None]:
@@ -61,23 +70,25 @@ def acommit(scope: Scope, note: Callable[[], None]) -> Coroutine[Any, Any, None]
     if current.get(None) is not scope:
         return _within(scope, acommit, note)
     alone = alone_in(scope)
-    if alone is not None and not alone.key.kind.is_async:
-        return commit_by_hop(scope, alone, note)
-    return _commit(scope, alone, note)
+    return _commit(scope, note) if alone is None else _commit_alone(scope, alone, note)
 
 
-async def _commit(scope: Scope, alone: Alone | None, note: Callable[[], None]) -> None:
-    """`acommit`, of whatever sessions."""
-    timeout = scope._options.close_timeout
-    if alone is not None:
-        failure = await finish(commit_in_task(scope, alone, note), timeout)
-    elif scope._on_commit or open_sessions(scope):
-        failure = await finish(_settle(scope, Async(timeout), note), timeout)
-    else:
-        failure = None
+async def _commit(scope: Scope, note: Callable[[], None]) -> None:
+    if not (scope._on_commit or open_sessions(scope)):
         note()
+        return
+    timeout = scope._options.close_timeout
+    failure = await finish(_settle(scope, Async(timeout), note), timeout)
     if failure is not None:
         raise failure
+
+
+def _commit_alone(
+    scope: Scope, alone: Alone, note: Callable[[], None] | None
+) -> Coroutine[Any, Any, None]:
+    if alone.key.kind.is_async:
+        return finish(commit_in_task(scope, alone, note), scope._options.close_timeout)
+    return commit_by_hop(scope, alone, note)
 
 
 async def _within(

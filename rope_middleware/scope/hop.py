@@ -58,18 +58,18 @@ def alone_in(scope: Scope) -> Alone | None:
     return alone
 
 
-async def commit_by_hop(scope: Scope, alone: Alone, note: Callable[[], None]) -> None:
+async def commit_by_hop(scope: Scope, alone: Alone, note: Callable[[], None] | None) -> None:
     """Commit a sync session; finishes under cancellation. See `order.committing`.
 
     Args:
         scope: the request's.
         alone: its session.
-        note: called once the commit stands.
+        note: called once the commit stands; None where the scope ends.
 
     Raises:
         BaseException: what failed; everything is rolled back then.
     """
-    settling, timeout = Settling(scope), scope._options.close_timeout
+    settling, timeout = Settling(scope, note is None), scope._options.close_timeout
     settling.begin(alone.key)
     is_done, cancelled, failure = False, None, None
     if not scope._calls:  # order matters: see `session.guard`
@@ -84,7 +84,8 @@ async def commit_by_hop(scope: Scope, alone: Alone, note: Callable[[], None]) ->
     is_only = len(scope._sessions or ()) == 1  # which nearly all are: 80 instructions less
     if is_done and not scope._on_commit and (is_only or not open_sessions(scope)):
         settling.end()
-        note()
+        if note is not None:
+            note()
     else:
         failure = await finish(_go_on(scope, settling, failure, note), timeout)
     if cancelled is not None:
@@ -103,34 +104,34 @@ def _commit(told: tuple[Settling, Alone]) -> bool | BaseException:
         return error
 
 
-async def commit_in_task(
-    scope: Scope, alone: Alone, note: Callable[[], None]
-) -> BaseException | None:
-    """`commit_by_hop`, of an AsyncSession, in a task of its own (see `finish`).
-
-    Returns:
-        What failed; everything is rolled back then.
-    """
-    settling = Settling(scope)
+async def commit_in_task(scope: Scope, alone: Alone, note: Callable[[], None] | None) -> None:
+    """`commit_by_hop`, of an AsyncSession, in a task of its own: see `finish`."""
+    settling = Settling(scope, note is None)
     settling.begin(alone.key)
     settling.join()
-    is_done = False
+    is_done, failure = False, None
     if not scope._calls:  # order matters: see `session.guard`
         try:
             commits = alone.key.kind.acommit_alone(alone.session)
             is_done = commits is not None and await commits
         except BaseException as error:
-            return await _go_on(scope, settling, error, note)
+            failure = error
     is_only = len(scope._sessions or ()) == 1
     if is_done and not scope._on_commit and (is_only or not open_sessions(scope)):
         settling.end()
-        note()
-        return None
-    return await _go_on(scope, settling, None, note)
+        if note is not None:
+            note()
+        return
+    failure = await _go_on(scope, settling, failure, note)
+    if failure is not None:
+        raise failure
 
 
 async def _go_on(
-    scope: Scope, settling: Settling, failure: BaseException | None, note: Callable[[], None]
+    scope: Scope,
+    settling: Settling,
+    failure: BaseException | None,
+    note: Callable[[], None] | None,
 ) -> BaseException | None:
     """Do what is left to be done where that was not all; return what failed."""
     hands = Async(scope._options.close_timeout)

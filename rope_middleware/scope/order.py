@@ -157,6 +157,12 @@ async def rolling_back(scope: Scope, hands: Hands, why: str, goes_on: bool = Tru
 async def ending(scope: Scope, hands: Hands, commits: bool, why: str) -> None:
     """End the scope: commit or not, close every session, run what waits for the end.
 
+    Args:
+        scope: that ends.
+        hands: how what blocks is carried out.
+        commits: whether it commits first.
+        why: it does not, for the log; "" where its commit has failed just before.
+
     Raises:
         BaseException: the first error that is no `Exception` (KeyboardInterrupt, SystemExit), or
             else what the commit raised; at the end, when everything is given back.
@@ -166,7 +172,7 @@ async def ending(scope: Scope, hands: Hands, commits: bool, why: str) -> None:
         await hands.until(lambda: settling_of(scope) is None)
     if commits:
         failure = await committing(scope, hands)
-    elif scope._options.commit_on_success and open_sessions(scope):
+    elif why and scope._options.commit_on_success and open_sessions(scope):
         logger.info("rolled back %r: %s", scope.name, why)
 
     async def close(kind: SessionKind, session: Any) -> None:

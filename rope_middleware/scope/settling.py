@@ -72,7 +72,12 @@ _wait_or_late = threading.Lock()  # held for the instant in which somebody is no
 
 
 class Settling:
-    """One commit that is under way while its scope goes on."""
+    """One commit that is under way while its scope, or what it has left behind, goes on.
+
+    Args:
+        scope: whose commit.
+        is_last: it is the one with which the scope ends.
+    """
 
     # Nearly always nobody comes meanwhile: what notes that is made where somebody does.
     _late: tuple[SessionKey, ...] = ()  # whose session was made meanwhile by somebody else
@@ -80,8 +85,9 @@ class Settling:
     _has_ended = False
     _token: Token[Scope | None] | None = None
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, is_last: bool = False) -> None:
         self._scope = scope
+        self.is_last: bool = is_last
         self._aside: list[tuple[SessionKey, _Aside, Any]] = []
 
     def __enter__(self) -> Settling:
@@ -283,7 +289,7 @@ def may_begin_in_loop(scope: Scope) -> bool:
 def is_after_response(scope: Scope) -> bool:
     """Tell whether a commit of `scope` is of what was done after its response's start."""
     is_http = isinstance(scope._name, tuple) and not scope._is_accepted
-    return is_http and scope._settling is None
+    return is_http and (scope._settling is None or scope._settling.is_last)
 
 
 def must_wait_for(scope: Scope) -> Settling | None:

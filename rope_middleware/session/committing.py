@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 from rope_middleware.running.deadlines import OutOfTimeError, limit, within
 from rope_middleware.running.places import COMMITS, NEEDS, WRITES, Places
@@ -71,6 +71,11 @@ def flush(session: Session) -> None:
         ask_for_aborted(tie.scope, made_connections(tie.transaction))
 
 
+# Of what no `begin()` block has begun. It is asked first: a look at an object's ``__dict__`` has
+# Python make one, and all that SQLAlchemy looks up in that transaction afterwards takes longer.
+_AUTOBEGIN = SessionTransactionOrigin.AUTOBEGIN
+
+
 def places_alone(session: Session) -> Places | None:
     """Tell what `commit_alone` may wait for, and what others wait for meanwhile.
 
@@ -83,7 +88,7 @@ def places_alone(session: Session) -> Places | None:
     if (
         transaction is None
         or session.get_transaction() is not transaction
-        or OF_BODY in transaction.__dict__
+        or (transaction.origin is not _AUTOBEGIN and OF_BODY in transaction.__dict__)
         or CALLS not in own
     ):
         return None
@@ -138,7 +143,7 @@ def commit_alone(
         return False
     if (tie.flush is not None and tie.flush[0].is_active) or session._flushing:  # noqa: SLF001
         return False  # see `is_busy`
-    if OF_BODY in transaction.__dict__:
+    if transaction.origin is not _AUTOBEGIN and OF_BODY in transaction.__dict__:
         return False
     before = None
     for connection, _, _, is_made in connections_of(transaction):

@@ -196,6 +196,25 @@ async def test_P2_an_async_session_with_nothing_open_ends_without_a_task(
     await engine.dispose()
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_P2_a_scope_by_hand_commits_an_async_session_in_one_task(
+    anyio_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``async with Session.begin()`` does, which has one for its close()."""
+    engine = create_async_engine("sqlite+aiosqlite://")
+    jenny = AsyncSessionJenny(async_sessionmaker(engine))
+    loop = asyncio.get_running_loop()
+    tasks: list[object] = []
+    make = loop.create_task
+    async with open_scope(commit_on_success=True):
+        await jenny.execute(text("SELECT 1"))
+        monkeypatch.setattr(loop, "create_task", lambda *a, **k: tasks.append(a) or make(*a, **k))
+    monkeypatch.undo()
+    assert len(tasks) == 1
+    await engine.dispose()
+
+
 class Calls:
     """Counts the calls of functions of the package; a coroutine that goes on is no new one."""
 
