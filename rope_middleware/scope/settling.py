@@ -107,8 +107,8 @@ class Settling:
         # Order matters. We note the commit, then look for who counts the calls; `calls_of` makes
         # itself known, then looks for a commit. So one of the two sees the other.
         scope._settling = self
-        if scope._calls is not None:
-            scope._calls.settling = self
+        if (calls := scope._calls) is not None:
+            calls.settling = self
         sessions = scope._sessions
         if sessions is None:
             return
@@ -144,8 +144,8 @@ class Settling:
         if scope._settling is not self:
             return
         scope._settling = None
-        if scope._calls is not None:
-            scope._calls.settling = None
+        if (calls := scope._calls) is not None:
+            calls.settling = None
         sessions = scope._sessions or {}
         for key, aside, session in self._aside:
             if sessions.setdefault(key, session) is session:
