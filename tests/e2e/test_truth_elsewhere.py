@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from tests.kit.models import Row
 from tests.kit.shop import MARIA, Answer, Shop, Work, add, ask_once, send
-from tests.servers.mariadb import MariaDatabase, NoMariaDBError, mariadb_server
+from tests.servers.mariadb import MariaDatabase, mariadb_server
 from tests.servers.pgbouncer import MISSING, pgbouncer
 from tests.servers.postgres import postgres_server
 from tests.servers.wire import COMMIT, DOWN, UP, Cut, Wire
@@ -46,12 +46,7 @@ def test_C9_through_pgbouncer_in_transaction_mode(cut: Cut) -> None:
 
 @pytest.fixture
 def maria() -> Iterator[MariaDatabase]:
-    try:
-        server = mariadb_server()
-    except NoMariaDBError as error:
-        pytest.skip(str(error))
-    with server.new_database() as found:
-        found.query(TABLE.replace("row", "`row`"))
+    with mariadb_server().new_database(TABLE.replace("row", "`row`")) as found:
         yield found
 
 

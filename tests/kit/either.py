@@ -14,12 +14,13 @@ from contextlib import asynccontextmanager
 from inspect import isawaitable
 from typing import Any
 
-from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy import URL, Engine, create_engine, select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import AsyncSessionJenny, SessionJenny, open_scope
 from tests.kit.leaks import checked_out
+from tests.kit.models import Row
 
 ONE = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
 """The options of an engine with one connection."""
@@ -68,6 +69,11 @@ class Either:
         """Call a method of the session."""
         found = getattr(self.jenny.session, name)(*arguments)
         return await found if isawaitable(found) else found
+
+    async def rows(self) -> list[int]:
+        """Read the numbers of all `Row`s in a scope of its own."""
+        async with self.scope():
+            return sorted(await self.do("scalars", select(Row.n)))
 
     async def run_sync(self, body: Callable[..., Any], *arguments: Any) -> Any:
         """Call `body` with the session, as a plain function has it."""

@@ -119,7 +119,8 @@ def fill(url: URL, number: int, *statements: str, names: bool = False) -> None:
     Base.metadata.create_all(engine)
     made = [{"n": n, "name": str(n) if names else ""} for n in range(number)]
     with engine.begin() as connection:
-        connection.execute(insert(Row), made)
+        if made:
+            connection.execute(insert(Row), made)
         for statement in statements:
             connection.exec_driver_sql(statement)
     engine.dispose()

@@ -129,11 +129,7 @@ def open_urls(kind: str, path: Path) -> Iterator[tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def open_place(kind: str, path: Path, **options: Any) -> Iterator[Place]:
-    """Make a place on a fresh database.
-
-    Raises:
-        NoMariaDBError: it is not installed.
-    """
+    """Make a place on a fresh database."""
     with open_urls(kind, path) as (url, async_url):
         told: dict[str, Any] = {}
         # Each test has a loop of its own, in which the connections of others are none.

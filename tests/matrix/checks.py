@@ -24,7 +24,6 @@ from tests.matrix.databases import Database, a_database
 from tests.matrix.rows import Row
 from tests.matrix.servers import SERVERS, serve
 from tests.servers.asgi import HOST
-from tests.servers.mariadb import NoMariaDBError
 from tests.servers.wsgi import WSGIServer
 
 CLIENTS = 8
@@ -97,10 +96,7 @@ def running(row: Row, folders: pytest.TempPathFactory) -> Iterator[Running]:
         pytest.skip(row.missing)
     folder = folders.mktemp("matrix")
     with ExitStack() as stack:
-        try:
-            database = stack.enter_context(a_database(row.driver, folder))
-        except NoMariaDBError as error:
-            pytest.skip(str(error))
+        database = stack.enter_context(a_database(row.driver, folder))
         server = serve(row.server, row.framework, database.url, folder)
         yield Running(row, stack.enter_context(server), database)
 

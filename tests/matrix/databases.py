@@ -58,9 +58,6 @@ def a_database(drivername: str, folder: Path) -> Iterator[Database]:
     Args:
         drivername: one of `DRIVERS`.
         folder: where SQLite has its file.
-
-    Raises:
-        NoMariaDBError: there is no MariaDB.
     """
     make = {"sqlite": _sqlite, "postgresql": _postgresql, "mariadb": _mariadb}
     with make[drivername.partition("+")[0]](drivername, folder) as database:

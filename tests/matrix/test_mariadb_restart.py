@@ -10,18 +10,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.kit.shop import MARIA, Answer, Shop, insert, load_over_a_restart
-from tests.servers.mariadb import MariaDBServer, NoMariaDBError, start
+from tests.servers.mariadb import MariaDBServer, start
 
 CLIENTS = 16
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[MariaDBServer]:
-    try:
-        # One of our own: others may use the server of the whole run.
-        found = start()
-    except NoMariaDBError as error:
-        pytest.skip(str(error))
+    found = start()  # one of our own: others may use the server of the whole run
     yield found
     found.stop()
 

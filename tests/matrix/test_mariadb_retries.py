@@ -27,7 +27,7 @@ from werkzeug.test import Client
 
 from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny
 from tests.kit.waiting import PATIENCE, eventually
-from tests.servers.mariadb import LOCK_WAIT_TIMEOUT, MariaDatabase, NoMariaDBError, mariadb_server
+from tests.servers.mariadb import LOCK_WAIT_TIMEOUT, MariaDatabase, mariadb_server
 
 DEADLOCK = 1213
 # An open transaction of the application waits this long for a row, in seconds.
@@ -43,14 +43,11 @@ Script = Callable[[int], Iterator[Statement]]
 @pytest.fixture
 def database() -> Iterator[MariaDatabase]:
     """Two counters at 0, and a table for what each try writes."""
-    try:
-        server = mariadb_server()
-    except NoMariaDBError as error:
-        pytest.skip(str(error))
-    with server.new_database() as database:
-        database.query("CREATE TABLE data (name VARCHAR(20) PRIMARY KEY, count INTEGER NOT NULL)")
-        database.query("INSERT INTO data VALUES ('a', 0), ('b', 0)")
-        database.query("CREATE TABLE tries (n INTEGER PRIMARY KEY)")
+    with mariadb_server().new_database(
+        "CREATE TABLE data (name VARCHAR(20) PRIMARY KEY, count INTEGER NOT NULL)",
+        "INSERT INTO data VALUES ('a', 0), ('b', 0)",
+        "CREATE TABLE tries (n INTEGER PRIMARY KEY)",
+    ) as database:
         yield database
 
 

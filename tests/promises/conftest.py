@@ -23,7 +23,6 @@ from tests.kit.waiting import poll
 from tests.kit.ways import WAYS, Way
 from tests.kit.web import KINDS, Web
 from tests.kit.wsgi import WRAPS, Wrap, wrapped
-from tests.servers.mariadb import NoMariaDBError
 
 # Python 3.13, and aiosqlite, warn of every connection that nobody closed. Those that are cut off in
 # tests on purpose (cancelled while they connect, invalidated) are left to their finaliser by the
@@ -88,11 +87,8 @@ def place(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Place]:
     """A database, for all tests of a module: sandboxes leave nothing in it."""
-    try:
-        with open_place(request.param, tmp_path_factory.mktemp("place") / "s.db") as found:
-            yield found
-    except NoMariaDBError as missing:
-        pytest.skip(str(missing))
+    with open_place(request.param, tmp_path_factory.mktemp("place") / "s.db") as found:
+        yield found
 
 
 @pytest.fixture(params=SHOPS)

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI
 from flask import Flask
-from sqlalchemy import URL, select
+from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import async_scoped_session
 from sqlalchemy.orm import scoped_session, sessionmaker
-from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import StreamingResponse
 
 from rope_middleware import RopeMiddleware, SessionJenny, current_scope
@@ -20,23 +19,12 @@ from tests.kit.asgi import ASGIClient
 from tests.kit.either import Either
 from tests.kit.engines import is_async_driver, rows, small_engine
 from tests.kit.models import Row
+from tests.kit.stacks import Passing
 from tests.kit.wsgi import serve_wsgi
 
 pytestmark = pytest.mark.anyio
 
 POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 5}
-
-
-class Between(BaseHTTPMiddleware):
-    """Hands the response's start on while the application goes on."""
-
-    async def dispatch(self, request: Any, call_next: Any) -> Any:
-        return await call_next(request)
-
-
-async def rows_in(either: Either) -> list[int]:
-    async with either.scope():
-        return sorted(await either.do("scalars", select(Row.n)))
 
 
 def body_of(jenny: Any, begin: str, fails: bool) -> Iterator[bytes]:
@@ -83,14 +71,14 @@ async def test_C10_a_block_of_a_streamed_body_is_the_bodys_own(
                 (async_body_of if is_async else body_of)(either.jenny, begin, fails), status
             )
 
-        app.add_middleware(Between)
+        app.add_middleware(Passing)
         client, error = ASGIClient(), None
         try:
             await client(RopeMiddleware(app, commit_on_success=True), "/")
         except LookupError as raised:
             error = raised
         assert (client.body, error is None) == ((b"ab", False) if fails else (b"abc", True))
-        assert await rows_in(either) == ([] if fails else [1, 2])
+        assert await either.rows() == ([] if fails else [1, 2])
 
 
 class Wrapped:
@@ -177,12 +165,12 @@ async def test_C2_a_block_around_the_response_goes_on_after_the_commit(
         at_start: list[int] = []
         app = app_with_block(either, way)
         if between:
-            app.add_middleware(Between)
+            app.add_middleware(Passing)
 
         async def outermost(scope: Any, receive: Any, send: Any) -> None:
             async def looking(message: Any) -> None:
                 if message["type"] == "http.response.start":
-                    at_start.extend(await rows_in(either))
+                    at_start.extend(await either.rows())
                 await send(message)
 
             await RopeMiddleware(app, commit_on_success=True)(scope, receive, looking)
@@ -191,7 +179,7 @@ async def test_C2_a_block_around_the_response_goes_on_after_the_commit(
         await client(outermost, "/")
         assert client.status == 200
         assert 1 in at_start
-        assert await rows_in(either) == [1, 2]
+        assert await either.rows() == [1, 2]
 
 
 def plain_of(either: Either) -> Any:
@@ -213,7 +201,7 @@ async def test_C2_a_block_around_a_refused_response_goes_on_and_commits_nothing(
         await client(RopeMiddleware(app, plain, commit_on_success=True), "/")
         assert client.status == 404
         assert client.body == (b"x" if way == "stream" else b"null")
-        assert await rows_in(either) == []
+        assert await either.rows() == []
 
 
 async def test_C10_a_plain_session_that_a_body_is_flushing(driver_url: URL) -> None:
@@ -234,7 +222,7 @@ async def test_C10_a_plain_session_that_a_body_is_flushing(driver_url: URL) -> N
         async def view() -> StreamingResponse:
             return StreamingResponse(body())
 
-        app.add_middleware(Between)
+        app.add_middleware(Passing)
         await client(RopeMiddleware(app, [plain], commit_on_success=True), "/")
         assert (client.status, client.body) == (200, b"x")
-        assert await rows_in(either) == [1]
+        assert await either.rows() == [1]

@@ -11,7 +11,7 @@ from typing import Any
 import litestar
 import pytest
 from litestar.di import NamedDependency, Provide
-from sqlalchemy import make_url, select
+from sqlalchemy import make_url
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from rope_middleware import RopeMiddleware
@@ -37,11 +37,6 @@ async def either_of(folder: Path, driver: str) -> AsyncIterator[Either]:
         yield either
 
 
-async def rows_in(either: Either) -> list[int]:
-    async with either.scope():
-        return sorted(await either.do("scalars", select(Row.n)))
-
-
 async def add(session: Any) -> None:
     session.add(Row(n=1))
     flushed = session.flush()
@@ -56,7 +51,7 @@ async def seen_by_a_client(app: Any, either: Either) -> list[int]:
     async def looking(scope: Any, receive: Any, send: Any) -> None:
         async def look_and_send(message: Any) -> None:
             if message["type"] == "http.response.start":
-                seen.extend(await rows_in(either))
+                seen.extend(await either.rows())
             await send(message)
 
         await RopeMiddleware(app, commit_on_success=True)(scope, receive, look_and_send)
@@ -130,7 +125,7 @@ async def test_C10_a_block_of_a_streamed_body_is_the_bodys_own_in_each_framework
         app = a_django(View(view)) if name == "django" else FRAMEWORKS[name].bare(View(view))
         app = late(app, lambda: bool(began))
         assert await seen_by_a_client(app, either) == []
-        assert await rows_in(either) == [1, 2]
+        assert await either.rows() == [1, 2]
 
 
 # -- dependencies ----------------------------------------------------------------------------------
@@ -190,4 +185,4 @@ async def test_C2_a_block_of_a_dependency_is_committed_before_the_start_in_each_
     async with either_of(tmp_path, driver) as either:
         app = make(async_dependency if either.is_async else dependency)
         assert await seen_by_a_client(app, either) == [1]
-        assert await rows_in(either) == [1]
+        assert await either.rows() == [1]

@@ -255,8 +255,8 @@ def test_C10_a_guarded_session_has_the_applications_own_methods(
 
 @pytest.fixture
 def database() -> Iterator[Database]:
-    with postgres_server().new_database() as found:
-        found.query("CREATE TABLE row (n serial PRIMARY KEY, name text NOT NULL DEFAULT '')")
+    table = "CREATE TABLE row (n serial PRIMARY KEY, name text NOT NULL DEFAULT '')"
+    with postgres_server().new_database(table) as found:
         yield found
 
 

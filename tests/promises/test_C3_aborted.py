@@ -32,9 +32,8 @@ from tests.servers.postgres import Database, postgres_server
 
 @pytest.fixture
 def database() -> Iterator[Database]:
-    with postgres_server().new_database() as found:
-        found.query("CREATE TABLE row (n int PRIMARY KEY, name text NOT NULL DEFAULT '')")
-        found.query("INSERT INTO row VALUES (0)")
+    table = "CREATE TABLE row (n int PRIMARY KEY, name text NOT NULL DEFAULT '')"
+    with postgres_server().new_database(table, "INSERT INTO row VALUES (0)") as found:
         yield found
 
 

@@ -20,8 +20,8 @@ PID = text("SELECT pg_backend_pid()")
 
 @pytest.fixture
 def database() -> Iterator[Database]:
-    with postgres_server().new_database() as found:
-        found.query("CREATE TABLE row (n int PRIMARY KEY, name text NOT NULL DEFAULT '')")
+    table = "CREATE TABLE row (n int PRIMARY KEY, name text NOT NULL DEFAULT '')"
+    with postgres_server().new_database(table) as found:
         yield found
 
 

@@ -24,9 +24,10 @@ COMMITS = [Cut(UP, COMMIT), Cut(UP, COMMIT, part=5)]
 
 @pytest.fixture
 def database() -> Iterator[Database]:
-    with postgres_server().new_database() as found:
-        found.query("CREATE TABLE row (n int PRIMARY KEY, name text NOT NULL DEFAULT '')")
-        found.query("CREATE TABLE child (n int PRIMARY KEY)")
+    with postgres_server().new_database(
+        "CREATE TABLE row (n int PRIMARY KEY, name text NOT NULL DEFAULT '')",
+        "CREATE TABLE child (n int PRIMARY KEY)",
+    ) as found:
         yield found
 
 

@@ -294,11 +294,7 @@ CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON slow DEFERRABLE INITIALLY DE
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[Database]:
-    with postgres_server().new_database() as found:
-        engine = create_engine(found.url("psycopg"))
-        with engine.begin() as connection:
-            connection.exec_driver_sql(SLOWLY)
-        engine.dispose()
+    with postgres_server().new_database(SLOWLY) as found:
         yield found
 
 

@@ -21,7 +21,7 @@ from tests.kit.either import Either, now
 from tests.kit.engines import fill, rows, small_engine
 from tests.kit.models import Row
 from tests.kit.sessions import run_threads
-from tests.servers.mariadb import NoMariaDBError, mariadb_server
+from tests.servers.mariadb import mariadb_server
 from tests.servers.postgres import postgres_server
 
 pytestmark = pytest.mark.anyio
@@ -90,13 +90,9 @@ def _filled(stack: ExitStack, driver: str) -> URL:
         url = stack.enter_context(postgres_server().new_database()).url(driver.partition("+")[2])
         fill(url.set(drivername="postgresql+psycopg"), 10)
         return url
-    try:
-        database = stack.enter_context(mariadb_server().new_database())
-    except NoMariaDBError as error:
-        pytest.skip(str(error))
-    database.query("CREATE TABLE `row` (n INTEGER PRIMARY KEY, name VARCHAR(9) NOT NULL)")
-    database.query("INSERT INTO `row` SELECT seq, '' FROM seq_0_to_9")
-    return database.url(driver)
+    table = "CREATE TABLE `row` (n INTEGER PRIMARY KEY, name VARCHAR(9) NOT NULL)"
+    rows = "INSERT INTO `row` SELECT seq, '' FROM seq_0_to_9"
+    return stack.enter_context(mariadb_server().new_database(table, rows)).url(driver)
 
 
 class Served(Either):

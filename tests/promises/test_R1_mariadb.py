@@ -12,7 +12,7 @@ from sqlalchemy import text, update
 from rope_middleware import ReadOnlyError
 from tests.kit.either import Either
 from tests.kit.models import Row
-from tests.servers.mariadb import MariaDatabase, NoMariaDBError, mariadb_server
+from tests.servers.mariadb import MariaDatabase, mariadb_server
 
 AUTOCOMMIT = text("SELECT @@autocommit")
 WRITES = [
@@ -28,15 +28,10 @@ WRITES = [
 @pytest.fixture(scope="module")
 def database() -> Iterator[MariaDatabase]:
     """A database with a few rows."""
-    try:
-        server = mariadb_server()
-    except NoMariaDBError as error:
-        pytest.skip(str(error))
-    with server.new_database() as found:
-        found.query(
-            "CREATE TABLE `row` (n INTEGER PRIMARY KEY, name VARCHAR(9) NOT NULL DEFAULT '')"
-        )
-        found.query("INSERT INTO `row` (n) VALUES (0), (1), (2), (7)")
+    with mariadb_server().new_database(
+        "CREATE TABLE `row` (n INTEGER PRIMARY KEY, name VARCHAR(9) NOT NULL DEFAULT '')",
+        "INSERT INTO `row` (n) VALUES (0), (1), (2), (7)",
+    ) as found:
         yield found
 
 

@@ -17,7 +17,8 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import AsyncSessionJenny, ScopeClosedError, SessionJenny, holders, open_scope
-from tests.kit.models import Base, Row
+from tests.kit.engines import fill
+from tests.kit.models import Row
 from tests.kit.waiting import PATIENCE
 from tests.servers.postgres import Database, postgres_server
 
@@ -32,9 +33,7 @@ BACKEND = text("SELECT pg_backend_pid()")
 @pytest.fixture(scope="module")
 def database() -> Iterator[Database]:
     with postgres_server().new_database() as found:
-        engine = create_engine(found.url("psycopg"))
-        Base.metadata.create_all(engine)
-        engine.dispose()
+        fill(found.url("psycopg"), 0)
         yield found
 
 

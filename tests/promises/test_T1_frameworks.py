@@ -35,18 +35,12 @@ from rope_middleware import (
 )
 from rope_middleware.testing import Sandbox
 from tests.kit.django import serve
-from tests.kit.sandboxes import COUNT, Place, Row, open_place
+from tests.kit.sandboxes import COUNT, Place, Row
 from tests.kit.sessions import in_thread
 from tests.servers.postgres import postgres_server
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """PostgreSQL, by psycopg and asyncpg."""
-    with open_place("postgresql", tmp_path_factory.mktemp("place")) as found:
-        yield found
+# By psycopg and asyncpg.
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("place", ["postgresql"], indirect=True)]
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,17 +18,11 @@ from sqlalchemy import text
 from rope_middleware import open_scope
 from rope_middleware.testing import Sandbox, SandboxMiddleware
 from tests.kit.programs import ROOT
-from tests.kit.sandboxes import COUNT, Place, Row, open_place
+from tests.kit.sandboxes import COUNT, Place, Row
 from tests.promises.test_T2_middleware import starlette_app
 from tests.servers.asgi import HOST, free_port, run_command, serve
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with open_place("postgresql", tmp_path_factory.mktemp("place")) as found:
-        yield found
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("place", ["postgresql"], indirect=True)]
 
 
 def by_eight(one: Callable[[httpx.Client, int], None], url: str, tests: int) -> None:

@@ -216,14 +216,21 @@ class PostgresServer(OwnServer):
         return self._keeper is not None
 
     @contextlib.contextmanager
-    def new_database(self) -> Iterator[Database]:
-        """A fresh, empty database, dropped at the end even if connections are still open."""
+    def new_database(self, *statements: str) -> Iterator[Database]:
+        """A fresh database, dropped at the end even if connections are still open.
+
+        Args:
+            statements: what is run in it first.
+        """
         name = f"rope_{uuid.uuid4().hex[:12]}"
         maintenance = self.url.database or "postgres"
         with _connect(self.url, maintenance) as connection:
             connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[call-overload]
         try:
-            yield Database(self.url, name)
+            database = Database(self.url, name)
+            for statement in statements:
+                database.query(statement)
+            yield database
         finally:
             with _connect(self.url, maintenance) as connection:
                 # a two-phase transaction that nobody finished would keep the database for ever
