@@ -36,13 +36,13 @@ class Data(Base):
 
 
 def begin_as_writer(engine: Engine) -> None:
-    """Have SQLite take its write lock where a transaction begins, not at its first write.
+    """Let SQLite take its write lock when a transaction begins, not at its first write.
 
     Python's sqlite3 begins a transaction at the first INSERT, UPDATE or DELETE. The SELECT
     before it stands outside: two requests read 7, and both write 8. A plain BEGIN is not enough
     either: both would read 7 inside of their transactions, and the second one to write would be
-    refused with "database is locked". BEGIN IMMEDIATE lets one in, and has the next one wait
-    (for as long as `timeout` says) before it reads.
+    refused with "database is locked". BEGIN IMMEDIATE lets one in. The next one waits (for as long
+    as `timeout` says) before it reads.
 
     These are the events that SQLAlchemy documents for it:
     https://docs.sqlalchemy.org/en/latest/dialects/sqlite.html#sqlite-enabling-transactions

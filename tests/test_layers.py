@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
+
 from tests.kit.programs import run_python
 
 PACKAGE = Path(__file__).parents[1] / "rope_middleware"
@@ -238,6 +240,17 @@ def test_the_modules_of_a_folder_stand_together() -> None:
     inner = [name.rpartition(".")[0] for name in HOUSE if name.count(".") > 1]
     changes = [folder for before, folder in pairwise(["", *inner]) if folder != before]
     assert len(changes) == len(set(changes))
+
+
+FOLDERS = sorted({name.rpartition(".")[0] for name in HOUSE if name.count(".") > 1})
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_tells_what_is_in_it(folder: str) -> None:
+    """The docstring of its __init__ is a table of contents: it names each module."""
+    words = re.findall(r"\w+", _path(folder).read_text())
+    inside = [name.rpartition(".")[2] for name in HOUSE if name.startswith(f"{folder}.")]
+    assert [name for name in inside if name not in words] == []
 
 
 def _found(look: Callable[[str], Collection[object]]) -> dict[str, Collection[object]]:

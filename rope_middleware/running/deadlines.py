@@ -94,7 +94,7 @@ class _Deadlines:
             self.see_to_next(loop)
 
     def see_to_next(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Have a timer for the first that is due, unless there is a look before."""
+        """Set a timer for the first that is due, unless there is a look before."""
         deadline, now = min(self.tasks.values(), default=math.inf), monotonic()
         if deadline < self._wakes_at and not now - LATE < self.next_look <= deadline:
             self._wakes_at = deadline

@@ -147,7 +147,7 @@ class VirtualConnection:
         return statement
 
     def say(self, said: Said, text: str, parameters: Any, run: Callable[[], Any]) -> Any:
-        """Have a statement carried out."""
+        """Carry a statement out."""
         shared = self._shared
         line = ""
         if said.kind is not Kind.READ and shared.writer is not self:
@@ -267,7 +267,7 @@ class VirtualMariaDB(VirtualConnection):
         return self._autocommit
 
     def autocommit(self, value: bool) -> None:
-        """Have each statement be a transaction of its own, or not."""
+        """Make each statement a transaction of its own, or not."""
         self._autocommit = bool(value)
 
     def get_autocommit(self) -> bool:

@@ -54,7 +54,7 @@ _SQLITE_ENDS = frozenset({5, 7, 9, 10, 13, 19})
 
 
 def suspect(context: ExceptionContext) -> None:
-    """A statement has failed: have a commit of ours look whether its transaction still stands.
+    """A statement has failed: a commit of ours has to look whether its transaction still stands.
 
     It is noted on the connection. The running code may know of no scope: a thread, or a task of
     another context, that uses the session of a request.

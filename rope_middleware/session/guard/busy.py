@@ -80,7 +80,7 @@ def wait_for_flush(tie: Tie) -> None:
 
 
 def stop_others(tie: Tie, scope: Scope) -> None:
-    """Have the connections of a session that ends with `scope` for this thread alone.
+    """Keep other threads off the connections of a session that ends with `scope`.
 
     No other thread begins a statement on them any more (see `sql.taking`), and we wait for the one
     that is under way: two threads at once break a connection of many drivers.
