@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from tests.kit.models import Row
 from tests.kit.said import Said
 from tests.kit.stacks import stack, twenty
 from tests.kit.waiting import PATIENCE, never
-from tests.servers.postgres import Database, postgres_server
+from tests.servers.postgres import Database
 
 COUNT = select(func.count()).select_from(Row)
 
@@ -254,10 +254,8 @@ def test_C10_a_guarded_session_has_the_applications_own_methods(
 
 
 @pytest.fixture
-def database() -> Iterator[Database]:
-    table = "CREATE TABLE row (n serial PRIMARY KEY, name text NOT NULL DEFAULT '')"
-    with postgres_server().new_database(table) as found:
-        yield found
+def database(emptied: Callable[[], Database]) -> Database:
+    return emptied()
 
 
 @pytest.mark.parametrize("keeps", [True, False], ids=["a kept session", "jenny.session"])

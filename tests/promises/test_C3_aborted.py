@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import Context
 from pathlib import Path
@@ -27,14 +27,14 @@ from tests.kit.asgi import ASGIClient, answer
 from tests.kit.engines import small_engine
 from tests.kit.models import Row
 from tests.kit.shop import SHOPS, Answer, Work, ask_once
-from tests.servers.postgres import Database, postgres_server
+from tests.servers.postgres import Database
 
 
 @pytest.fixture
-def database() -> Iterator[Database]:
-    table = "CREATE TABLE row (n int PRIMARY KEY, name text NOT NULL DEFAULT '')"
-    with postgres_server().new_database(table, "INSERT INTO row VALUES (0)") as found:
-        yield found
+def database(emptied: Callable[[], Database]) -> Database:
+    found = emptied()
+    found.query("INSERT INTO row VALUES (0)")
+    return found
 
 
 def ask(kind: str, database: Database, work: Work, **options: object) -> Answer:
