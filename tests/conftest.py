@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import signal
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import SessionJenny
-from tests.kit.engines import MakeEngine, counter_engine
+from tests.kit.engines import MakeEngine, counter_engine, fill
 from tests.kit.leaks import LostConnections, no_scope_here, nothing_checked_out, open_scopes
 from tests.kit.ropes import tracing
 from tests.kit.said import Said, listening
@@ -23,6 +23,7 @@ from tests.kit.sessions import Around, Jenny
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
+    from tests.servers.postgres import Database
     from tests.servers.replicas import Cluster
 
 HERE = Path(__file__).parent
@@ -34,6 +35,7 @@ NOT_QUICK = {
     "test_P_cost.py",
     "test_package.py",
 }
+SERVED = {"emptied", "servers"}
 STARTS = {"cluster", "mariadb_server", "open_place", "postgres_server"}
 
 
@@ -69,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         has_server = any(name in item.nodeid for name in ("postgres", "mariadb"))
         if isinstance(item, pytest.Function) and "sqlite" not in item.nodeid:
             has_server = has_server or not STARTS.isdisjoint(vars(item.module))
-            has_server = has_server or "servers" in item.fixturenames
+            has_server = has_server or not SERVED.isdisjoint(item.fixturenames)
         if _has_quick(item.path) and not has_server and not item.get_closest_marker("slow"):
             item.add_marker("quick")
 
@@ -120,6 +122,25 @@ def servers() -> Iterator[Cluster]:
 
     with cluster(replicas=2) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def emptied() -> Iterator[Callable[[], Database]]:
+    """A database of PostgreSQL, made for a module when a test asks for it; each finds it empty."""
+    from tests.servers.postgres import postgres_server
+
+    with ExitStack() as stack:
+        made: list[Database] = []
+
+        def empty() -> Database:
+            if not made:
+                made.append(stack.enter_context(postgres_server().new_database()))
+                fill(made[0].url("psycopg"), 0)
+            made[0].terminate()  # whoever is left would hold its locks
+            made[0].query("TRUNCATE row, child, data RESTART IDENTITY")
+            return made[0]
+
+        yield empty
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 
-from tests.e2e.commit_app import create_tables
-from tests.servers.postgres import Database, postgres_server
+from tests.servers.postgres import Database
 
 
 @pytest.fixture(autouse=True)
@@ -17,11 +16,11 @@ def _search_for_leaks(no_leaks: None) -> None:
 
 
 @pytest.fixture
-def database() -> Iterator[Database]:
+def database(emptied: Callable[[], Database]) -> Database:
     """A database of PostgreSQL with the kit's tables, and the counter's row."""
-    with postgres_server().new_database() as found:
-        create_tables(found.url("psycopg"))
-        yield found
+    found = emptied()
+    found.query("INSERT INTO data (id, count) VALUES (1, 0)")
+    return found
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from tests.e2e.commit_app import (
     Data,
     FlaskWriter,
     bodies_are_collected,
+    create_tables,
     serve_any,
 )
 from tests.e2e.test_commit_postgres import Load
@@ -69,6 +70,14 @@ def narrow() -> Iterator[PgBouncer]:
     """One server connection for all: what a client leaves in it, the next one finds."""
     with pgbouncer(1) as running:
         yield running
+
+
+@pytest.fixture
+def database() -> Iterator[Database]:
+    """One for each test: PgBouncer keeps its connections to it."""
+    with postgres_server().new_database() as found:
+        create_tables(found.url("psycopg"))
+        yield found
 
 
 @pytest.fixture

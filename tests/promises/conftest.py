@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import URL, make_url
 
 from rope_middleware import open_scope
-from tests.kit.engines import create_tables, fill
+from tests.kit.engines import create_tables
 from tests.kit.sandboxes import PLACES, Place, open_place
 from tests.kit.sessions import Around
 from tests.kit.shop import SHOPS
@@ -22,7 +22,7 @@ from tests.kit.waiting import poll
 from tests.kit.ways import WAYS, Way
 from tests.kit.web import KINDS, Web
 from tests.kit.wsgi import WRAPS, Wrap, wrapped
-from tests.servers.postgres import Database, postgres_server
+from tests.servers.postgres import Database
 
 # Python 3.13, and aiosqlite, warn of every connection that nobody closed. Those that are cut off in
 # tests on purpose (cancelled while they connect, invalidated) are left to their finaliser by the
@@ -111,23 +111,6 @@ def driver_url(
         create_tables(tmp_path / "x.db")
         return make_url(f"{request.param}:///{tmp_path / 'x.db'}")
     return emptied().url("psycopg").set(drivername=request.param)
-
-
-@pytest.fixture(scope="module")
-def emptied() -> Iterator[Callable[[], Database]]:
-    """A database of PostgreSQL, made for a module when a test asks for it; each finds it empty."""
-    with ExitStack() as stack:
-        made: list[Database] = []
-
-        def empty() -> Database:
-            if not made:
-                made.append(stack.enter_context(postgres_server().new_database()))
-                fill(made[0].url("psycopg"), 0)
-            made[0].terminate()  # whoever is left would hold its locks
-            made[0].query("TRUNCATE row, child, data RESTART IDENTITY")
-            return made[0]
-
-        yield empty
 
 
 @pytest.fixture
