@@ -391,6 +391,7 @@ async def test_H3_a_task_that_only_waits_for_others_is_unknown(tmp_path: Path) -
 def test_H3_connections_of_a_disposed_pool_do_not_count(make_pool: Any) -> None:
     """After Engine.dispose() those that are out belong to the former pool."""
     engine = make_pool(1)
+    former = engine.pool
     jenny = SessionJenny(sessionmaker(engine))
     with open_scope():
         occupy(jenny)
@@ -399,6 +400,7 @@ def test_H3_connections_of_a_disposed_pool_do_not_count(make_pool: Any) -> None:
             occupy(jenny)  # the new pool has one
             with open_scope(), pytest.raises(PoolDeadlockError):
                 touch(jenny)
+    former.dispose()  # of what came back to it since
 
 
 @pytest.mark.parametrize("size", [2, 5])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import create_engine, select
+from sqlalchemy import Engine, create_engine, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
@@ -350,23 +350,37 @@ def test_L2_also_where_the_request_uses_the_jenny(jenny: Jenny, said: Said) -> N
 # -- L3 --------------------------------------------------------------------------------------------
 
 
-def in_memory(url: str = "sqlite://", **options: Any) -> Any:
-    return SessionJenny(sessionmaker(create_engine(url, **options)))
+@pytest.fixture
+def jenny_for() -> Iterator[Callable[..., Any]]:
+    """Make jennies for databases, and close what their pools have at the end."""
+    engines: list[Engine] = []
+
+    def make(url: str = "sqlite://", **options: Any) -> Any:
+        engines.append(create_engine(url, **options))
+        return SessionJenny(sessionmaker(engines[-1]))
+
+    yield make
+    for engine in engines:
+        engine.dispose()
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///file::memory:?uri=true"])
-async def test_L3_a_database_for_each_thread_is_refused_in_an_async_scope(url: str) -> None:
+async def test_L3_a_database_for_each_thread_is_refused_in_an_async_scope(
+    url: str, jenny_for: Callable[..., Any]
+) -> None:
     """At its first use, with the two arguments that cure it; and again at the next."""
-    jenny = in_memory(url, poolclass=SingletonThreadPool)
+    jenny = jenny_for(url, poolclass=SingletonThreadPool)
     for _ in range(2):
         async with open_scope():
             with pytest.raises(RopeError, match=r"StaticPool.*check_same_thread"):
                 jenny.session.execute(SELECT)
 
 
-def test_L3_a_database_for_each_thread_is_refused_where_a_second_thread_uses_it() -> None:
+def test_L3_a_database_for_each_thread_is_refused_where_a_second_thread_uses_it(
+    jenny_for: Callable[..., Any],
+) -> None:
     """One thread alone has one database: a script, a test."""
-    jenny = in_memory()
+    jenny = jenny_for()
     for _ in range(2):
         with open_scope():
             jenny.session.execute(SELECT)
@@ -380,11 +394,14 @@ def test_L3_a_database_for_each_thread_is_refused_where_a_second_thread_uses_it(
         jenny.session.execute(SELECT)
 
 
-async def test_L3_other_pools_and_files_are_as_they_were(tmp_path: Path) -> None:
+async def test_L3_other_pools_and_files_are_as_they_were(
+    tmp_path: Path, jenny_for: Callable[..., Any]
+) -> None:
     """StaticPool, a file, and a shared cache are one database."""
-    cured = in_memory(poolclass=StaticPool, connect_args={"check_same_thread": False})
-    file = create_engine(f"sqlite:///{tmp_path}/f.sqlite", poolclass=SingletonThreadPool)
-    for jenny in (cured, SessionJenny(sessionmaker(file))):
+    told: dict[str, Any] = {"connect_args": {"check_same_thread": False}}
+    cured = jenny_for(poolclass=StaticPool, **told)
+    file = jenny_for(f"sqlite:///{tmp_path}/f.sqlite", poolclass=SingletonThreadPool, **told)
+    for jenny in (cured, file):
         with open_scope():
             jenny.session.execute(SELECT)
         run_threads([lambda one=jenny: one.execute(SELECT)])  # type: ignore[misc]
