@@ -88,6 +88,8 @@ class ThreadLane:
         job()
 
     def wait(self, is_ready: Callable[[], bool], seconds: float | None) -> bool:
+        if seconds is not None:
+            seconds = min(seconds, threading.TIMEOUT_MAX)  # inf is more than a lock can wait
         with self._changed:
             return self._changed.wait_for(is_ready, seconds)
 
