@@ -141,7 +141,7 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
         if tie.is_removed:
             _note_closed(session, "remove()")
         elif (scope := tie.scope) is not None:
-            if (kind := tie.kind) is None or not kind.is_async:
+            if not tie.is_async:
                 stop_others(tie, scope)
             if by is None and (
                 tie.written is not None
@@ -270,5 +270,5 @@ def close_later(session: Session) -> bool:
         return bool(closed) or not connections_out(tie)
 
     wait_until(is_done, DEFAULT.close_timeout if may_block() else 0)
-    is_tasks = tie.kind is not None and tie.kind.is_async
+    is_tasks = tie.is_async
     return bool(closed) or not (is_tasks or connections_out(tie))

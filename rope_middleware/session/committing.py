@@ -145,11 +145,7 @@ def commit_alone(
         return False  # see `is_busy`
     if transaction.origin is not _AUTOBEGIN and OF_BODY in transaction.__dict__:
         return False
-    before = None
-    for connection, _, _, is_made in connections_of(transaction):
-        if connection is before:
-            continue
-        before = connection
+    for connection, _, _, is_made in connections_of(transaction)[::2]:  # each is there twice
         if has_unread(connection):
             return False
         if is_made and connection.dialect.driver in TELLING:

@@ -112,8 +112,7 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
     if (
         tie is not None
         and transaction.origin is _AUTOBEGIN
-        and ((before := tie.transaction) is None or not has_out(before))
-        and before is not transaction
+        and ((before := tie.transaction) is None or not (before is transaction or has_out(before)))
         and not (tie.is_removed or tie.connections)
         and type(bind := session.bind) is Engine
         and bind.pool.__dict__.get(KNOWN) is bind.dialect
@@ -121,8 +120,8 @@ def _on_begin(session: Session, transaction: SessionTransaction) -> None:
         and (
             (scope := tie.scope) is None
             or (
-                (kind := tie.kind) is not None
-                and (may_begin_in_loop if kind.is_async else may_begin_plainly)(scope)
+                tie.kind is not None
+                and (may_begin_in_loop if tie.is_async else may_begin_plainly)(scope)
             )
         )
     ):
@@ -195,6 +194,7 @@ def _note_removed(tie: PlainTie, session: Session, scope: Scope) -> None:
     """Note whether its scoped_session has removed it, and the application goes on with it."""
     if tie.kind is None and not tie.owner.owns(session, scope):
         tie.kind, tie.is_removed = tie.owner.besides, True
+        tie.is_async = tie.kind.is_async
 
 
 def _check_loop(session: Session, scope: Scope, is_outermost: bool) -> None:

@@ -35,6 +35,7 @@ class Tie:
         "__dict__",
         "__weakref__",
         "flush",
+        "is_async",
         "kind",
         "line",
         "scope",
@@ -47,6 +48,7 @@ class Tie:
 
     scope: Scope | None
     kind: SessionKind | None  # None where no jenny has made it
+    is_async: bool  # as the kind: each transaction asks
     is_removed: bool = False  # from its scope, which does not know it any more
     transaction: SessionTransaction | None  # the last one that the session began
     connections: Sequence[Connection] = ()  # of earlier ones, where an end has failed
@@ -84,6 +86,7 @@ def tie_to(
     tie = session.__dict__[TIE] = Tie() if made is None else made
     tie.scope = scope
     tie.kind = kind
+    tie.is_async = kind is not None and kind.is_async
     tie.transaction = tie.flush = tie.line = tie.task = tie.written = None
     if session.in_transaction():  # a factory may have begun one
         tie.transaction = session.get_transaction()

@@ -19,7 +19,7 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import calls_of
 from rope_middleware.session.connections import made_connections
 from rope_middleware.session.guard.sessions import is_guarded
-from rope_middleware.session.sql.notes import NOTES, Notes, notes_of, notes_to_be
+from rope_middleware.session.sql.notes import NOTES, Notes, notes_of
 from rope_middleware.session.tie import Tie, tie_of
 
 __all__ = [
@@ -94,7 +94,7 @@ def stop_others(tie: Tie, scope: Scope) -> None:
             continue
         notes: Notes | None = connection.__dict__.get(NOTES)
         if notes is None:
-            notes = notes_to_be(connection)
+            notes = notes_of(connection)
         notes.gone = scope, get_ident()  # before the look
         for one in notes.executions:
             if one() is not None:  # of most statements nothing is left

@@ -7,8 +7,8 @@ weak reference, a line is a code object and a number.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
+from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING
 from weakref import ref
@@ -60,8 +60,8 @@ def note_begin(tie: Tie, depth: int = DEPTH) -> None:
     is_new = tie.line is None
     tie.since = monotonic()
     tie.line = application_line(depth)
-    tie.thread = threading.get_ident()
-    if (kind := tie.kind) is not None and kind.is_async:
+    tie.thread = get_ident()
+    if tie.is_async:
         try:
             task = asyncio.current_task()
         except RuntimeError:  # outside of any loop: add() begins a transaction, too
@@ -95,9 +95,9 @@ def strand() -> Strand:
     For a sync one it is always the thread: in a task it blocks the event loop and all of its tasks.
     """
     try:
-        return asyncio.current_task() or threading.get_ident()
+        return asyncio.current_task() or get_ident()
     except RuntimeError:
-        return threading.get_ident()
+        return get_ident()
 
 
 def strand_of(tie: Tie) -> Strand | None:

@@ -33,7 +33,6 @@ __all__ = [
     "Notes",
     "is_watched",
     "notes_of",
-    "notes_to_be",
     "watch",
     "watch_binds",
     "watch_engine",
@@ -116,24 +115,16 @@ class Notes:
 
 
 def notes_of(connection: Connection) -> Notes:
-    """Return what was executed on `connection` since it came from its pool."""
-    notes: Notes | None = connection.__dict__.get(NOTES)
-    return _new() if notes is None else notes
-
-
-def notes_to_be(connection: Connection) -> Notes:
-    """`notes_of`, also of what is still to be executed on `connection`."""
+    """Return what is executed on `connection` from when it came from its pool on."""
+    found: Notes | None = connection.__dict__.get(NOTES)
+    if found is not None:
+        return found
+    made = Notes()  # an `__init__` would cost twice as much, in each transaction
+    made.statements = {}
+    made.executions = []
+    made.gone = None
     # By setdefault(): a statement and the end of its scope may do so in one instant.
-    notes: Notes = connection.__dict__.setdefault(NOTES, _new())
-    return notes
-
-
-def _new() -> Notes:
-    """Return new notes. An `__init__` would cost twice as much, in each transaction."""
-    notes = Notes()
-    notes.statements = {}
-    notes.executions = []
-    notes.gone = None
+    notes: Notes = connection.__dict__.setdefault(NOTES, made)
     return notes
 
 
@@ -141,7 +132,7 @@ def _on_execute(_: Any, statement: str, __: Any, context: ExecutionContext) -> N
     connection = context.root_connection
     notes: Notes | None = connection.__dict__.get(NOTES)
     if notes is None:
-        notes = notes_to_be(connection)
+        notes = notes_of(connection)
     compiled = context.compiled
     notes.statements[statement if compiled is None else compiled] = None
     executions = notes.executions
