@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from sqlalchemy import Engine, insert
 from sqlalchemy.exc import IntegrityError
 
 from rope_middleware import ASGIRopeMiddleware, WSGIRopeMiddleware, current_scope, open_scope
-from tests.kit.asgi import http_scope, into_nothing, websocket_scope
+from tests.kit.asgi import into_nothing, serve, websocket_scope
 from tests.kit.engines import rows
 from tests.kit.models import Child, Row
 from tests.kit.sessions import Jenny
 from tests.kit.waiting import PATIENCE, never
 from tests.kit.ways import BLOCKS, Way
 from tests.kit.web import Exchange, Web
-from tests.kit.wsgi import make_environ
+from tests.kit.wsgi import Server, make_environ
 
 
 def test_C10_the_commit_does_not_wait_for_a_statement_that_failed(web: Web) -> None:
@@ -278,18 +279,9 @@ def test_C2_a_websocket_commits_when_its_call_ends_without_an_error(fails: bool,
     async def send(message: Any) -> None:
         sent.append(message["type"])
 
-    async def receive() -> Any:
-        await asyncio.sleep(3600)
-
-    async def run() -> None:
-        wrapped = ASGIRopeMiddleware(app, commit_on_success=True)
-        if fails:
-            with pytest.raises(LookupError, match="in the socket"):
-                await wrapped(websocket_scope(), receive, send)
-        else:
-            await wrapped(websocket_scope(), receive, send)
-
-    web.loop.run(run())
+    wrapped = ASGIRopeMiddleware(app, commit_on_success=True)
+    with pytest.raises(LookupError, match="in the socket") if fails else nullcontext():
+        web.loop.run(wrapped(websocket_scope(), never, send))
     assert sent == ["websocket.accept", "websocket.send"]
     assert web.store.rows() == ([] if fails else [1])
 
@@ -401,14 +393,13 @@ def test_C2_a_cancelled_request_commits_nothing(web: Web) -> None:
     """A client that goes away before the answer leaves no row."""
     reached = asyncio.Event()
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+    async def handler() -> None:
         await web.store.add(1)
         reached.set()
-        await asyncio.sleep(3600)
+        await never()
 
     async def run() -> None:
-        wrapped = ASGIRopeMiddleware(app, commit_on_success=True)
-        task = asyncio.ensure_future(wrapped(http_scope(), never, into_nothing))
+        task = asyncio.ensure_future(serve(handler, commit_on_success=True))
         await asyncio.wait_for(reached.wait(), PATIENCE)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -429,11 +420,7 @@ def test_C2_a_wsgi_body_that_is_closed_early_keeps_its_first_transaction(web: We
         yield b"x"
         yield b"y"
 
-    wrapped = WSGIRopeMiddleware(app, commit_on_success=True)
-    environ = make_environ()
-    body: Any = wrapped(environ, lambda status, headers, exc_info=None: lambda data: None)
-    assert next(iter(body)) == b"x"
-    body.close()
+    assert Server(take=1)(WSGIRopeMiddleware(app, commit_on_success=True)).body == b"x"
     assert web.store.rows() == [1]
 
 
@@ -448,12 +435,10 @@ def test_C2_the_write_callable_commits_before_it_writes(web: Web) -> None:
         write(b"x")
         return []
 
-    wrapped = WSGIRopeMiddleware(app, commit_on_success=True)
-    environ = make_environ()
-    body: Any = wrapped(
-        environ,
-        lambda status, headers, exc_info=None: lambda data: seen.append(web.store.rows()),
-    )
+    def write(data: bytes) -> None:
+        seen.append(web.store.rows())
+
+    body: Any = WSGIRopeMiddleware(app, commit_on_success=True)(make_environ(), lambda *_: write)
     assert b"".join(body) == b""
     if hasattr(body, "close"):
         body.close()
@@ -517,12 +502,9 @@ def test_C2_async_open_scope_commits_when_the_block_ends_without_an_error(web: W
     web.loop.run(run())
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_C2_a_commit_that_fails_in_open_scope_raises_out_of_the_block(
-    is_async: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("web", ["asgi-async", "wsgi"], indirect=True)
+def test_C2_a_commit_that_fails_in_open_scope_raises_out_of_the_block(web: Web) -> None:
     """The caller of a block whose commit failed is told so."""
-    web = Web("asgi-async" if is_async else "wsgi", tmp_path / "fails.db")
     closed: list[bool] = []
 
     async def run_async() -> None:
@@ -536,11 +518,10 @@ def test_C2_a_commit_that_fails_in_open_scope_raises_out_of_the_block(
             web.store.jenny.session.add(Child(n=1, parent=99))
 
     with pytest.raises(IntegrityError):
-        web.loop.run(run_async()) if is_async else run()
+        run() if web.wsgi else web.loop.run(run_async())
     assert web.store.orphans() == 0
     assert web.store.held() == 0
     assert len(closed) == 1
-    web.close()
 
 
 @pytest.mark.parametrize("web", ["wsgi"], indirect=True)
@@ -592,7 +573,7 @@ def test_C7_sessions_commit_in_the_order_they_were_made(web: Web, tmp_path: Path
     for store in (second, third):
         assert store.rows() == [1]
         assert store.held() == 0
-        web.loop.run(store.async_engine.dispose()) if store.is_async else store.engine.dispose()
+        web.loop.run(store.dispose())
 
 
 def test_C7_after_a_commit_that_fails_the_later_sessions_are_rolled_back(
@@ -612,7 +593,7 @@ def test_C7_after_a_commit_that_fails_the_later_sessions_are_rolled_back(
     assert web.store.orphans() == 0
     assert second.rows() == []
     assert second.held() == 0
-    web.loop.run(second.async_engine.dispose()) if second.is_async else second.engine.dispose()
+    web.loop.run(second.dispose())
 
 
 def test_C7_sync_and_async_sessions_of_one_scope_commit_together(tmp_path: Path) -> None:
