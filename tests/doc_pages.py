@@ -203,7 +203,7 @@ class Page:
         """Have the page's own modules be imported anew by the next page."""
         gone = [
             name
-            for name, module in sys.modules.items()
+            for name, module in list(sys.modules.items())  # a lazy one imports others
             if str(getattr(module, "__file__", None) or "").startswith(f"{self.folder}{os.sep}")
         ]
         for name in gone:
