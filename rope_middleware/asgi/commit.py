@@ -47,10 +47,10 @@ class Gate(answer.Gate):
     ) -> None:
         self._scope = scope
         self._may_replay = None if replay is None else replay.can_repeat
-        self.state = WAITING
+        self.state: int = WAITING
         self.commits = False
-        self.why = ""
-        self.raised = None
+        self.why: str = ""
+        self.raised: BaseException | None = None
         self._told_inside = None
         self._settled: Any = None  # an anyio.Event, where another task waits for the commit
         self._send = send

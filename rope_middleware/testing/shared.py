@@ -48,7 +48,7 @@ class SharedConnection:
         """Somebody has committed behind the sandbox's back."""
         self.busy: Statement | None = None  # the one under way
         self.writer: VirtualConnection | None = None  # whose turn it is
-        self.since = 0.0  # the turn began
+        self.since: float = 0.0  # the turn began
         self.in_line: list[Statement] = []  # first come, first served, when the turn is over
         self.line: str = ""  # of the write that began the turn
         self.wrote: str = ""  # the line of the last turn's, for other sandboxes that wait for a row
