@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
 from rope_middleware import ASGIRopeMiddleware, AsyncSessionJenny, SessionJenny, open_scope
-from tests.kit.asgi import answer, ask
+from tests.kit.asgi import ask
 from tests.kit.either import Either
 from tests.kit.engines import fill
 from tests.kit.models import Row
@@ -96,7 +96,8 @@ async def test_C4_an_object_that_the_commit_has_expired_says_so(store: Store) ->
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         row = await jenny.session.get_one(Row, 1)
-        await answer(send, body=row.name.encode())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": row.name.encode()})  # read afterwards
 
     async with open_scope():
         await store.add(1)
