@@ -122,11 +122,7 @@ def test_the_page_on_tenants(
 
 
 # A server would be needed to provoke them.
-NOT_PROVOKED = {
-    "idle in transaction",
-    "MySQL server has gone away",
-    "attached to a different loop",
-}
+NOT_PROVOKED = {"idle in transaction", "MySQL server has gone away", "attached to a different loop"}
 
 
 @pytest.mark.told
@@ -348,10 +344,7 @@ def test_sync_handlers_that_hold_a_transaction_across_two_hops(
 ) -> None:
     """They wait for each other, unless one of the cures is taken."""
     is_served = TWO_HOPS[how]
-    engine = make_engine(
-        12 if "as many" in how else 2,
-        pool_timeout=PATIENCE if is_served else 0.2,
-    )
+    engine = make_engine(12 if "as many" in how else 2, pool_timeout=PATIENCE if is_served else 0.2)
     jenny = SessionJenny(sessionmaker(engine))
     app = FastAPI()
     app.add_middleware(RopeMiddleware)

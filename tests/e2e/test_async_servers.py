@@ -57,9 +57,7 @@ def running(url: URL, server: str) -> Iterator[int]:
         command += ["--port", str(port), "--log-level", "warning"]
         command += ["--workers-kill-timeout", "10", "tests.e2e.async_app:app"]
         with run_command(
-            command,
-            cwd=ROOT,
-            DATABASE_URL=url.render_as_string(hide_password=False),
+            command, cwd=ROOT, DATABASE_URL=url.render_as_string(hide_password=False)
         ) as process:
             process.wait_for_port(port)
             yield port

@@ -300,11 +300,7 @@ def two() -> Iterator[PgBouncer]:
 
 @pytest.mark.parametrize(
     ("driver", "use"),
-    [
-        ("psycopg", change_places),
-        ("psycopg", achange_places),
-        ("asyncpg", achange_places),
-    ],
+    [("psycopg", change_places), ("psycopg", achange_places), ("asyncpg", achange_places)],
 )
 def test_prepared_statements_are_lost_without_the_settings_and_none_is_made_with_them(
     driver: str, use: Callable[..., Any], two: PgBouncer, database: Database

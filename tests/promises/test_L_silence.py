@@ -182,11 +182,7 @@ def test_L1_nothing_is_said_of_what_commit_on_success_refuses(
         await web.store.add(2)
         await exchange.chunk(b"x")
 
-    web.ask(
-        handler,
-        commit_on_success=True,
-        commit_veto=(lambda status, headers: way == "veto"),
-    )
+    web.ask(handler, commit_on_success=True, commit_veto=(lambda status, headers: way == "veto"))
     assert web.store.rows() == []
     assert said.warnings == []
 

@@ -285,7 +285,7 @@ def test_T1_events_of_engine_and_session_hear_what_they_would(place: Place) -> N
         for target, name, listener in told:
             event.remove(target, name, listener)
     assert heard == [
-        *("checkout", "begin", "session after_begin", "commit", "session after_commit", "checkin"),
+        *("checkout", "begin", "session after_begin", "commit", "session after_commit", "checkin")
     ]
 
 

@@ -377,10 +377,7 @@ def test_T1_an_in_memory_database_of_one_thread() -> None:
     engine.dispose()
 
 
-MEMORY: dict[str, Any] = {
-    "poolclass": StaticPool,
-    "connect_args": {"check_same_thread": False},
-}
+MEMORY: dict[str, Any] = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
 
 
 SWITCH_ON = "PRAGMA foreign_keys=ON"

@@ -291,11 +291,7 @@ async def test_Y2_a_database_that_gives_no_answer_holds_a_request_for_close_time
 
 async def test_Y2_a_silent_database_does_not_hold_a_cancelled_request(store: Store) -> None:
     """The limit holds for a request that is cancelled as well."""
-    event.listen(
-        store.engine,
-        "rollback",
-        lambda connection: await_only(asyncio.sleep(3600)),
-    )
+    event.listen(store.engine, "rollback", lambda connection: await_only(asyncio.sleep(3600)))
 
     task = asyncio.create_task(serve(store.hold, close_timeout=0.2))
     await poll(lambda: store.holding == 1)
