@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import AbstractContextManager, nullcontext
-from contextvars import Context
-from typing import Any, Generic, NoReturn, TypeVar
+from collections.abc import Awaitable, Coroutine
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, TypeVar
 
 __all__ = [
     "at_most",
@@ -28,7 +27,8 @@ _T = TypeVar("_T")
 
 # The event loop holds tasks weakly. One that is still ending something must stay alive even
 # where its waiter is gone. https://docs.python.org/3/library/asyncio-task.html#creating-tasks
-_ending: set[asyncio.Task[Any]] = set()
+_ending: dict[asyncio.Task[Any], asyncio.Future[None]] = {}
+"""Each with what its waiter awaits."""
 
 
 def running_loop() -> object:
@@ -77,64 +77,32 @@ async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _
         # trio: every cancellation comes from a cancel scope, so a shield stops all of them.
         with shield():
             return await work
-    task = loop.create_task(work)
-    _ending.add(task)
+    ended = loop.create_future()
+    task = loop.create_task(_telling(work, ended))
+    _ending[task] = ended
+    task.add_done_callback(_has_ended)
     try:
-        return await _End(task)
+        await ended
+        return task.result()
     except asyncio.CancelledError:
         await _outlast(task, loop, grace)
+        work.close()  # of a task that was cancelled before its first step, it has not begun
         raise
+
+
+async def _telling(work: Awaitable[_T], ended: asyncio.Future[None]) -> _T:
+    """Tell of the end of `work` at once: a callback of the task comes a turn of the loop later."""
+    try:
+        return await work
     finally:
-        if task.done():
-            _ending.discard(task)
-        else:  # the waiter itself is thrown away
-            task.add_done_callback(_ending.discard)
+        if not ended.done():
+            ended.set_result(None)
 
 
-class _End(Generic[_T]):
-    """The end of a task, for another one to await: if that is cancelled, the first one is not.
-
-    It is a future, as far as tasks ask. A future of asyncio's, and a callback to set it, would be
-    120 more of Python's instructions.
-    """
-
-    _asyncio_future_blocking = False
-    _wakes: tuple[Callable[[Any], object], Context]
-    _why: tuple[object, ...] = ()
-
-    def __init__(self, task: asyncio.Task[_T]) -> None:
-        self._task = task
-
-    def __await__(self) -> Generator[_End[_T], None, _T]:
-        if not self._task.done():
-            self._asyncio_future_blocking = True
-            yield self
-        return self._task.result()
-
-    # What a task asks of a future
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._task.get_loop()
-
-    def add_done_callback(self, wake: Callable[[Any], object], *, context: Context) -> None:
-        self._wakes = wake, context
-        self._task.add_done_callback(wake, context=context)
-
-    def cancel(self, msg: object = None) -> bool:
-        wake, context = self._wakes
-        if not self._task.remove_done_callback(wake):
-            return False  # it has ended in this turn of the loop, and wakes the waiter
-        self._why = () if msg is None else (msg,)  # anyio tells its own cancellations by it
-        self.get_loop().call_soon(wake, self, context=context)
-        return True
-
-    def result(self) -> NoReturn:
-        """Wake the waiter to hear that it was cancelled.
-
-        Raises:
-            asyncio.CancelledError: always.
-        """
-        raise asyncio.CancelledError(*self._why)
+def _has_ended(task: asyncio.Task[Any]) -> None:
+    ended = _ending.pop(task)
+    if not ended.done():  # the task was cancelled before its first step
+        ended.set_result(None)
 
 
 async def _outlast(
@@ -146,18 +114,13 @@ async def _outlast(
     # cancelled scope: without the shield this would spin.
     with shield():
         while not task.done():
-            try:
-                await _End(task)
-            except asyncio.CancelledError:
-                pass
-            except BaseException:
-                if not task.done():
-                    raise
-                # else the task's own: cancellation is what the caller has to hear
+            _ending[task] = ended = loop.create_future()
+            with suppress(asyncio.CancelledError):
+                await ended
     if timer is not None:
         timer.cancel()
     if not task.cancelled():
-        task.exception()  # retrieved: nobody will
+        task.exception()  # retrieved: cancellation is what the caller has to hear
 
 
 def shield() -> AbstractContextManager[object]:
