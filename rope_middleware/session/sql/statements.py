@@ -42,12 +42,14 @@ def late(pattern: str, flags: int = 0) -> Callable[[], re.Pattern[str]]:
 
 # A text with none of these words reads. To look for words is a hundred times faster than to take a
 # text apart, and few texts have one.
-_WORDS = (*_VERBS, "COPY", "INTO", "SHARE", "SET", "DECLARE", "XACT_LOCK")
+_WORDS = (*_VERBS, "COPY", "DO", "INTO", "SHARE", "SET", "DECLARE", "XACT_LOCK")
 
 _BEGINS = late(rf"(?:{'|'.join(_VERBS)})\b", re.IGNORECASE)
 _COPY_IN = late(r"COPY\s+(?!\().*?\bFROM\b", re.DOTALL | re.IGNORECASE)
-_EXPLAIN_RUN = late(r"EXPLAIN\b[^;]*?\bANALY[ZS]E\b", re.IGNORECASE)
-_EXPLAINED = late(
+# PostgreSQL's block of code, quoted: it returns nothing, so it is there for what it does.
+_BLOCK = late(r"DO\s+(?:LANGUAGE\s+\w+\s+)?q\b", re.IGNORECASE)
+_RUN = late(r"(?:EXPLAIN\b[^;]*?\bANALY[ZS]E|PREPARE)\b", re.IGNORECASE)
+_IS_RUN = late(
     r"\b(?:INSERT\s+INTO|UPDATE|DELETE\s+FROM|MERGE\s+INTO|CREATE|REFRESH)\b", re.IGNORECASE
 )
 _WITHIN = late(
@@ -110,8 +112,10 @@ def _what_writes(statement: str) -> str:
         return begins[0]
     if _COPY_IN().match(statement):
         return "COPY"
-    explain = _EXPLAIN_RUN().match(statement)
-    found = None if explain is None else _EXPLAINED().search(statement, explain.end())
+    if _BLOCK().match(statement):
+        return "DO"
+    run = _RUN().match(statement)
+    found = None if run is None else _IS_RUN().search(statement, run.end())
     if found is not None:
         return found[0]
     within = _WITHIN().search(statement)
