@@ -82,7 +82,6 @@ HOUSE = (
     "session.guard.by_error",
     "session.guard.sessions",
     "session.guard.blocks",
-    "session.guard.fetching",
     "session.guard.busy",
     "session.failures",
     "session.failures.codes",

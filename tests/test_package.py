@@ -107,8 +107,7 @@ ON_DEMAND = [
         f"rope_middleware.session.holding.{name}"
         for name in ("giving_way", "held", "holders", "pools", "stuck")
     ),
-    *(f"rope_middleware.session.{name}" for name in ("code.stacks", "code.where")),
-    *(f"rope_middleware.session.guard.{name}" for name in ("fetching", "turns")),
+    *(f"rope_middleware.session.{name}" for name in ("code.stacks", "code.where", "guard.turns")),
     *(f"rope_middleware.session.sql.{name}" for name in ("statements", "taking", "writes")),
     # What few applications use.
     *(f"rope_middleware.session.{name}" for name in ("plain", "reading", "release")),

@@ -28,17 +28,10 @@ from tests.kit.waiting import never, poll
 from tests.kit.ways import REQUESTS, Way
 
 
-class Cursor(sqlite3.Cursor):
-    """Written in Python, as PyMySQL's."""
-
-
 class OneAtATime(sqlite3.Connection):
     """Breaks where two threads use it at once, as PyMySQL's does."""
 
     executing = False
-
-    def cursor(self, *_: Any) -> Any:
-        return super().cursor(Cursor)
 
     def rollback(self) -> None:
         if self.executing:
@@ -146,33 +139,6 @@ def test_S4_the_end_waits_for_a_statement_of_another_thread(
     assert [record.getMessage() for record in caplog.records if record.levelno > 20] == []
     with one.engine.connect() as connection:  # the pool's is in no transaction
         assert connection.connection.driver_connection.in_transaction is False  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("ends", STRAGGLES, ids=lambda ends: ends.__name__)
-def test_S4_the_end_waits_for_a_fetch_of_another_thread(
-    make_engine: MakeEngine, ends: Way, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of a result that is read bit by bit each fetch talks to the database; the next is refused."""
-    one = Straggler(make_engine)
-    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION SELECT i + 1 FROM n WHERE i < 9)"
-    each = text(f"{numbers} SELECT CASE i WHEN 3 THEN wait() ELSE i END FROM n")
-
-    def work(session: Any) -> None:
-        found = session.scalars(each, execution_options={"yield_per": 1})
-        one.said = []
-        with pytest.raises(ScopeClosedError):
-            for number in found:
-                one.said.append(number)
-
-    one.work = work  # type: ignore[method-assign]
-
-    def body() -> threading.Thread:
-        return one.start(one.jenny.session, threading.Timer(0.1, one.go_on.set).start)
-
-    ends(body, close_timeout=10.0).join(30)
-    assert one.said in ([1, 2], [1, 2, 7])  # SQLite's driver is a row ahead
-    assert one.thrown_away == []
-    assert [record.getMessage() for record in caplog.records if record.levelno > 20] == []
 
 
 def test_A3_the_event_loop_does_not_wait_for_a_statement_of_another_thread(

@@ -5,7 +5,6 @@ The end of its scope does, too, but not for long: who is busy may have outlived 
 
 from __future__ import annotations
 
-import sys
 from threading import get_ident
 
 from sqlalchemy.engine import Connection
@@ -96,10 +95,9 @@ def stop_others(tie: Tie, scope: Scope) -> None:
         if notes is None:
             notes = notes_of(connection)
         notes.gone = scope, get_ident()  # before the look
-        for one in notes.executions:
-            if one() is not None:  # of most statements nothing is left
-                _wait_for_others(notes, scope)
-                break
+        executions = notes.executions
+        if executions and executions[-1]() is not None:  # only the last can be under way
+            _wait_for_statement(notes, scope)
 
 
 def allow_others(tie: Tie) -> None:
@@ -108,17 +106,8 @@ def allow_others(tie: Tie) -> None:
         notes_of(connection).gone = None
 
 
-def _wait_for_others(notes: Notes, scope: Scope) -> None:
-    """Let a statement or a fetch end, in half the time after which a cancelled request goes on."""
-    is_used = notes.is_executing
-    if notes.is_read_in_parts() and not sys.is_finalizing():
-        from rope_middleware.session.guard.fetching import is_fetching, stop_fetches
-
-        stop_fetches(notes)
-
-        def is_used() -> bool:
-            return notes.is_executing() or is_fetching(notes)
-
-    if is_used() and may_block():
+def _wait_for_statement(notes: Notes, scope: Scope) -> None:
+    """Let a statement end, within half of the time after which a cancelled request goes on."""
+    if notes.is_executing() and may_block():
         seconds = min(MAX_SECONDS, timeout_of(scope) / 2)
-        wait_until(lambda: not is_used(), seconds)
+        wait_until(lambda: not notes.is_executing(), seconds)

@@ -88,17 +88,11 @@ class Notes:
 
     def is_read_in_parts(self) -> bool:
         """Tell whether a result is open that the database hands out bit by bit."""
-        return bool(self.read_in_parts())
-
-    def read_in_parts(self) -> list[ExecutionContext]:
-        """Return the executions whose results are read so."""
-        return [
-            context
+        return any(
+            any(map(context.execution_options.get, _STREAMS)) and _is_open(context)
             for one in self.executions
             if (context := one()) is not None
-            and any(map(context.execution_options.get, _STREAMS))
-            and _is_open(context)
-        ]
+        )
 
     def forget(self, context: ExecutionContext) -> None:
         if (one := ref(context)) in self.executions:
