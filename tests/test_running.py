@@ -64,6 +64,22 @@ def test_Y2_each_has_its_own_time() -> None:
     ]
 
 
+def test_Y2_a_cancelled_caller_waits_no_longer_than_its_grace() -> None:
+    """What gives no end is cancelled then: a listener of an event that never comes, for example."""
+
+    async def main() -> None:
+        comes = asyncio.Event()
+        task = asyncio.create_task(finish.finish(comes.wait(), grace=0.05))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=PATIENCE)
+        has_ended = task.cancelled()
+        comes.set()
+        assert has_ended
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_Y2_the_ticker_sees_to_the_times_that_are_up_late(
     loop: str, monkeypatch: pytest.MonkeyPatch
