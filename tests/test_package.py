@@ -362,7 +362,8 @@ def test_the_installed_core_serves_wsgi_and_asgi_without_a_framework(core: Run) 
 
         async def asgi(scope, receive, send):
             write()
-            await answer(send, body=current_scope().name.encode())
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": current_scope().name.encode()})
 
         environ = {}
         setup_testing_defaults(environ)
