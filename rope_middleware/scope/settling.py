@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
 
-from rope_middleware.scope.scope import OPEN, AsyncScope, Scope
+from rope_middleware.scope.scope import OPEN, AsyncScope, Scope, is_request
 
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import SessionKey, SessionKind
@@ -288,7 +288,7 @@ def may_begin_in_loop(scope: Scope) -> bool:
 
 def is_after_response(scope: Scope) -> bool:
     """Tell whether a commit of `scope` is of what was done after its response's start."""
-    is_http = isinstance(scope._name, tuple) and not scope._is_accepted
+    is_http = is_request(scope) and not scope._is_accepted
     return is_http and (scope._settling is None or scope._settling.is_last)
 
 

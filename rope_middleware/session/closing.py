@@ -270,5 +270,4 @@ def close_later(session: Session) -> bool:
         return bool(closed) or not connections_out(tie)
 
     wait_until(is_done, DEFAULT.close_timeout if may_block() else 0)
-    is_tasks = tie.is_async
-    return bool(closed) or not (is_tasks or connections_out(tie))
+    return bool(closed) or not (tie.is_async or connections_out(tie))

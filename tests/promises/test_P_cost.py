@@ -10,7 +10,7 @@ import gc
 import inspect
 import sys
 import tracemalloc
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from pathlib import Path
 from types import CodeType, FrameType
@@ -172,47 +172,49 @@ def test_P2_what_has_nothing_open_ends_without_a_thread(engine: Engine) -> None:
     assert workers() == before
 
 
+@pytest.fixture
+async def memory_jenny() -> AsyncIterator[AsyncSessionJenny[Any]]:
+    engine = create_async_engine("sqlite+aiosqlite://")
+    yield AsyncSessionJenny(async_sessionmaker(engine))
+    await engine.dispose()
+
+
+def counts_tasks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Note each task that the running loop makes from here on."""
+    loop, tasks = asyncio.get_running_loop(), list[object]()
+    make = loop.create_task
+    monkeypatch.setattr(loop, "create_task", lambda *a, **k: tasks.append(a) or make(*a, **k))
+    return tasks
+
+
 @pytest.mark.anyio
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_P2_an_async_session_with_nothing_open_ends_without_a_task(
-    anyio_backend: str, monkeypatch: pytest.MonkeyPatch
+    memory_jenny: AsyncSessionJenny[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor a greenlet: the request does not wait for anything after its handler."""
-    engine = create_async_engine("sqlite+aiosqlite://")
-    jenny = AsyncSessionJenny(async_sessionmaker(engine))
-    loop = asyncio.get_running_loop()
-    tasks: list[object] = []
+    tasks: list[list[object]] = []
 
     async def handler() -> None:
-        await jenny.execute(text("SELECT 1"))
-        await jenny.commit()
-        make = loop.create_task
-        monkeypatch.setattr(loop, "create_task", lambda *a, **k: tasks.append(a) or make(*a, **k))
+        await memory_jenny.execute(text("SELECT 1"))
+        await memory_jenny.commit()
+        tasks.append(counts_tasks(monkeypatch))
 
     app = ASGIRopeMiddleware(asgi(handler))
     await app({"type": "http", "method": "GET", "path": "/"}, None, send)  # type: ignore[arg-type]
-    assert tasks == []
     monkeypatch.undo()
-    await engine.dispose()
+    assert tasks == [[]]
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_P2_a_scope_by_hand_commits_an_async_session_in_one_task(
-    anyio_backend: str, monkeypatch: pytest.MonkeyPatch
+    memory_jenny: AsyncSessionJenny[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As ``async with Session.begin()`` does, which has one for its close()."""
-    engine = create_async_engine("sqlite+aiosqlite://")
-    jenny = AsyncSessionJenny(async_sessionmaker(engine))
-    loop = asyncio.get_running_loop()
-    tasks: list[object] = []
-    make = loop.create_task
     async with open_scope(commit_on_success=True):
-        await jenny.execute(text("SELECT 1"))
-        monkeypatch.setattr(loop, "create_task", lambda *a, **k: tasks.append(a) or make(*a, **k))
+        await memory_jenny.execute(text("SELECT 1"))
+        tasks = counts_tasks(monkeypatch)
     monkeypatch.undo()
     assert len(tasks) == 1
-    await engine.dispose()
 
 
 class Calls:

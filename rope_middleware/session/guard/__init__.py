@@ -1,7 +1,6 @@
 """The commit before a response's start has its sessions for itself (C10; see `scope.settling`).
 
 - sessions: sessions whose calls and commits wait for each other; blocks: so do ends of `begin()`.
-- busy: whether somebody is in the middle of something. fetching: whether a thread is in a fetch.
-- turns: waiting for that commit.
+- busy: whether somebody is in the middle of something. turns: waiting for that commit.
 - by_error: whether an error has closed an AsyncSession.
 """

@@ -50,9 +50,8 @@ def note_ended(tie: Tie) -> None:
 
 def _has_written(transaction: SessionTransaction) -> bool:
     """Tell whether a statement of `transaction` has written or locked, in 2 us."""
-    from rope_middleware.session.sql.statements import (
-        effect_of,  # not before a second session lives
-    )
+    # Not before a second session lives.
+    from rope_middleware.session.sql.statements import effect_of
 
     last = None
     for known in connections_of(transaction):
