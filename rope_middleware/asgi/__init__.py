@@ -14,13 +14,13 @@ from rope_middleware.asgi.commit import Gate
 from rope_middleware.asgi.handshake import Handshake
 from rope_middleware.asgi.line import Ahead, Leaving, wait_for_turn
 from rope_middleware.asgi.position import Telling, carried_by
-from rope_middleware.asgi.replay import Replay
+from rope_middleware.asgi.replay import Replay, copy_scope
 from rope_middleware.middleware import RopeMiddleware
 from rope_middleware.position import Carried, following
 from rope_middleware.protocols import ASGIApp, ASGIScope, Receive, Send
 from rope_middleware.running.finish import pause
 from rope_middleware.running.line import Line, Place
-from rope_middleware.scope.async_ending import aend, aend_failed
+from rope_middleware.scope.async_ending import aend, aend_at_once, aend_failed
 from rope_middleware.scope.context import SCOPE_KEY, current, printable, unbind
 from rope_middleware.scope.reading import carried_of, carry
 from rope_middleware.scope.response import (
@@ -119,8 +119,8 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
                 own._state = ENDED
             if own._sessions is None:  # still, now that nobody can add one
                 own._state = CLOSED
-            elif gate is None or not gate.ends_at_once():  # type: ignore[unreachable]  # by the app
-                await _end(own, gate)
+            elif (rest := _end(own, gate)) is not None:  # type: ignore[unreachable]  # by the app
+                await rest
         finally:
             try:
                 _reset_current(token)
@@ -223,7 +223,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
         replay = Replay(receive)
         retries = self._options.retries
         for tried in range(retries):
-            failed = await self._serve_try(_copy(scope), replay, send, replay, place, carried)
+            failed = await self._serve_try(copy_scope(scope), replay, send, replay, place, carried)
             if failed is None:
                 return
             log_retry(failed, tried + 1, retries)
@@ -231,7 +231,7 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
 
             await pause(wait_before_retry(failed, tried))
             replay.rewind()
-        await self._serve_try(_copy(scope), replay, send, None, place, carried)
+        await self._serve_try(copy_scope(scope), replay, send, None, place, carried)
 
     async def _serve_try(
         self,
@@ -282,18 +282,11 @@ ASGIRopeMiddleware.__call__.__qualname__ = (
 )
 
 
-def _end(own: AsyncScope, gate: Gate | None) -> Awaitable[None]:
-    """End the scope of a call that has returned."""
+def _end(own: AsyncScope, gate: Gate | None) -> Awaitable[None] | None:
+    """End the scope of a call that has returned; return what is to be awaited for that."""
     gate = gate or gate_of(own)
     if gate is None:
-        return aend(own)
-    return gate.end() if isinstance(gate, Gate) else aend(own, not (why := gate.why_not()), why)
-
-
-def _copy(scope: ASGIScope) -> ASGIScope:
-    """Return a copy of the scope for one try: what an app changes there is the try's own."""
-    copied = dict(scope)
-    for key in ("headers", "state"):
-        if key in copied:
-            copied[key] = copied[key].copy() if key == "state" else list(copied[key])
-    return copied
+        return aend_at_once(own)
+    if isinstance(gate, Gate):
+        return None if gate.ends_at_once() else gate.end()
+    return aend(own, not (why := gate.why_not()), why)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rope_middleware.answer import REPLAY_LIMIT
-from rope_middleware.protocols import Message, Receive
+from rope_middleware.protocols import ASGIScope, Message, Receive
 
-__all__ = ["Replay"]
+__all__ = ["Replay", "copy_scope"]
 
 
 class Replay:
@@ -57,3 +57,12 @@ class Replay:
     def rewind(self) -> None:
         """Begin again with what was read."""
         self._is_again = bool(self._body) or self._has_ended
+
+
+def copy_scope(scope: ASGIScope) -> ASGIScope:
+    """Return a copy of the scope for one try: what an app changes there is the try's own."""
+    copied = dict(scope)
+    for key in ("headers", "state"):
+        if key in copied:
+            copied[key] = copied[key].copy() if key == "state" else list(copied[key])
+    return copied

@@ -14,7 +14,14 @@ from time import monotonic
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
-__all__ = ["OutOfTimeError", "limit", "look_at_deadlines", "within"]
+__all__ = [
+    "OutOfTimeError",
+    "let_have",
+    "limit",
+    "look_at_deadlines",
+    "why_cut_off",
+    "within",
+]
 
 _T = TypeVar("_T")
 
@@ -42,27 +49,57 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
         raise OutOfTimeError(f"gave up after {seconds} seconds") from None
     task = asyncio.current_task(loop)
     assert task is not None  # noqa: S101 - no user input: `finish` has made the task
+    deadlines = let_have(task, loop, seconds)
+    try:
+        return await work
+    except asyncio.CancelledError as error:
+        why = why_cut_off(error, seconds)
+        if why is error:
+            raise
+        raise why from None
+    finally:
+        deadlines.pop(task, None)
+
+
+def let_have(
+    task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, seconds: float
+) -> dict[asyncio.Task[Any], float]:
+    """Let `task`, which does nothing else, have so many seconds from now on; then it is cancelled.
+
+    Returns:
+        Where it is to be taken out when it has ended.
+    """
     deadlines = _deadlines.get(loop)
     if deadlines is None:
         deadlines = _deadlines[loop] = _Deadlines()
-    deadlines.add(task, loop, seconds)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if task in deadlines.tasks:
-            raise
-        task.uncancel()
-        raise OutOfTimeError(f"gave up after {seconds} seconds") from None
-    finally:
-        deadlines.tasks.pop(task, None)
+    now, tasks = monotonic(), deadlines.tasks
+    tasks[task] = deadline = now + seconds
+    # Order matters. We note the task, then ask for the next look; who looks says when the next one
+    # will be, then goes through the tasks. So one of the two sees to it.
+    if not now - LATE < deadlines.next_look <= deadline:
+        deadlines.see_to_next(loop)
+    return tasks
 
 
 def limit(seconds: float) -> None:
-    """Let what the running task awaits `within` a time have so many seconds from now on."""
+    """`let_have`, of the running task: another time than it has been given."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task(loop)
     assert task is not None  # noqa: S101 - no user input: see `within`
-    _deadlines[loop].add(task, loop, seconds)
+    let_have(task, loop, seconds)
+
+
+def why_cut_off(error: BaseException, seconds: float) -> BaseException:
+    """Return what has cut off the running task's work: `error` itself, or that its time was up."""
+    if not isinstance(error, asyncio.CancelledError):
+        return error
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task(loop)
+    if task is None or task in _deadlines[loop].tasks:
+        return error
+    task.uncancel()
+    late = OutOfTimeError(f"gave up after {seconds} seconds")
+    return late.with_traceback(error.__traceback__)
 
 
 LATE = 1.0  # seconds after which a look that has not come is not counted on any more
@@ -84,14 +121,6 @@ class _Deadlines:
         self.tasks: dict[asyncio.Task[Any], float] = {}
         """Each with the time at which it is cancelled and taken out."""
         self._wakes_at = math.inf
-
-    def add(self, task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        now = monotonic()
-        self.tasks[task] = deadline = now + seconds
-        # Order matters. We note the task, then ask for the next look; who looks says when the next
-        # one will be, then goes through the tasks. So one of the two sees to it.
-        if not now - LATE < self.next_look <= deadline:
-            self.see_to_next(loop)
 
     def see_to_next(self, loop: asyncio.AbstractEventLoop) -> None:
         """Set a timer for the first that is due, unless there is a look before."""

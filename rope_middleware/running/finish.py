@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Coroutine
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
 
+from rope_middleware.running.deadlines import let_have
+
 __all__ = [
     "at_most",
     "finish",
@@ -53,7 +55,9 @@ def may_block() -> bool:
     return running_loop() is None and not is_async_running()
 
 
-async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _T:
+async def finish(
+    work: Coroutine[Any, Any, _T], grace: float | None = None, seconds: float | None = None
+) -> _T:
     """Await `work` to its end, however often the caller is cancelled meanwhile.
 
     A plain ``asyncio.shield`` returns at the first cancellation and leaves the work behind.
@@ -63,6 +67,8 @@ async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _
         work: what has to come to its end.
         grace: seconds that the work has left after the first cancellation, before it is
             cancelled itself; None for no limit.
+        seconds: that the work has in all before it is cancelled, which it is told by
+            `deadlines.why_cut_off`; None for no limit.
 
     Returns:
         What `work` returned.
@@ -76,10 +82,11 @@ async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _
     except RuntimeError:
         # trio: every cancellation comes from a cancel scope, so a shield stops all of them.
         with shield():
-            return await work
+            return await (work if seconds is None else at_most(seconds, work))
     ended = loop.create_future()
     task = loop.create_task(_telling(work, ended))
     _ending[task] = ended
+    deadlines = None if seconds is None else let_have(task, loop, seconds)
     task.add_done_callback(_has_ended)
     try:
         await ended
@@ -88,6 +95,9 @@ async def finish(work: Coroutine[Any, Any, _T], grace: float | None = None) -> _
         await _outlast(task, loop, grace)
         work.close()  # of a task that was cancelled before its first step, it has not begun
         raise
+    finally:
+        if deadlines is not None and task.done():  # else this coroutine is being closed
+            deadlines.pop(task, None)
 
 
 async def _telling(work: Awaitable[_T], ended: asyncio.Future[None]) -> _T:

@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from rope_middleware.running.deadlines import within
+from rope_middleware.running.deadlines import why_cut_off
 from rope_middleware.running.finish import finish
-from rope_middleware.running.threads import finish_in_thread, in_thread
+from rope_middleware.running.threads import finish_in_thread
 from rope_middleware.scope.async_hands import Async
 from rope_middleware.scope.context import class_of, current, unbind
 from rope_middleware.scope.ending import end_closing, explain
@@ -33,16 +33,41 @@ from rope_middleware.scope.settling import Settling
 from rope_middleware.scope.short import end_plainly, end_shortly, end_untouched
 
 if TYPE_CHECKING:
-    from rope_middleware.scope.kind import SessionKind
+    from rope_middleware.scope.kind import SessionKey, SessionKind, Work
 
-__all__ = ["acommit", "aend", "aend_failed", "aroll_back"]
+__all__ = ["acommit", "aend", "aend_at_once", "aend_failed", "aroll_back"]
 
 
-def aend(scope: Scope, commits: bool = False, why: str = "") -> Coroutine[Any, Any, None]:
+async def aend(scope: Scope, commits: bool = False, why: str = "") -> None:
     """End an async scope; finishes under cancellation. See `order.ending`."""
+    rest = aend_at_once(scope, commits, why)
+    if rest is not None:
+        await rest
+
+
+def aend_at_once(scope: Scope, commits: bool = False, why: str = "") -> Awaitable[None] | None:
+    """`aend`, without a coroutine where nothing has to wait.
+
+    Returns:
+        What is to be awaited for the rest, or None.
+    """
     if scope._options.commit_on_success or scope._registries or scope._on_close:
         return _end(scope, commits, why)
-    return _end_plainly(scope)
+    failure: BaseException | None = None
+    scope._state = ENDED  # before the look: from here on nothing can begin
+    sessions = scope._sessions or {}
+    for key, session in list(sessions.items()):
+        try:
+            if not key.kind.end_at_once(session):
+                continue
+        except BaseException as error:
+            failure = worse(failure, invalidate_failed(scope, key.kind, session, error))
+        sessions.pop(key, None)
+    if sessions:
+        rest = _close(scope, list(sessions.items()))
+        return rest if failure is None else _raise_after(rest, failure)
+    _leave(scope, failure)
+    return None
 
 
 async def _end(scope: Scope, commits: bool, why: str) -> None:
@@ -142,49 +167,42 @@ async def aend_failed(scope: Scope, error: BaseException) -> None:
         pass
 
 
-# -- the short way: see `short` --------------------------------------------------------------------
+# -- of a scope that has only sessions to close ----------------------------------------------------
 
 
-async def _end_plainly(scope: Scope) -> None:
-    """`end_plainly`, on the event loop; finishes under cancellation."""
+def _close(scope: Scope, work: Work) -> Awaitable[None]:
+    """Close what could not end at once; finishes under cancellation."""
+    timeout = scope._options.close_timeout
+    (key, session), *others = work
+    if not others:
+        closes = key.kind.in_greenlet(session, _close_alone, scope, key, session)
+        if closes is not None:
+            return finish(closes, timeout, timeout)
+    if any(key.kind.is_async for key, _ in work):
+        return finish(ending(scope, Async(timeout), False, ""), timeout)
+    return _end_in_thread(scope)
+
+
+def _close_alone(scope: Scope, key: SessionKey, session: Any) -> None:
+    """Close the only session of a scope, in a greenlet: its sync code can wait there."""
     failure: BaseException | None = None
-    is_async = False
-    scope._state = ENDED  # before the look: from here on nothing can begin
-    sessions = scope._sessions or {}
-    for key, session in list(sessions.items()):
-        kind = key.kind
-        try:
-            if not kind.end_at_once(session):
-                is_async = is_async or kind.is_async
-                continue
-        except BaseException as error:
-            failure = worse(failure, invalidate_failed(scope, kind, session, error))
-        sessions.pop(key, None)
-    if not sessions:
-        _leave(scope, failure)
-    elif is_async:
-        await finish(_close_each(scope, failure), scope._options.close_timeout)
-    else:
-        await _end_in_thread(scope)
-        _leave(scope, failure)
-
-
-async def _close_each(scope: Scope, failure: BaseException | None) -> None:
-    """Close the sessions of a scope that has nothing else to end."""
-    for key, session in list((scope._sessions or {}).items()):
-        kind = key.kind
-        try:
-            if kind.is_async:
-                await within(scope._options.close_timeout, kind.close(session))
-            else:
-                await in_thread(kind.close, session)
-        except BaseException as error:
-            failure = worse(failure, invalidate_failed(scope, kind, session, error))
+    try:
+        key.kind.close_here(session)
+    except BaseException as error:
+        why = why_cut_off(error, scope._options.close_timeout)
+        failure = invalidate_failed(scope, key.kind, session, why)
     _leave(scope, failure)
 
 
+async def _raise_after(rest: Awaitable[None], failure: BaseException) -> None:
+    try:
+        await rest
+    finally:
+        raise failure
+
+
 def _leave(scope: Scope, failure: BaseException | None) -> None:
-    """Everything is given back; raise what is to be raised; `end_plainly` saves the call."""
+    """Everything is given back; raise what is to be raised. `end_plainly` saves the call."""
     scope._sessions = None
     if scope._gate is not None:
         scope._gate = None  # they refer to each other
@@ -213,5 +231,4 @@ def _end_without_thread(scope: Scope, error: BaseException) -> None:
         raise error
 
     run_now(each(scope, held(scope), invalidate))
-    scope._sessions = None
-    scope._state = CLOSED
+    _leave(scope, None)

@@ -102,6 +102,16 @@ class SessionKind(Protocol):
         """Close the session; whatever happens, give back or invalidate its connections."""
         ...
 
+    def in_greenlet(
+        self, session: Any, func: Callable[..., object], /, *args: object
+    ) -> Coroutine[Any, Any, Any] | None:
+        """Call `func` where sync code can `close_here`; None where that is not simple."""
+        ...
+
+    def close_here(self, session: Any, /) -> None:
+        """`close`, in this thread or greenlet."""
+        ...
+
     def discard(self, session: Any, /) -> None:
         """End an idle session, without I/O."""
         ...

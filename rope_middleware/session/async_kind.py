@@ -7,7 +7,7 @@ install.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeGuard
 
 try:
@@ -19,6 +19,7 @@ except ImportError as _error:
     ) from _error
 
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from rope_middleware.running.places import Places
 from rope_middleware.session import closing, committing
@@ -82,6 +83,14 @@ class AsyncKind(SyncKind):
             return _close_by_its_own(session)
         closes: Coroutine[Any, Any, None] = session.run_sync(closing.close)
         return closes
+
+    def in_greenlet(
+        self, session: Any, func: Callable[..., object], /, *args: object
+    ) -> Coroutine[Any, Any, Any] | None:
+        return None if plain_class(session, _CLOSE) is None else greenlet_spawn(func, *args)
+
+    def close_here(self, session: Any, /) -> None:
+        closing.close(session.sync_session)
 
     def discard(self, session: Any, /) -> None:
         closing.discard(session.sync_session)
@@ -150,6 +159,11 @@ class ForeignAsyncKind(AsyncKind):
         if _is_session(session):
             return super().close(session)
         return _call(session, "close")
+
+    def in_greenlet(
+        self, session: Any, func: Callable[..., object], /, *args: object
+    ) -> Coroutine[Any, Any, Any] | None:
+        return super().in_greenlet(session, func, *args) if _is_session(session) else None
 
     def invalidate(self, session: Any, /) -> None:
         if _is_session(session):

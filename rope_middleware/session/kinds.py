@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from sqlalchemy.exc import PendingRollbackError
@@ -106,6 +106,14 @@ class SyncKind:
 
     def close(self, session: Any, /) -> Any:
         return closing.close(session)
+
+    def in_greenlet(
+        self, _: Any, __: Callable[..., object], /, *___: object
+    ) -> Coroutine[Any, Any, Any] | None:
+        return None
+
+    def close_here(self, session: Any, /) -> None:
+        closing.close(session)
 
     def discard(self, session: Any, /) -> None:
         closing.discard(session)
