@@ -43,9 +43,11 @@ class SandboxEngine(OptionEngine):
 
 def _hand_notes_on(context: ExceptionContext) -> None:
     """Let SQLAlchemy's error say what the driver's says of the sandbox."""
-    if context.sqlalchemy_exception is not None:
+    told = context.sqlalchemy_exception
+    if told is not None:
         for note in getattr(context.original_exception, "__notes__", ()):
-            context.sqlalchemy_exception.add_note(note)
+            if note not in getattr(told, "__notes__", ()):
+                told.add_note(note)
 
 
 def _hand_on(listeners: Any, *args: Any) -> None:
@@ -92,12 +94,12 @@ class Opened:
         assert self.shared is not None  # noqa: S101 - for the type checkers: _open has raised else
         return self._virtual(self.shared)
 
-    def close(self) -> bool:
-        """Roll everything back and hand the real connection back; tell whether it could be."""
+    def close(self) -> str:
+        """Roll everything back and hand the real connection back; say why it could not be."""
         if self.shared is None and not self._is_busy:
             self._is_ended = True
             if not self._is_busy:  # still: nobody has begun to open it in this instant
-                return True
+                return ""
         return self._lane.block(self._close)
 
     def _take(self) -> bool:
@@ -118,14 +120,14 @@ class Opened:
             self._is_busy = False
             self._lane.wake()
 
-    def _close(self) -> bool:
+    def _close(self) -> str:
         self._is_ended = True
         self._lane.wait(self._take, None)  # an opening under way comes to its end first
         self._is_busy = False
         self._lane.wake()
         shared = self.shared
         if shared is None:
-            return True
+            return ""
         is_sound = False
         try:
             shared.close()
@@ -135,4 +137,4 @@ class Opened:
         finally:
             forget(shared)
             self.stock.put(self, shared.database, is_sound)
-        return not shared.is_false
+        return shared.false

@@ -75,6 +75,11 @@ class Database:
         del error
         return False
 
+    def is_victim(self, error: BaseException) -> bool:
+        """Tell whether the server has rolled back the whole transaction, to end a deadlock."""
+        del error
+        return False
+
     def ends_wait(self, error: BaseException) -> bool:
         """Tell whether the statement had waited for somebody else's lock."""
         del error

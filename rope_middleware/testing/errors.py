@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rope_middleware.errors import RopeError, ScopeClosedError
 
-__all__ = ["blocked", "blocked_by_own", "closed", "false", "not_your_turn", "refused"]
+__all__ = ["behind", "blocked", "blocked_by_own", "closed", "not_your_turn", "refused", "victim"]
 
 
 def closed(name: str) -> ScopeClosedError:
@@ -16,13 +16,22 @@ def closed(name: str) -> ScopeClosedError:
     )
 
 
-def false(name: str) -> RopeError:
-    """Make the error of a sandbox that something was committed behind."""
-    return RopeError(
+def behind(name: str) -> str:
+    """Say that something was committed behind a sandbox's back."""
+    return (
         f"Something has ended the transaction of the sandbox {name!r} behind its back (a COMMIT "
         "inside of a script or a procedure, DDL on MariaDB, the driver's own connection, another "
         "user of an in-memory database's only one?). What was written before that may be in the "
         "database now, and this test proves nothing."
+    )
+
+
+def victim(name: str) -> str:
+    """Say that the database has rolled back all of a sandbox, to end a deadlock."""
+    return (
+        f"The database has made the sandbox {name!r} the victim of a deadlock, and rolled back "
+        "everything that was done in it, commits of the application too: this test cannot go on. "
+        "Two tests that write the same keys lock each other out: give each its own."
     )
 
 

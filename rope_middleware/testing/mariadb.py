@@ -10,6 +10,7 @@ from rope_middleware.testing.sql import Said
 
 __all__ = ["MariaDB"]
 
+_WAITED, _DEADLOCK = 1205, 1213
 _COMMITS = re.compile(
     r"\s*(?:CREATE|DROP)\s+(?!TEMPORARY\b)|\s*(?:ALTER|TRUNCATE|RENAME|ANALYZE|OPTIMIZE|REPAIR|GRANT"
     r"|REVOKE|LOCK|UNLOCK|FLUSH)\b",
@@ -43,7 +44,11 @@ class MariaDB(Database):
         self.run(f"KILL QUERY {pid}")
 
     def ends_wait(self, error: BaseException) -> bool:
-        return bool(error.args) and error.args[0] in (1205, 1213)
+        return bool(error.args) and error.args[0] in (_WAITED, _DEADLOCK)
+
+    def is_victim(self, error: BaseException) -> bool:
+        # https://mariadb.com/kb/en/innodb-lock-modes/: of a deadlock, not of a lock wait time-out.
+        return bool(error.args) and error.args[0] == _DEADLOCK
 
     def refuse(self, _: Said, text: str) -> None:
         # https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/

@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 from sqlalchemy.engine import Engine
 
+from rope_middleware.errors import RopeError
 from rope_middleware.running.finish import finish
 from rope_middleware.running.threads import in_thread
 from rope_middleware.scope.context import current
@@ -19,15 +20,13 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.signature import explained
 from rope_middleware.testing.connections import Opened, SandboxEngine
-from rope_middleware.testing.errors import closed, false
+from rope_middleware.testing.errors import closed
 from rope_middleware.testing.routes import IsSandbox, block, route_of
 from rope_middleware.testing.scopes import OwnScope, OwnScopes
 from rope_middleware.testing.stock import root_of
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from rope_middleware.errors import RopeError
 
 __all__ = ["NAME", "Sandbox", "by_token", "check_jennies"]
 
@@ -180,11 +179,10 @@ class Sandbox:
         _open.discard(self)
         for jenny in self.jennies:
             route_of(jenny).open.remove(self)
-        found: RopeError | None = None
+        false = ""
         for opened in self._opened.values():
-            if not opened.close():
-                found = false(self.name)
-        return found
+            false = opened.close() or false
+        return RopeError(false) if false else None
 
     def _enter(self, *, is_async: bool) -> None:
         self.open()
@@ -236,7 +234,8 @@ def _tell(found: RopeError | None, error: BaseException | None) -> None:
         return
     if error is None:
         raise found
-    error.add_note(str(found))
+    if str(found) not in (str(error), *getattr(error, "__notes__", ())):
+        error.add_note(str(found))
 
 
 def _reset(variable: ContextVar[Any], token: Token[Any] | None) -> None:

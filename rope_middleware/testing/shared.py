@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["SharedConnection"]
 
 _TAKES_TURN = (Kind.WRITE, Kind.DDL, Kind.LOCK)
+_UNDOES = (Kind.ROLLBACK, Kind.NOTHING)  # NOTHING: XA END comes before XA ROLLBACK
 _LASTS = (Kind.WRITE, Kind.DDL, Kind.LOCK, Kind.SETTING)
 
 
@@ -44,8 +45,8 @@ class SharedConnection:
         self.database = database
         self.lane = lane
         self.is_closed: bool = False
-        self.is_false: bool = False
-        """Somebody has committed behind the sandbox's back."""
+        self.false: str = ""
+        """Why the transaction is gone before the end, if it is: the test proves nothing."""
         self.busy: Statement | None = None  # the one under way
         self.writer: VirtualConnection | None = None  # whose turn it is
         self.since: float = 0.0  # the turn began
@@ -69,6 +70,8 @@ class SharedConnection:
             RopeError: the turn has not come in time.
             ScopeClosedError: the sandbox has ended.
         """
+        if self.is_closed and statement.kind in _UNDOES:
+            return None  # all of it is rolled back already
         take_turn(self, virtual, statement)
         try:
             return self._say(virtual, statement)
@@ -100,7 +103,7 @@ class SharedConnection:
         self.lane.wait(lambda: self.busy is None, None)
         try:
             if not self.database.close():
-                self.is_false = True
+                self.false = self.false or errors.behind(self.name)
         finally:
             self.writer = self.tainting = None
             self.lane.wake()
@@ -133,6 +136,8 @@ class SharedConnection:
         virtual.is_used = True
         if kind is Kind.REFUSED:
             raise errors.refused(self.name, said.name)
+        if kind is not Kind.ROLLBACK:
+            self._check()
         if kind is Kind.BEGIN:
             virtual.is_in_block = True
         elif kind is Kind.COMMIT:
@@ -182,8 +187,7 @@ class SharedConnection:
             virtual.again.append(
                 ("", partial(self.database.repeat, statement.text, statement.parameters))
             )
-        if not self.database.in_transaction():
-            self._told_false()
+        self._check()
         if virtual.commits_itself and kind in _LASTS:
             self._commit(virtual)
         elif virtual.again:
@@ -193,8 +197,13 @@ class SharedConnection:
         if self.database.ends_wait(error):
             for other in self.others():
                 error.add_note(self.blocked_by(other))
-        if not self.database.in_transaction():
-            self._told_false(error)
+        if self.database.is_victim(error):
+            self.false = errors.victim(self.name)
+        elif not self.database.in_transaction():
+            self.false = errors.behind(self.name)
+        if self.false:
+            error.add_note(self.false)
+            return
         is_spoilt = self.database.is_spoilt(error)
         if virtual.commits_itself:
             if is_spoilt or self.writer is virtual:
@@ -208,12 +217,16 @@ class SharedConnection:
                 # Whatever it does, all that it wrote is gone: nobody has to wait for that.
                 self.writer = None
 
-    def _told_false(self, error: BaseException | None = None) -> None:
-        self.is_false = True
-        told = errors.false(self.name)
-        if error is None:
-            raise told
-        error.add_note(str(told))
+    def _check(self) -> None:
+        """Check that the sandbox's transaction stands: without one each write would be real.
+
+        Raises:
+            RopeError: it does not.
+        """
+        if not self.false and not self.database.in_transaction():
+            self.false = errors.behind(self.name)
+        if self.false:
+            raise RopeError(self.false)
 
     # Ends
 
@@ -246,6 +259,7 @@ class SharedConnection:
             self.lane.wake()
 
     def _commit(self, virtual: VirtualConnection) -> None:
+        self._check()
         if virtual.is_spoilt or (self.writer is not virtual and not virtual.has_settings):
             self._roll_back(virtual)
             return
@@ -262,7 +276,7 @@ class SharedConnection:
         self._ended(virtual)
 
     def _roll_back(self, virtual: VirtualConnection) -> None:
-        if virtual in (self.writer, self.tainting):
+        if virtual in (self.writer, self.tainting) and not self.false:
             self.database.back()
         self._ended(virtual)
 

@@ -383,6 +383,23 @@ def test_T3_a_commit_behind_its_back_fails_the_test_itself(place: Place) -> None
         assert place.jenny.session.scalar(COUNT) == 0
 
 
+def test_T3_after_a_commit_behind_its_back_nothing_more_is_written(place: Place) -> None:
+    """Else every later statement would be a transaction of its own on the real database."""
+    jenny = place.jenny
+    with pytest.raises(RopeError, match=r"'false'.+behind its back"):
+        with Sandbox(jenny, name="false"):
+            with pytest.raises(Exception):  # noqa: B017 - the driver's own, or ours
+                behind(place)()
+                jenny.session.scalar(COUNT)
+            jenny.session.rollback()
+            for n in (8, 9):
+                jenny.session.add(Row(n=n))
+                with pytest.raises(RopeError, match=r"'false'.+behind its back"):
+                    jenny.session.commit()
+                jenny.session.rollback()
+    assert place.rows() == 0
+
+
 def test_T3_over_an_error_of_the_block_it_is_a_note(place: Place) -> None:
     """The block's own error goes on."""
     with pytest.raises(ZeroDivisionError) as raised:
@@ -449,6 +466,46 @@ def test_T3_an_error_that_ends_the_wait_names_both(place: Place) -> None:
             assert "'holding'" in notes
             assert "'waiting'" in notes
             jenny.session.rollback()
+
+
+@of("mariadb")
+def test_T3_the_victim_of_a_deadlock_is_told_what_it_is(place: Place) -> None:
+    """MariaDB rolls back all of its transaction, which is the sandbox's: the test cannot go on."""
+    jenny = place.jenny
+    jenny.session.add_all([Row(n=1), Row(n=2)])
+    jenny.session.commit()
+    both_have_written = threading.Barrier(2)
+    ends: dict[bool, BaseException] = {}
+
+    def work(first: int, second: int) -> None:
+        is_victim = False
+        try:
+            with Sandbox(jenny, name=f"of {first}"):
+                jenny.session.add(Row(n=10 + first))
+                jenny.session.commit()
+                jenny.session.execute(text(f"UPDATE row SET name = 'x' WHERE n = {first}"))
+                both_have_written.wait(10)
+                try:
+                    jenny.session.execute(text(f"UPDATE row SET name = 'x' WHERE n = {second}"))
+                except OperationalError as error:
+                    told = error.__notes__
+                    assert len(told) == len(set(told))
+                    assert any("victim" in note for note in told)
+                    is_victim = True
+                    jenny.session.rollback()
+                    jenny.session.scalar(COUNT)
+        except RopeError as error:
+            ends[is_victim] = error
+
+    threads = [threading.Thread(target=work, args=pair) for pair in ((1, 2), (2, 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert list(ends) == [True]
+    assert "deadlock" in str(ends[True])
+    assert "rolled back" in str(ends[True])
+    assert place.rows() == 2
 
 
 @of("postgresql")
