@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, inspect, select, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -261,6 +261,30 @@ def test_R2_the_statement_that_found_it_dead_goes_to_another_engine(
         assert len(_warnings(caplog)) == 1
         assert f"/{dead[0].name}" in _warnings(caplog)[0] or dead[0].name in _warnings(caplog)[0]
         assert "cannot be reached" in _warnings(caplog)[0]
+    finally:
+        for server in dead:
+            server.start()
+
+
+def test_R2_a_commit_after_a_loss_expires_as_any_commit_does(
+    servers: Cluster, reader: Reader
+) -> None:
+    """With `expire_on_commit`, the default: what is loaded is read again, not detached."""
+    dead: list[Any] = []
+
+    def body(session: Session) -> None:
+        session.expire_on_commit = True
+        loaded = session.get_one(Row, 3)
+        first = _server(session)
+        dead.extend(server for server in servers.replicas if server.name == first)
+        dead[0].kill()
+        assert _server(session) != first
+        session.commit()
+        assert inspect(loaded).expired
+        assert loaded.name == "3"
+
+    try:
+        reader.run(body)
     finally:
         for server in dead:
             server.start()

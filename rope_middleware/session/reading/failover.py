@@ -103,7 +103,10 @@ class _ReadingReplica(Reading):
             super().commit()
             return
         self.flush()
-        kept = [] if self.expire_on_commit else list(self)
+        if self.expire_on_commit:
+            self.rollback()  # which expires what is loaded, as a commit does
+            return
+        kept = list(self)
         self.expunge_all()
         self.rollback()
         self.add_all(kept)
