@@ -16,7 +16,7 @@ from rope_middleware.scope.async_hands import Async
 from rope_middleware.scope.context import class_of, current, unbind
 from rope_middleware.scope.ending import end_closing, explain
 from rope_middleware.scope.hands import run_now
-from rope_middleware.scope.hop import Alone, alone_in, commit_by_hop, commit_in_task
+from rope_middleware.scope.hop import Alone, alone_in, commit_by_hop, commit_in_greenlet
 from rope_middleware.scope.order import (
     committing,
     each,
@@ -112,7 +112,9 @@ def _commit_alone(
     scope: Scope, alone: Alone, note: Callable[[], None] | None
 ) -> Coroutine[Any, Any, None]:
     if alone.key.kind.is_async:
-        return finish(commit_in_task(scope, alone, note), scope._options.close_timeout)
+        timeout = scope._options.close_timeout
+        work = alone.key.kind.in_greenlet(commit_in_greenlet, scope, alone, note)
+        return finish(work, timeout, timeout)
     return commit_by_hop(scope, alone, note)
 
 
@@ -174,10 +176,8 @@ def _close(scope: Scope, work: Work) -> Awaitable[None]:
     """Close what could not end at once; finishes under cancellation."""
     timeout = scope._options.close_timeout
     (key, session), *others = work
-    if not others:
-        closes = key.kind.in_greenlet(session, _close_alone, scope, key, session)
-        if closes is not None:
-            return finish(closes, timeout, timeout)
+    if not others and key.kind.is_async:
+        return finish(key.kind.in_greenlet(_close_alone, scope, key, session), timeout, timeout)
     if any(key.kind.is_async for key, _ in work):
         return finish(ending(scope, Async(timeout), False, ""), timeout)
     return _end_in_thread(scope)

@@ -3,16 +3,18 @@
 A request waits for it. What `order.committing` asks about several sessions, about callbacks and
 about what else may be under way is half of what the commit costs more than one by hand. A sync
 session takes one hop to a thread: a task, its shield and anyio's own thread cost more than the hop
-itself. An AsyncSession takes one task and one greenlet.
+itself. An AsyncSession takes one task, in which all is sync code in one greenlet.
 
 Where it turns out not to be that simple, `order.committing` goes on from there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rope_middleware.running.deadlines import limit
 from rope_middleware.running.finish import finish, running_loop
 from rope_middleware.running.threads import there_and_back
 from rope_middleware.scope.async_hands import Async
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from rope_middleware.running.places import Places
     from rope_middleware.scope.kind import SessionKey
 
-__all__ = ["Alone", "alone_in", "commit_by_hop", "commit_in_task"]
+__all__ = ["Alone", "alone_in", "commit_by_hop", "commit_in_greenlet"]
 
 
 class Alone(NamedTuple):
@@ -95,7 +97,7 @@ async def commit_by_hop(scope: Scope, alone: Alone, note: Callable[[], None] | N
 
 
 def _commit(told: tuple[Settling, Alone]) -> bool | BaseException:
-    """Commit in the thread; tell whether that was all, or what failed."""
+    """Commit in the thread, or greenlet; tell whether that was all, or what failed."""
     settling, (key, session, _) = told
     settling.join()
     try:
@@ -104,25 +106,21 @@ def _commit(told: tuple[Settling, Alone]) -> bool | BaseException:
         return error
 
 
-async def commit_in_task(scope: Scope, alone: Alone, note: Callable[[], None] | None) -> None:
-    """`commit_by_hop`, of an AsyncSession, in a task of its own: see `finish`."""
+def commit_in_greenlet(scope: Scope, alone: Alone, note: Callable[[], None] | None) -> None:
+    """`commit_by_hop`, of an AsyncSession: in a greenlet of a task that has so long for it."""
     settling = Settling(scope, note is None)
     settling.begin(alone.key)
-    settling.join()
-    is_done, failure = False, None
-    if not scope._calls:  # order matters: see `session.guard`
-        try:
-            commits = alone.key.kind.acommit_alone(alone.session)
-            is_done = commits is not None and await commits
-        except BaseException as error:
-            failure = error
+    # Order matters: see `session.guard`.
+    outcome = False if scope._calls else _commit((settling, alone))
     is_only = len(scope._sessions or ()) == 1
-    if is_done and not scope._on_commit and (is_only or not open_sessions(scope)):
+    if outcome is True and not scope._on_commit and (is_only or not open_sessions(scope)):
         settling.end()
         if note is not None:
             note()
         return
-    failure = await _go_on(scope, settling, failure, note)
+    limit(math.inf)
+    failure = None if isinstance(outcome, bool) else outcome
+    failure = alone.key.kind.wait_here(_go_on(scope, settling, failure, note))
     if failure is not None:
         raise failure
 

@@ -87,11 +87,10 @@ class SessionKind(Protocol):
         ...
 
     def commit_alone(self, session: Any, /) -> bool:
-        """Commit in this thread, where that is simple; tell whether nothing more is to be done."""
-        ...
+        """Commit here, where that is simple; tell whether nothing more is to be done.
 
-    def acommit_alone(self, session: Any, /) -> Coroutine[Any, Any, bool] | None:
-        """`commit_alone` on the event loop; None where it is not simple."""
+        Of an async kind `in_greenlet`.
+        """
         ...
 
     def rollback(self, session: Any, /) -> Any:
@@ -102,14 +101,16 @@ class SessionKind(Protocol):
         """Close the session; whatever happens, give back or invalidate its connections."""
         ...
 
-    def in_greenlet(
-        self, session: Any, func: Callable[..., object], /, *args: object
-    ) -> Coroutine[Any, Any, Any] | None:
-        """Call `func` where sync code can `close_here`; None where that is not simple."""
+    def close_here(self, session: Any, /) -> None:
+        """`close`, of an async kind `in_greenlet`."""
         ...
 
-    def close_here(self, session: Any, /) -> None:
-        """`close`, in this thread or greenlet."""
+    def in_greenlet(self, func: Callable[..., object], /, *args: object) -> Any:
+        """Call `func` where its sync code can wait: what is to be awaited; None of a sync kind."""
+        ...
+
+    def wait_here(self, work: Coroutine[Any, Any, Any], /) -> Any:
+        """Wait for `work`, `in_greenlet`."""
         ...
 
     def discard(self, session: Any, /) -> None:

@@ -19,7 +19,7 @@ except ImportError as _error:
     ) from _error
 
 from sqlalchemy.orm import Session
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from rope_middleware.running.places import Places
 from rope_middleware.session import closing, committing
@@ -65,32 +65,31 @@ class AsyncKind(SyncKind):
         await session.run_sync(committing.flush)
 
     def places_alone(self, session: Any, /) -> Places | None:
-        return committing.places_alone(session.sync_session)
+        return committing.places_alone(session.sync_session, is_async=True)
 
-    def commit_alone(self, _: Any, /) -> bool:
-        return False
-
-    def acommit_alone(self, session: Any, /) -> Coroutine[Any, Any, bool] | None:
-        if (
+    def commit_alone(self, session: Any, /) -> bool:
+        return (
             getattr(session.commit, "__func__", None) is _COMMIT
             and getattr(session.flush, "__func__", None) is _FLUSH
-        ):
-            return committing.acommit_alone(session)
-        return None  # the application's own are to be called
+            and committing.commit_alone_in_greenlet(session)
+        )  # else the application's own are to be called
 
     def close(self, session: Any, /) -> Coroutine[Any, Any, None]:
-        if plain_class(session, _CLOSE) is None:
-            return _close_by_its_own(session)
-        closes: Coroutine[Any, Any, None] = session.run_sync(closing.close)
-        return closes
-
-    def in_greenlet(
-        self, session: Any, func: Callable[..., object], /, *args: object
-    ) -> Coroutine[Any, Any, Any] | None:
-        return None if plain_class(session, _CLOSE) is None else greenlet_spawn(func, *args)
+        return greenlet_spawn(self.close_here, session)
 
     def close_here(self, session: Any, /) -> None:
-        closing.close(session.sync_session)
+        if plain_class(session, _CLOSE) is None:
+            await_only(_close_by_its_own(session))
+        else:
+            closing.close(session.sync_session)
+
+    def in_greenlet(
+        self, func: Callable[..., object], /, *args: object
+    ) -> Coroutine[Any, Any, Any] | None:
+        return greenlet_spawn(func, *args)
+
+    def wait_here(self, work: Coroutine[Any, Any, Any], /) -> Any:
+        return await_only(work)
 
     def discard(self, session: Any, /) -> None:
         closing.discard(session.sync_session)
@@ -149,21 +148,17 @@ class ForeignAsyncKind(AsyncKind):
     def places_alone(self, session: Any, /) -> Places | None:
         return super().places_alone(session) if _is_session(session) else None
 
-    def acommit_alone(self, session: Any, /) -> Coroutine[Any, Any, bool] | None:
-        return super().acommit_alone(session) if _is_session(session) else None
+    def commit_alone(self, session: Any, /) -> bool:
+        return _is_session(session) and super().commit_alone(session)
 
     async def rollback(self, session: Any, /) -> None:
         await _call(session, "rollback")
 
-    def close(self, session: Any, /) -> Coroutine[Any, Any, None]:
+    def close_here(self, session: Any, /) -> None:
         if _is_session(session):
-            return super().close(session)
-        return _call(session, "close")
-
-    def in_greenlet(
-        self, session: Any, func: Callable[..., object], /, *args: object
-    ) -> Coroutine[Any, Any, Any] | None:
-        return super().in_greenlet(session, func, *args) if _is_session(session) else None
+            super().close_here(session)
+        else:
+            await_only(_call(session, "close"))
 
     def invalidate(self, session: Any, /) -> None:
         if _is_session(session):

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.util import await_only
 
-from rope_middleware.running.deadlines import OutOfTimeError, limit, within
+from rope_middleware.running.deadlines import OutOfTimeError, limit, why_cut_off, within
 from rope_middleware.running.places import COMMITS, NEEDS, WRITES, Places
 from rope_middleware.scope.outcome import (
     begin_commit,
@@ -34,8 +35,8 @@ from rope_middleware.session.unsaved import has_pending
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-__all__ = ["acommit", "acommit_alone", "aresolve_doubts", "commit", "commit_alone", "flush"]
-__all__ += ["places_alone", "resolve_doubts"]
+__all__ = ["acommit", "aresolve_doubts", "commit", "commit_alone", "commit_alone_in_greenlet"]
+__all__ += ["flush", "places_alone", "resolve_doubts"]
 
 
 def commit(session: Session) -> None:
@@ -76,11 +77,11 @@ def flush(session: Session) -> None:
 _AUTOBEGIN = SessionTransactionOrigin.AUTOBEGIN
 
 
-def places_alone(session: Session) -> Places | None:
+def places_alone(session: Session, is_async: bool = False) -> Places | None:
     """Tell what `commit_alone` may wait for, and what others wait for meanwhile.
 
     None where it does not go so: nothing has begun, a `begin()` block of a response's body has, or
-    calls on the session are not guarded yet.
+    calls on the session are not guarded yet. (An async one needs no place in a thread.)
     """
     own = session.__dict__
     tie: Tie | None = own.get(TIE)
@@ -92,7 +93,7 @@ def places_alone(session: Session) -> Places | None:
         or CALLS not in own
     ):
         return None
-    if not has_out(transaction):
+    if is_async or not has_out(transaction):
         return NEEDS
     return WRITES if has_pending(session) else COMMITS
 
@@ -185,26 +186,35 @@ async def acommit(session: AsyncSession) -> None:
         end_commit(scope)
 
 
-async def acommit_alone(session: AsyncSession) -> bool:
-    """`commit_alone`, for an AsyncSession, in the task that is the commit's."""
-    tie: Tie | None = session.sync_session.__dict__.get(TIE)
+def commit_alone_in_greenlet(session: AsyncSession) -> bool:
+    """`commit_alone`, for an AsyncSession, in a greenlet of the task that is the commit's."""
+    inner = session.sync_session
+    tie: Tie | None = inner.__dict__.get(TIE)
     scope = None if tie is None else tie.scope
     if tie is None or scope is None:
         return False
     transaction = tie.transaction
     try:
-        return await within(timeout_of(scope), session.run_sync(commit_alone, _commit_in_time))
-    except Exception as error:
+        return commit_alone(inner, _commit_in_time)
+    except BaseException as error:
+        why = why_cut_off(error, timeout_of(scope))
+        limit(math.inf)
         # Where it has not begun, it was refused.
-        if not (is_committing(scope) and await _stands(session, scope, transaction, error)):
+        if (
+            isinstance(why, Exception)
+            and is_committing(scope)
+            and await_only(_stands(session, scope, transaction, why))
+        ):
+            return False
+        if why is error:
             raise
-        return False
+        raise why from None
     finally:
         end_commit(scope)
 
 
 def _commit_in_time(session: Session, scope: Scope, _: SessionTransaction) -> None:
-    """Commit, where `acommit_alone` waits for it, and heeds what it raises."""
+    """Commit, where `commit_alone_in_greenlet` heeds what it raises."""
     begin_commit(scope)
     if has_pending(session):
         limit(math.inf)

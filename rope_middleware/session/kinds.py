@@ -50,9 +50,6 @@ class SyncKind:
     def commit_alone(self, session: Any, /) -> bool:
         return committing.commit_alone(session)
 
-    def acommit_alone(self, _: Any, /) -> Coroutine[Any, Any, bool] | None:
-        return None
-
     def end(self, session: Any, /) -> None:
         closing.close(session)
 
@@ -107,13 +104,14 @@ class SyncKind:
     def close(self, session: Any, /) -> Any:
         return closing.close(session)
 
-    def in_greenlet(
-        self, _: Any, __: Callable[..., object], /, *___: object
-    ) -> Coroutine[Any, Any, Any] | None:
-        return None
-
     def close_here(self, session: Any, /) -> None:
         closing.close(session)
+
+    def in_greenlet(self, _: Callable[..., object], /, *__: object) -> Any:
+        return None
+
+    def wait_here(self, _: Coroutine[Any, Any, Any], /) -> Any:
+        return None
 
     def discard(self, session: Any, /) -> None:
         closing.discard(session)
