@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from contextvars import Context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from rope_middleware import ASGIRopeMiddleware, Scope, WSGIRopeMiddleware, current_scope, open_scope
 from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.models import Row
-from tests.kit.stores import Lock
+from tests.kit.stores import Lock, open_store
+from tests.kit.waiting import never
 from tests.kit.web import Exchange, Web
 
 
@@ -301,6 +304,40 @@ def test_C6_never_after_a_session_committed(web: Web, writes: bool) -> None:
     assert len(tries) == 1
     assert answer.seen == 500
     assert web.store.rows() == ([1] if writes else [])
+
+
+def test_C6_never_after_a_commit_that_the_application_has_cut_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A time-out of its own has cut off its commit, which may stand: it is in doubt, and told."""
+    tries: list[int] = []
+
+    async def main() -> list[int]:
+        async with open_store(tmp_path / "cut.db", patience=0.01) as store:
+
+            async def app(scope: Any, receive: Any, send: Any) -> None:
+                tries.append(1)
+                await store.add(len(tries))
+                commit = asyncio.create_task(store.commit())
+                event.listen(store.engine, "commit", lambda _: commit.cancel(), once=True)
+                with suppress(asyncio.CancelledError):
+                    await commit
+                await store.rollback()
+                lock = Lock(store.path)
+                try:
+                    await store.add(100)
+                finally:
+                    lock.close()
+
+            with pytest.raises(OperationalError):
+                await ASGIRopeMiddleware(app, retries=3)(http_scope(), never, into_nothing)
+            return store.rows()
+
+    assert asyncio.run(main()) == [1]
+    assert len(tries) == 1
+    assert (
+        "by the application itself, is in doubt: asyncio.exceptions.CancelledError" in caplog.text
+    )
 
 
 def test_C6_another_scopes_commit_does_not_forbid_a_retry(web: Web, lock: Lock) -> None:

@@ -102,10 +102,15 @@ def _note_on(scope: Scope, context: ExceptionContext) -> None:
             context.is_disconnect = True
         if not _is_of_commit(scope, context):
             note_loss(scope, error)
-    elif not (is_unanswered(context) and _is_of_commit(scope, context)):
+    elif not (_was_left(context) and _is_of_commit(scope, context)):
         if is_refusal(error):
             note_refusal(scope, error)
         _note_failed(scope, context)
+
+
+def _was_left(context: ExceptionContext) -> bool:
+    """Tell whether a statement was left before its answer: by psycopg, or by a cancellation."""
+    return is_unanswered(context) or not isinstance(context.original_exception, Exception)
 
 
 def _is_of_commit(scope: Scope, context: ExceptionContext) -> bool:

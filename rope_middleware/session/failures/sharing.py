@@ -42,9 +42,9 @@ _ROLL_BACK = (
 
 _LOST = (
     "The connection of this session was lost before, or a statement was cut off (by a time-out, a "
-    "cancellation), and the application went on. What was written before is lost. If that was "
-    "nothing, roll back where the error or the cancellation is swallowed: jenny.rollback(), which "
-    "an AsyncSession awaits (rope_middleware)."
+    "cancellation), and the application went on. What was written before is lost (where a commit "
+    "was cut off, it may stand). If that was nothing, roll back where the error or the "
+    "cancellation is swallowed: jenny.rollback(), which an AsyncSession awaits (rope_middleware)."
 )
 
 
