@@ -22,7 +22,6 @@ from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.outcome import timeout_of
 from rope_middleware.scope.scope import AsyncScope, Scope, is_over
-from rope_middleware.scope.settling import needs_at_once
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
 from rope_middleware.session.factories import check_arguments, check_session, class_of_made
 from rope_middleware.session.failures.sharing import noting
@@ -93,9 +92,6 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
     def first_use(self, scope: Scope | None) -> _T:
         if isinstance(scope, AsyncScope):
             check_loop(scope)
-            needed = needs_at_once(scope)
-            if needed is not None:
-                return self._adopt(scope, self.createfunc(), needed)  # as below, a call less
         elif scope is not None and not is_over(scope):
             raise sync_scope(scope.name)
         return super().first_use(scope)

@@ -306,6 +306,7 @@ PRIVATE: dict[str, set[str]] = {
     # What `Session._is_clean()` asks, in each request that commits.
     "session.closing": {"_deleted", "_modified", "_new"},
     "session.listeners": {"_modified"},
+    "session.tie": {"_transaction"},  # what `Session.in_transaction()` asks, in each request
     "session.guard.busy": {
         "_flushing",  # SQLAlchemy's; the tests of C10 pin it
         "_connections",  # as `session.connections`, at the end of each request

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.running.deadlines import why_cut_off
@@ -30,7 +31,7 @@ from rope_middleware.scope.order import (
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 from rope_middleware.scope.settling import Settling
-from rope_middleware.scope.short import end_plainly, end_shortly, end_untouched
+from rope_middleware.scope.short import end_shortly, end_untouched
 
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import SessionKey, SessionKind, Work
@@ -202,7 +203,7 @@ async def _raise_after(rest: Awaitable[None], failure: BaseException) -> None:
 
 
 def _leave(scope: Scope, failure: BaseException | None) -> None:
-    """Everything is given back; raise what is to be raised. `end_plainly` saves the call."""
+    """Everything is given back; raise what is to be raised. `end_shortly` saves the call."""
     scope._sessions = None
     if scope._gate is not None:
         scope._gate = None  # they refer to each other
@@ -211,10 +212,13 @@ def _leave(scope: Scope, failure: BaseException | None) -> None:
         raise failure
 
 
+_end_here = partial(end_shortly, asks=False)
+
+
 async def _end_in_thread(scope: Scope) -> None:
     """End sync sessions in one hop to a thread."""
     try:
-        await finish_in_thread(end_plainly, scope, scope._options.close_timeout)
+        await finish_in_thread(_end_here, scope, scope._options.close_timeout)
     except asyncio.CancelledError as error:
         _end_without_thread(scope, error)
         raise

@@ -262,7 +262,7 @@ def is_over(scope: Scope) -> bool:
 
 
 def keep(scope: Scope, key: SessionKey, session: _T) -> _T:
-    """Keep `session` for `key`, unless another thread was first; return the one kept.
+    """Keep `session` for `key`, or discard it where another thread was first; return that kept.
 
     Raises:
         ScopeClosedError: the scope has ended; nothing is kept.
@@ -276,9 +276,12 @@ def keep(scope: Scope, key: SessionKey, session: _T) -> _T:
     kept: _T = sessions.setdefault(key, session)
     # Order matters. We store, then read `_state`; the end sets `_state`, then reads `_sessions`.
     # So either the end finds this session, or we find the scope ended.
-    if scope._state:
-        forget(scope, key)
-        scope._raise_closed()
+    if scope._state or kept is not session:
+        if scope._state:
+            forget(scope, key)
+        key.kind.invalidate(session)
+        key.kind.discard(session)
+        scope._require_open()
     return kept
 
 

@@ -13,7 +13,6 @@ from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 
 __all__ = [
     "commit_plainly",
-    "end_plainly",
     "end_shortly",
     "end_untouched",
 ]
@@ -52,38 +51,37 @@ def commit_plainly(scope: Scope) -> bool:
     return len(sessions) == 1 and not scope._on_commit  # a listener may have asked for more
 
 
-def end_shortly(scope: Scope) -> bool:
+def end_shortly(scope: Scope, asks: bool = True) -> bool:
     """End a scope that has only sessions to close; tell whether it was one.
 
     If it commits on success, they must have nothing open: it has committed before. Then nothing
     waits, and an async scope may come this way, too.
+
+    Args:
+        scope: that ends here.
+        asks: False where it is known to be one, and has begun to end.
     """
-    if scope._registries or scope._on_close:
-        return False
-    if scope._options.commit_on_success:
-        if scope._on_commit or scope._settling is not None:
+    if asks:
+        if scope._registries or scope._on_close:
             return False
-        for key, session in list((scope._sessions or {}).items()):
-            if not key.kind.is_idle(session):
+        if scope._options.commit_on_success:
+            if scope._on_commit or scope._settling is not None:
                 return False
-    end_plainly(scope)
-    return True
-
-
-def end_plainly(scope: Scope) -> None:
-    """Close the sessions here."""
+            for key, session in list((scope._sessions or {}).items()):
+                if not key.kind.is_idle(session):
+                    return False
     failure: BaseException | None = None
-    scope._state = ENDED
+    scope._state = ENDED  # before the look: from here on nothing can begin
     sessions = scope._sessions
     for key, session in () if sessions is None else list(sessions.items()):
-        kind = key.kind
         try:
-            kind.end(session)
+            key.kind.end(session)
         except BaseException as error:
-            failure = worse(failure, invalidate_failed(scope, kind, session, error))
+            failure = worse(failure, invalidate_failed(scope, key.kind, session, error))
     scope._sessions = None
     if scope._gate is not None:
         scope._gate = None  # they refer to each other
     scope._state = CLOSED
     if failure is not None:
         raise failure
+    return True

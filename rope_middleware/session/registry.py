@@ -93,7 +93,8 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         replaced = self._remove_from(scope)
         if replaced is not None and replaced is not obj:
             self._keep_also(replaced)
-        self._adopt(scope, obj, needs(scope))
+        self._tie(obj, scope)
+        keep(scope, self, obj)
 
     def clear(self) -> None:
         scope = self.scope()
@@ -136,27 +137,18 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             if settling is not None and (session := settling.session_for(self)) is not None:
                 return session  # type: ignore[no-any-return]
             needed = needs(scope)
-        return self._adopt(scope, self.createfunc(), needed)
-
-    def _adopt(self, scope: Scope, session: Any, needed: int) -> _T:
+        made: Any = self.createfunc()
         kind = self.kind
-        inner = kind.inner(session) if kind.is_async else session
+        inner = kind.inner(made) if kind.is_async else made
         if type(inner) is self._listening and TIE not in inner.__dict__ and needed != READING:
             tie = tie_to(inner, scope, kind)  # most of all: 60 instructions less
             if needed:
-                become(inner, needed, scope, session)
+                become(inner, needed, scope, made)
             if self.replicas is not None:
                 self.replicas.follow(tie, scope)
         else:
-            self._tie(session, scope)
-        kept: Any = None
-        try:
-            kept = keep(scope, self, session)
-        finally:
-            if kept is not session:  # another thread was first, or the scope has ended
-                kind.invalidate(session)
-                kind.discard(session)
-        return kept  # type: ignore[no-any-return]  # cast() is a call for every request
+            self._tie(made, scope)
+        return keep(scope, self, made)  # type: ignore[no-any-return]  # cast() would be a call
 
     def _tie(self, session: _T, scope: Scope) -> None:
         """Tie to `scope` what a factory has made, before another thread can see it."""

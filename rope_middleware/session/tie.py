@@ -34,8 +34,10 @@ class Tie:
     __slots__ = (
         "__dict__",
         "__weakref__",
+        "connections",
         "flush",
         "is_async",
+        "is_removed",
         "kind",
         "line",
         "scope",
@@ -49,9 +51,9 @@ class Tie:
     scope: Scope | None
     kind: SessionKind | None  # None where no jenny has made it
     is_async: bool  # as the kind: each transaction asks
-    is_removed: bool = False  # from its scope, which does not know it any more
+    is_removed: bool  # from its scope, which does not know it any more
     transaction: SessionTransaction | None  # the last one that the session began
-    connections: Sequence[Connection] = ()  # of earlier ones, where an end has failed
+    connections: Sequence[Connection]  # of earlier ones, where an end has failed
     flush: tuple[SessionTransaction, int] | None  # the last one, and the thread it ran in
     follow: Callable[[Collection[Connection]], None] | None = (
         None  # called after each commit: see R3
@@ -87,8 +89,10 @@ def tie_to(
     tie.scope = scope
     tie.kind = kind
     tie.is_async = kind is not None and kind.is_async
+    tie.is_removed = False
+    tie.connections = ()
     tie.transaction = tie.flush = tie.line = tie.task = tie.written = None
-    if session.in_transaction():  # a factory may have begun one
+    if session._transaction is not None:  # noqa: SLF001 - a call less; a factory may have begun one
         tie.transaction = session.get_transaction()
         note_begin(tie, 2)
     return tie

@@ -52,7 +52,7 @@ def _listen_once(what: str, *listeners: tuple[str, Any]) -> None:
 def _on_error(context: ExceptionContext) -> None:
     # The session of a scope may be used where that is not known.
     is_ours = current.get(None) is not None or (
-        context.connection is not None and bool(notes_of(context.connection).statements)
+        context.connection is not None and bool(notes_of(context.connection).statements())
     )
     if is_ours and not sys.is_finalizing():
         from rope_middleware.session.failures.refusal import note_error

@@ -33,9 +33,9 @@ __all__ = [
 
 def has_unread(connection: Connection) -> bool:
     """Tell whether a statement on `connection` is under way, or a result is still being read."""
-    notes: Notes | None = connection.__dict__.get(NOTES)  # as `notes_of`, in each request
+    notes: Notes | None = getattr(connection, NOTES, None)  # as `notes_of`, in each request
     if notes is not None:
-        for one in notes.executions:
+        for one, _ in notes:
             if one() is not None:  # of most statements nothing is left
                 return notes.has_unread()
     return False
@@ -91,12 +91,9 @@ def stop_others(tie: Tie, scope: Scope) -> None:
     for connection, _, _, is_made in (*transaction._connections.values(),)[::2]:  # noqa: SLF001
         if not is_made:
             continue
-        notes: Notes | None = connection.__dict__.get(NOTES)
-        if notes is None:
-            notes = notes_of(connection)
+        notes: Notes = getattr(connection, NOTES, None) or notes_of(connection)
         notes.gone = scope, get_ident()  # before the look
-        executions = notes.executions
-        if executions and executions[-1]() is not None:  # only the last can be under way
+        if notes and notes[-1][0]() is not None:  # only the last can be under way
             _wait_for_statement(notes, scope)
 
 

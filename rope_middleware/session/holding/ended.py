@@ -57,7 +57,7 @@ def _has_written(transaction: SessionTransaction) -> bool:
     for known in connections_of(transaction):
         if known is not last:  # each stands there by its engine, and by itself
             last = known
-            for statement in notes_of(known[0]).statements:
+            for statement in notes_of(known[0]).statements():
                 sql = statement if type(statement) is str else statement.string
                 if effect_of(sql).writes:
                     return True

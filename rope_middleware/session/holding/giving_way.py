@@ -101,7 +101,7 @@ def _has_only_read(connection: Connection) -> bool:
     notes = notes_of(connection)
     return (
         # Where nothing was executed, somebody has asked for the connection itself, and keeps it.
-        bool(notes.statements)
+        bool(notes.statements())
         and notes.is_whole
         and not connection.in_nested_transaction()
         and _sees_what_is_committed(connection)

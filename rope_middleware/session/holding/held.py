@@ -88,8 +88,8 @@ def _look_at(one: ref[Tie]) -> _Idle | None:
 
 
 def _mark(tie: Tie, out: Collection[Connection]) -> tuple[Any, ...]:
-    done = [notes_of(connection).executions for connection in out]
-    return tie.since, *((len(one), one[-1] if one else None) for one in done)
+    done = map(notes_of, out)
+    return tie.since, *((len(notes), notes[-1][0] if notes else None) for notes in done)
 
 
 # Of psycopg and psycopg2: "command in progress", which SQLAlchemy need not know of (a COPY).

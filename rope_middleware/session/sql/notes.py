@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, WeakSet, ref
+from weakref import WeakSet, ref
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine, ExceptionContext, ExecutionContext
@@ -45,95 +47,112 @@ _MAX_NAMES = 20  # names that are kept then
 _STREAMS = ("stream_results", "yield_per")  # options of a result that comes bit by bit
 
 
-class Notes:
-    """The statements that were executed on one connection."""
+class Notes(list[tuple[Callable[[], "ExecutionContext | None"], Any]]):
+    """The statements that were executed on one connection.
+
+    Of each there is its context, for as long as that lives, and the statement: what SQLAlchemy has
+    compiled, or the text that was given to the driver.
+    """
 
     # There are some for each transaction. What most never change has its value on the class.
-    __slots__ = ("__dict__", "executions", "gone", "statements")
+    __slots__ = ("__dict__", "gone")
 
     gone: tuple[Scope | None, int] | None  # once it is taken from who uses it: see `taking`
 
-    _dml: Sequence[str] = ()  # of statements that are not kept any more
+    _over: Collection[Any] = ()  # statements whose context is not kept any more, each once
+    _dml: Sequence[str] = ()  # of statements that are not kept, either
     _texts: Sequence[str] = ()
     is_whole: bool = True  # False once there were so many that not all of them are kept
-    many: int = _MAX_NOTES  # executions that are noted before they are looked through
+    many: int = _MAX_NOTES  # statements that are noted before they are looked through
 
-    # Each once: what SQLAlchemy has compiled, or the text that was given to the driver.
-    statements: dict[Any, None]
-    executions: list[ReferenceType[ExecutionContext]]
+    def contexts(self) -> list[ExecutionContext]:
+        """Return the contexts that live, in the order of their statements."""
+        return [context for one, _ in list(self) if (context := one()) is not None]
+
+    def statements(self) -> Collection[Any]:
+        """Return what was executed, each once; all of it where `is_whole`."""
+        return dict.fromkeys((*self._over, *map(_statement_of, self)))
 
     def sql(self) -> list[str]:
-        """Return the SQL of what was executed, each once; of all of it where `is_whole`."""
-        return [_sql(statement) for statement in self.statements]
+        """Return the SQL of `statements`."""
+        return [_sql(statement) for statement in self.statements()]
 
     def dml(self) -> list[str]:
         """Name what was inserted, updated and deleted through the ORM or Core, each once."""
-        return _names(self._dml, map(_dml, self.statements))
+        return _names(self._dml, map(_dml, self.statements()))
 
     def textual_dml(self) -> list[str]:
         """Name what was written by text, as far as its first word tells."""
-        return _names(self._texts, map(_textual_dml, self.statements))
+        return _names(self._texts, map(_textual_dml, self.statements()))
 
     def has_unread(self) -> bool:
         """Tell whether a statement is under way, or a result still has its cursor open."""
-        return any(_is_open(context) for one in self.executions if (context := one()) is not None)
+        return any(map(_is_open, self.contexts()))
 
     def is_executing(self) -> bool:
         """Tell whether a statement is under way: it has no description of its rows yet."""
-        return any(
-            _is_open(context) and _has_no_rows_yet(context)
-            for one in self.executions
-            if (context := one()) is not None
-        )
+        return any(_is_open(context) and _has_no_rows_yet(context) for context in self.contexts())
 
     def is_read_in_parts(self) -> bool:
         """Tell whether a result is open that the database hands out bit by bit."""
         return any(
             any(map(context.execution_options.get, _STREAMS)) and _is_open(context)
-            for one in self.executions
-            if (context := one()) is not None
+            for context in self.contexts()
         )
 
     def forget(self, context: ExecutionContext) -> None:
-        if (one := ref(context)) in self.executions:
-            self.executions.remove(one)
+        """Forget the context of a statement that is over, though somebody keeps it."""
+        for number, (one, statement) in enumerate(self):
+            if one() is context:
+                self[number] = _none, statement
 
     def put_together(self) -> None:
-        self.executions = [one for one in self.executions if one() is not None]
-        self.many = max(_MAX_NOTES, 2 * len(self.executions))  # somebody may keep all results
-        if len(self.statements) > _MAX_NOTES:
+        """Keep no more than is needed of statements that are over."""
+        over, self[:] = self.statements(), [one for one in self if one[0]() is not None]
+        self._over = over
+        self.many = max(_MAX_NOTES, 2 * len(self))  # somebody may keep all results
+        if len(over) > _MAX_NOTES:
             self._dml = self.dml()[:_MAX_NAMES]
             self._texts = self.textual_dml()[:_MAX_NAMES]
-            self.statements = {}
+            self._over = ()
             self.is_whole = False
+
+
+_statement_of = itemgetter(1)
+
+
+def _none() -> None:
+    """Be a weak reference to what is gone."""
+
+
+_making = threading.Lock()  # a statement and the end of its scope may do so in one instant
 
 
 def notes_of(connection: Connection) -> Notes:
     """Return what is executed on `connection` from when it came from its pool on."""
-    found: Notes | None = connection.__dict__.get(NOTES)
-    if found is not None:
-        return found
-    made = Notes()  # an `__init__` would cost twice as much, in each transaction
-    made.statements = {}
-    made.executions = []
-    made.gone = None
-    # By setdefault(): a statement and the end of its scope may do so in one instant.
-    notes: Notes = connection.__dict__.setdefault(NOTES, made)
+    # By no look at its __dict__: on Python 3.11 and 3.12 that has an object make one, and all that
+    # SQLAlchemy looks up in the object afterwards takes twice as long.
+    notes: Notes | None = getattr(connection, NOTES, None)
+    if notes is None:
+        with _making:
+            notes = getattr(connection, NOTES, None)
+            if notes is None:
+                notes = Notes()
+                notes.gone = None  # an `__init__` would cost twice as much, in each transaction
+                setattr(connection, NOTES, notes)
     return notes
 
 
 def _on_execute(_: Any, statement: str, __: Any, context: ExecutionContext) -> None:
     connection = context.root_connection
-    notes: Notes | None = connection.__dict__.get(NOTES)
+    notes: Notes | None = getattr(connection, NOTES, None)
     if notes is None:
         notes = notes_of(connection)
     compiled = context.compiled
-    notes.statements[statement if compiled is None else compiled] = None
-    executions = notes.executions
-    executions.append(ref(context))
+    notes.append((ref(context), statement if compiled is None else compiled))
     if notes.gone is not None:  # after the append: see `taking`
         _refuse(notes, context)
-    if len(executions) > _MAX_NOTES and len(executions) > notes.many:
+    if len(notes) > _MAX_NOTES and len(notes) > notes.many:
         notes.put_together()
 
 
@@ -151,7 +170,7 @@ def _on_error(error: ExceptionContext) -> None:
     """A statement that failed is over, though its error's traceback keeps its cursor alive."""
     failed = error.execution_context
     if failed is not None:
-        notes: Notes | None = failed.root_connection.__dict__.get(NOTES)
+        notes: Notes | None = getattr(failed.root_connection, NOTES, None)
         if notes is not None:
             notes.forget(failed)
 

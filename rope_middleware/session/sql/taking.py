@@ -85,4 +85,5 @@ def refuse_gone(notes: Notes, context: ExecutionContext) -> None:
         wait_until(lambda: connection.closed or notes.gone is not gone, MAX_SECONDS)
     if notes.gone is gone:
         require_open(scope)
-    notes.executions.append(ref(context))  # the end waits for the call that this is part of
+    statement = context.statement if context.compiled is None else context.compiled
+    notes.append((ref(context), statement))  # the end waits for the call that this is part of
