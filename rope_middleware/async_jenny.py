@@ -49,27 +49,35 @@ _ASYNC_EXAMPLE = "async_sessionmaker(engine)"
 _own_classes: WeakKeyDictionary[type[Session], type[Session]] = WeakKeyDictionary()
 
 
-def _with_own_class(factory: Any, kw: dict[str, Any]) -> dict[str, Any]:
-    """Let an async_sessionmaker's sessions have an inner class of ours.
+_OWN = "_rope_middleware_inner_class"
+"""In the ``__dict__`` of an async_sessionmaker's class: an inner class, and that which is ours."""
+
+
+def _own_class(factory: Any, kw: dict[str, Any]) -> type[Session] | None:
+    """Return an inner class of ours for an async_sessionmaker's sessions; None for all others.
 
     By itself it is `Session`, the base of everybody's sessions: listening to that would cost all
     of them. And ours tells of two tasks that share it, also where nobody else does.
     """
     if not isinstance(factory, async_sessionmaker):
-        return kw
+        return None
     given: Any = factory  # pyright: ignore[reportUnknownVariableType]
     async_class = given.class_
-    if async_class.__init__ is not AsyncSession.__init__:
-        return kw  # it may take other arguments
     base: type[Session] = kw.get("sync_session_class") or given.kw.get(
         "sync_session_class", async_class.sync_session_class
     )
+    known: tuple[Any, type[Session]] | None = async_class.__dict__.get(_OWN)
+    if known is not None and known[0] is base:
+        return known[1]
+    if async_class.__init__ is not AsyncSession.__init__:
+        return None  # it may take other arguments
     own = _own_classes.get(base)
     if own is None:
         own = type(base.__name__, (base,), {"__module__": base.__module__, **noting(base)})
         listen(own)
         own = _own_classes.setdefault(base, own)
-    return {**kw, "sync_session_class": own}
+    setattr(async_class, _OWN, (base, own))
+    return own
 
 
 class AsyncScopeRegistry(ScopeRegistry[_T]):
@@ -140,7 +148,12 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         def create(**kw: Any) -> _AS:
             # Looked up on each use: the factory may be replaced later.
             factory: Any = self.session_factory
-            session: _AS = factory(**_with_own_class(factory, kw))
+            own = _own_class(factory, kw)
+            if own is not None:
+                kw["sync_session_class"] = own
+            session: _AS = factory(**kw)
+            if own is not None and self._session_class is not None:
+                return session  # nothing but an AsyncSession comes of such a factory
             made: object = session  # a factory of the user's may return anything
             if not issubclass(type(made), AsyncSession):
                 check_session(made, AsyncSession, factory, _ASYNC_EXAMPLE)

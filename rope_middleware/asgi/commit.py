@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Gate"]
 
+COMMIT, PASS = answer.Act.COMMIT, answer.Act.PASS  # bound once: each request comes by
+
 # What may come before the response's start, and is no part of the response.
 _BEFORE = frozenset({"http.response.early_hint", "http.response.push", "http.response.debug"})
 
@@ -62,9 +64,10 @@ class Gate(answer.Gate):
         if self.state == STARTED:
             return self._send(message)
         if message["type"] == "http.response.start":
-            if self.passes(message["status"]):
+            act = self.decide_plainly(message["status"])
+            if act is PASS:
                 return self._send(message)
-            if self.commits_plainly(message["status"]):
+            if act is COMMIT:
                 return self._commit(message)
         return self._before_start(message)
 

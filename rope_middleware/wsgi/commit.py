@@ -177,10 +177,11 @@ class Gate(answer.Gate):
         if call is None:
             return
         status = _code(call[0])
-        if self.passes(status):
+        act = self.decide_plainly(status)
+        if act is Act.PASS:
             self._write_on = self._start_response(*call)
             return
-        if self.commits_plainly(status):
+        if act is Act.COMMIT:
             self._commit(call)
             return
         resolve_doubts(self._scope)
