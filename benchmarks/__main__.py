@@ -8,7 +8,18 @@ from benchmarks import database
 from benchmarks.check import FULL, Result, check, rows
 from benchmarks.lanes import Effort, Side, race
 from benchmarks.measure import Spread, Times, load, microseconds, ratio, surroundings
-from benchmarks.sites import ASYNC, COMMIT, FLASK, HAND, IS_WSGI, OURS, OWN, SYNC, site
+from benchmarks.sites import (
+    ASYNC,
+    COMMIT,
+    FLASK,
+    HAND,
+    IS_WSGI,
+    LEAST,
+    OURS,
+    OWN,
+    SYNC,
+    site,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 FRAME = Path(__file__).parent / "page.md"
@@ -74,14 +85,36 @@ def page(where: dict[str, str], results: list[Result | str], tables: dict[str, T
         [one, "not measured", "", "", ""] if isinstance(one, str)
         else [one.row.title, str(one.spread), one.bound, one.verdict, one.note]
         for one in results
+        if isinstance(one, str) or LEAST not in one.row.what
     ]  # fmt: skip
     return FRAME.read_text().format(
         summary=_summary(tables),
         surroundings="".join(f"- {name}: {value}\n" for name, value in where.items()),
         tables="\n".join(parts),
         promises=_table(["", "measured", "bound", "", "details"], lines),
+        reach=_table(["", "aim", LEAST, "ours", "ours to that least", "the aim is"],
+                     list(_reach([one for one in results if isinstance(one, Result)]))),
         load=f"Load at the end: {load()}",
-    )
+    )  # fmt: skip
+
+
+def _reach(results: list[Result]) -> Iterator[list[str]]:
+    """Yield a line for each aim that is missed and that the least that knows was measured for."""
+    for missed in results:
+        if missed.verdict == "missed":
+            same = [one for one in results if one.row.sides == missed.row.sides
+                    and one.row.where == missed.row.where and LEAST in one.row.what]  # fmt: skip
+            for ours, least in zip(same[::2], same[1::2], strict=True):
+                spreads = (str(one.spread) for one in (least, missed, ours))
+                yield [missed.row.title, f"{missed.row.bound:.2f}", *spreads,
+                       reach(least.spread, missed.row.bound)]  # fmt: skip
+
+
+def reach(least: Spread, aim: float) -> str:
+    """Tell whether an aim is in reach of what has to be done at least."""
+    if round(least.median, 2) <= aim:
+        return "in reach"
+    return "out of reach" if least.median - least.error > aim else "unclear"
 
 
 def _summary(tables: dict[str, Table]) -> str:

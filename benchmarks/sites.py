@@ -20,6 +20,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from benchmarks import least
 from benchmarks.database import POOL, Database, Item, Note, tune
 from benchmarks.drivers import answer, asgi_lane, wsgi_lane
 from benchmarks.lanes import Lanes
@@ -320,6 +321,14 @@ def middleware(kind: str, where: Database, stack: AsyncExitStack, commit: bool =
     return wsgi_app if kind == WSGI else asgi_app
 
 
+def the_least(kind: str, where: Database, stack: AsyncExitStack, commit: bool = False) -> Any:
+    """As `middleware`, and it knows of each transaction what `benchmarks.least` says."""
+    is_async = kind in IS_ASYNC
+    factory = least.sessions(_factory(kind, where, stack).kw["bind"], is_async)
+    inner = APPS[kind](_from(kind, least.opener(factory, is_async), not commit))
+    return least.wsgi(inner, commit) if kind == WSGI else least.asgi(inner, commit, is_async)
+
+
 class Closing(list[bytes]):
     """A body that has a ``close()``."""
 
@@ -328,6 +337,7 @@ class Closing(list[bytes]):
 
 HAND, OURS, COMMIT = "by hand", "rope_middleware", "rope_middleware, commit_on_success"
 BEGIN, OWN, OWN_COMMIT = "Session.begin()", "own middleware", "own middleware that commits"
+LEAST, LEAST_COMMIT = "the least that knows", "the least that knows and commits"
 AUTOCOMMIT, READ_ONLY = "by hand, AUTOCOMMIT", "read-only"
 WAYS: dict[str, Callable[..., Any]] = {
     HAND: by_hand,
@@ -336,6 +346,8 @@ WAYS: dict[str, Callable[..., Any]] = {
     BEGIN: partial(by_hand, begin=True),
     OWN: middleware,
     OWN_COMMIT: partial(middleware, commit=True),
+    LEAST: the_least,
+    LEAST_COMMIT: partial(the_least, commit=True),
     AUTOCOMMIT: partial(by_hand, autocommit=True),
     READ_ONLY: partial(ours, read_only=("GET", "HEAD")),
     "rope_middleware.flask": partial(flask_scoped, own=True),
