@@ -136,10 +136,12 @@ class Page:
         finally:
             self._console.stop()
             sys.path.remove(str(self.folder))
-            event.remove(Engine, "engine_connect", self._note_engine)
             del sys.modules["page"]
             self._forget_modules()
-            self._dispose()
+            try:
+                self._dispose()  # a subclass may have engines connect in it
+            finally:
+                event.remove(Engine, "engine_connect", self._note_engine)
         return len(examples)
 
     def _evaluate(self, example: Example) -> None:

@@ -111,11 +111,14 @@ class ASGIClient:
 
     async def __call__(self, app: Any, path: str, method: str = "GET", **extra: Any) -> ASGIClient:
         first = [{"type": "http.request", "body": b"", "more_body": False}]
+        answered = asyncio.Event()
 
         async def receive() -> Any:
             if first:
                 return first.pop()
-            return await asyncio.Future()
+            # https://asgi.readthedocs.io/en/latest/specs/www.html#disconnect-receive-event
+            await answered.wait()
+            return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
             if self.reads is not None and len(self.messages) > self.reads:
@@ -123,6 +126,8 @@ class ASGIClient:
             is_second = "status" in message and any("status" in one for one in self.messages)
             assert not is_second, "a second response"
             self.messages.append(message)
+            if "status" not in message and not message.get("more_body"):
+                answered.set()
 
         asgi = {"version": "3.0", "spec_version": "2.4"}
         await app(http_scope(path, method, **{"asgi": asgi, **extra}), receive, send)
