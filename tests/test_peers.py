@@ -25,5 +25,10 @@ def test_the_table_of_the_readme_is_what_make_peers_prints() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    shown = re.findall(r"^\| .*commit fails.*(?:\n\|.*)+", (ROOT / "README.md").read_text(), re.M)
-    assert shown == [done.stdout.strip()]
+    (table,) = re.findall(
+        r"^\| .*commit fails.*(?:\n\|.*)+", (ROOT / "README.md").read_text(), re.M
+    )
+    printed = done.stdout.splitlines()
+    # The last row is of one of the two versions that README tells of.
+    *shown, newer, older = table.splitlines()
+    assert printed in ([*shown, newer], [*shown, older])

@@ -16,6 +16,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from threading import Event
 from typing import Any
 
@@ -244,12 +245,18 @@ def fastapi_async_sqlalchemy(file: str) -> Site:
     return async_site(app, lambda: db.session, engine.sync_engine)
 
 
+# Which one there is depends on the Python.
+VERSIONED = {
+    "0.7": "fastapi-async-sqlalchemy 0.7, for Python 3.11",
+    "0.8": "fastapi-async-sqlalchemy 0.8",
+}[version("fastapi-async-sqlalchemy")[:3]]
+
 WAYS: dict[str, list[Callable[[str], Site]]] = {
     "rope_middleware": [ours_on_flask, ours_on_fastapi, ours_async],
     "`scoped_session`, Flask": [scoped],
     "Flask-SQLAlchemy": [flask_sqlalchemy],
     "`Depends(get_db)`, the endpoint commits": [depends],
     "`Depends(get_db)`, commit after `yield`": [depends_after_yield],
-    "fastapi-async-sqlalchemy": [fastapi_async_sqlalchemy],
+    VERSIONED: [fastapi_async_sqlalchemy],
 }
 """A row of the table; where it is built more than once, each has to do the same."""
