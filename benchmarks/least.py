@@ -10,7 +10,8 @@ looks is written to be short.
 - H3: whoever waits for a connection is listed as waiting, and a deadlock is refused at once.
 - L1: what the ORM, Core or text has written, and nobody has committed, is told. (What Core has
   written also matters to J7, H4 and H5, so each statement is looked at.)
-- S3: a connection that cannot be given back is invalidated: `Session.close()` would forget it.
+- S3: each session is closed; a connection that cannot be given back is invalidated, which
+  `Session.close()` would forget.
 - S4: after the end of its request a session begins no transaction, and no statement.
 - W2, W3: the scope is current while code of the application runs, and not in between; it ends once,
   also where a server forgets to close the body.
@@ -210,8 +211,8 @@ def asgi(app: Any, commit: bool, is_async: bool) -> Any:
             if session is not None:
                 if session.in_transaction():
                     await do(session.close)
-                else:
-                    _began.pop(session.sync_session if is_async else session, None)
+                else:  # nothing is open: nobody waits
+                    (session.sync_session if is_async else session).close()
             current.reset(token)
 
     return asgi_app

@@ -11,14 +11,14 @@ from math import inf
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, event, insert, text
+from sqlalchemy import create_engine, event, insert, inspect, text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, make_transient_to_detached, sessionmaker
 
 from benchmarks import __main__ as bench
 from benchmarks import database, least, sites
 from benchmarks.check import rows
-from benchmarks.database import POOL, Database, Note
+from benchmarks.database import POOL, Database, Item, Note
 from benchmarks.drivers import ENVIRON, SCOPE, receive
 from benchmarks.least import Holder, KnownInThread, holders
 from benchmarks.measure import Spread
@@ -164,16 +164,24 @@ def _fail(*args: object) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", KINDS)
-async def test_S4_the_least_that_knows_refuses_what_comes_too_late(
+async def test_S3_S4_the_least_that_knows_refuses_what_comes_too_late(
     kind: str, where: Database
 ) -> None:
-    """A session of a request that has ended begins nothing, each time that it is used."""
+    """A session of a request that has ended is closed, and begins nothing, however often."""
     kept: list[Any] = []
-    async with AsyncExitStack() as stack:
-        app = WAYS[LEAST](kind, where, stack)
-        await serve(kind, app, "/closed", lambda: kept.append(least.current.get()))
-        (scope,) = kept
+
+    def keep_an_item() -> None:
+        scope, item = least.current.get(), Item(id=1)
         session = scope.session.sync_session if kind == COROUTINES else scope.session
+        make_transient_to_detached(item)
+        session.add(item)
+        session.rollback()  # of nothing: it is still idle
+        kept.extend((scope, session, item))
+
+    async with AsyncExitStack() as stack:
+        await serve(kind, WAYS[LEAST](kind, where, stack), "/touch", keep_an_item)
+        scope, session, item = kept
+        assert inspect(item).detached
         for _ in range(2):
             with pytest.raises(RuntimeError, match="its request has ended"):
                 session.connection()
