@@ -10,7 +10,8 @@ question to the server.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 from weakref import ref
 
@@ -168,5 +169,22 @@ def ask_for_aborted(scope: Scope, connections: Iterable[Connection]) -> None:
 
 def transaction_status(connection: Connection) -> object:
     """Return what psycopg knows of the transaction; None where nobody knows."""
-    info = getattr(driver_of(connection), "info", None)
-    return getattr(info, "transaction_status", None)
+    driver = driver_of(connection)
+    try:
+        return _ways[type(driver)](driver)
+    except AttributeError:
+        return None
+
+
+class _Ways(dict[type, Callable[[Any], object]]):
+    """How a driver's connection tells the status of its transaction, by its class."""
+
+    def __missing__(self, kind: type) -> Callable[[Any], object]:
+        # psycopg's `info` makes an object and an enum each time, in each commit.
+        is_psycopg = any(base.__module__.startswith("psycopg.") for base in kind.__mro__)
+        path = "pgconn.transaction_status" if is_psycopg else "info.transaction_status"
+        way = self[kind] = attrgetter(path)
+        return way
+
+
+_ways = _Ways()
