@@ -19,6 +19,7 @@ from rope_middleware import ASGIRopeMiddleware, Scope, SessionJenny, open_scope
 from rope_middleware.running import deadlines, finish, threads, ticker
 from tests.kit.asgi import asgi_app, ask
 from tests.kit.leaks import checked_out
+from tests.kit.programs import run_python
 from tests.kit.sessions import workers
 from tests.kit.waiting import PATIENCE, eventually
 
@@ -221,6 +222,30 @@ def test_S3_where_no_thread_can_be_started_the_scope_ends_all_the_same(
 
     assert asyncio.run(main()).closed
     assert checked_out(engine) == 0
+
+
+KEEPS = """
+import asyncio, gc, weakref
+from rope_middleware import open_scope
+from rope_middleware.running.threads import in_thread
+from rope_middleware.testing.lanes import loop
+
+async def main():
+    async with open_scope() as scope:
+        await {start}
+    return weakref.ref(scope)
+
+kept = asyncio.run(main())
+gc.collect()
+print(kept())
+"""
+
+
+@pytest.mark.parametrize("start", ["in_thread(id, 0)", "asyncio.sleep(0, loop())"])
+def test_A3_a_thread_keeps_nothing_of_the_scope_in_which_it_was_started(start: str) -> None:
+    """Where threads inherit contexts: always in free-threaded Python 3.14, elsewhere if asked."""
+    done = run_python("-X", "thread_inherit_context=1", "-c", KEEPS.replace("{start}", start))
+    assert done.stdout == "None\n"
 
 
 @pytest.mark.slow

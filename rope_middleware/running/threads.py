@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -156,7 +157,8 @@ def _hand_over(call: Call) -> None:
         worker = _idle.pop()
     except IndexError:
         worker = _Worker()
-        worker.start()
+        # Python 3.14 may have it inherit a context: the request's, and the scope in it.
+        Context().run(worker.start)
     worker.calls.put(call)
 
 

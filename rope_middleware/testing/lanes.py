@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -187,11 +188,13 @@ class _LoopThread:
         if self.loop is None or self._process != os.getpid():
             with self._start:
                 if self.loop is None or self._process != os.getpid():
-                    made = asyncio.new_event_loop()
+                    # Both would keep this test's context, and the scope in it: the loop's own pipe
+                    # does, and a thread may (Python 3.14).
+                    made = Context().run(asyncio.new_event_loop)
                     thread = threading.Thread(
                         target=made.run_forever, name="rope_middleware.testing", daemon=True
                     )
-                    thread.start()
+                    Context().run(thread.start)
                     self.loop, self._process = made, os.getpid()
                     atexit.register(self._stop, made, thread, os.getpid())
         return self.loop
