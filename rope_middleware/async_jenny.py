@@ -21,7 +21,7 @@ from rope_middleware.scope.loop import check_loop
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.outcome import timeout_of
-from rope_middleware.scope.scope import AsyncScope, Scope, is_over
+from rope_middleware.scope.scope import AsyncScope, is_over
 from rope_middleware.session.async_kind import ASYNC, FOREIGN_ASYNC  # first: it names the cure
 from rope_middleware.session.factories import check_arguments, check_session, class_of_made
 from rope_middleware.session.failures.sharing import noting
@@ -89,20 +89,16 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
         super().__init__(createfunc, outside, ASYNC)
 
     def __call__(self) -> _T:
-        scope: Any = current.get(None)
-        if scope is not None and scope._sessions is not None:
-            session: Any = scope._sessions.get(self)
-            if session is not None:
-                check_loop(scope)  # sessions are in no other
-                return session  # type: ignore[no-any-return]  # cast() is a call for every request
-        return self.first_use(scope)
-
-    def first_use(self, scope: Scope | None) -> _T:
+        scope = current.get(None)
         if isinstance(scope, AsyncScope):
             check_loop(scope)
+            sessions = scope._sessions
+            session: Any = None if sessions is None else sessions.get(self)
+            if session is not None:
+                return session  # type: ignore[no-any-return]  # cast() is a call for every request
         elif scope is not None and not is_over(scope):
             raise sync_scope(scope.name)
-        return super().first_use(scope)
+        return self.first_use(scope)
 
 
 class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
