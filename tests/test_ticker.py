@@ -115,6 +115,38 @@ with open_scope("before"):
     assert told(run(holds + code, *flags)) == ["'before'", "'child'"]
 
 
+def test_H4_a_fork_while_another_thread_starts_the_watch() -> None:
+    """It waits for that start, and both processes have a watch of their own again."""
+    code = """
+import os, threading, time
+from rope_middleware.running.ticker import Ticker
+
+seen, starting, start = set(), threading.Event(), threading.Thread.start
+
+def slow(thread):
+    starting.set()
+    time.sleep(0.1)
+    start(thread)
+
+def look():
+    seen.add(os.getpid())
+    return True
+
+threading.Thread.start = slow
+start(threading.Thread(target=Ticker, args=[look, lambda: 0.01, lambda begin: begin()]))
+starting.wait()
+child = os.fork()
+seen.clear()
+end = time.monotonic() + 5
+while os.getpid() not in seen and time.monotonic() < end:
+    time.sleep(0.01)
+if not child:
+    os._exit(not seen)
+print(os.waitpid(child, 0)[1], len(seen))
+"""
+    assert run(code, "-W", "ignore") == ["0 1"]
+
+
 def test_H4_a_process_ends_at_once_with_a_transaction_open(holds: str) -> None:
     """The watch does not keep it, and says nothing at the end."""
     code = """

@@ -44,13 +44,13 @@ class Ticker:
         self._arm = arm
         self._lock = threading.Lock()
         self._running: tuple[threading.Thread, threading.Event] | None = None
-        arm(self.start)
         atexit.register(self._end)
         at_fork(
             before=self._before_fork,
             after_in_parent=self._after_fork,
-            after_in_child=self._after_fork_in_child,
+            after_in_child=self._after_fork,
         )
+        arm(self.start)  # this may be the start: another thread may fork from here on
 
     def start(self) -> bool:
         """Start the thread, unless it runs.
@@ -88,12 +88,13 @@ class Ticker:
 
     def stop(self) -> None:
         """End the thread and wait for it."""
-        running = self._running
+        running, self._running = self._running, None
         if running is not None:
             thread, stop = running
             stop.set()
             if thread is not threading.current_thread():
-                thread.join(_PATIENCE)
+                with suppress(RuntimeError):  # another thread is just starting it
+                    thread.join(_PATIENCE)
 
     def _run(self, stop: threading.Event) -> None:
         last = time.monotonic()
@@ -106,10 +107,12 @@ class Ticker:
             elif time.monotonic() - last >= QUIET_SECONDS:
                 break
         look_at_deadlines(-math.inf)
+        if stop.is_set():
+            return  # and is forgotten already; the lock may be held for a fork
         with self._lock:
-            self._running = None
-        if not stop.is_set():
-            self._arm(self.start)
+            if self._running is not None and self._running[1] is stop:
+                self._running = None
+        self._arm(self.start)
 
     def _wait(self, stop: threading.Event) -> bool:
         seconds = self._every()
@@ -124,20 +127,20 @@ class Ticker:
 
     def _before_fork(self) -> None:
         """End the thread: Python warns of a fork beside one, and the child would not have it."""
-        if not _is_green():
-            self.stop()
+        if _is_green():  # a greenlet is there after the fork as well
+            self._lock.acquire()
+            return
+        self.stop()
         self._lock.acquire()
+        if self._running is not None:  # started in the last instant
+            self._running[1].set()
+            self._running = None
 
     def _after_fork(self) -> None:
         """Begin anew where there is something to look at."""
         self._lock.release()
         if self._running is None:
             self._arm(self.start)
-
-    def _after_fork_in_child(self) -> None:
-        if not _is_green():  # a greenlet is there after the fork as well
-            self._running = None  # somebody may have started it in the last instant
-        self._after_fork()
 
 
 def _is_green() -> bool:
