@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rope_middleware.asgi.commit import Gate
 from rope_middleware.asgi.handshake import Handshake
-from rope_middleware.asgi.line import Ahead, Leaving, wait_for_turn
+from rope_middleware.asgi.line import Ahead, Leaving, answer_nobody, wait_for_turn
 from rope_middleware.asgi.position import Telling, carried_by
 from rope_middleware.asgi.replay import Replay, copy_scope
 from rope_middleware.middleware import RopeMiddleware
@@ -156,6 +156,8 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
             if place is not None:
                 with place:
                     await self._serve_request(scope, ahead, send, place)
+            else:
+                await answer_nobody(send)
         finally:
             ahead.stop()
 

@@ -16,7 +16,7 @@ from rope_middleware.running.line import AGAIN, LONG, Line, Place
 from rope_middleware.scope.response import holds_connection
 from rope_middleware.scope.scope import Scope
 
-__all__ = ["Ahead", "Leaving", "wait_for_turn"]
+__all__ = ["Ahead", "Leaving", "answer_nobody", "wait_for_turn"]
 
 
 async def wait_for_turn(line: Line, ahead: Ahead) -> Place | None:
@@ -121,6 +121,15 @@ async def _wait_in_trio(line: Line, ahead: Ahead) -> Place | None:
     finally:
         if is_gone:
             place.give_back()
+
+
+async def answer_nobody(send: Send) -> None:
+    """Answer a client that has gone, with nginx's status for that.
+
+    What is around us may count on a response: Starlette's BaseHTTPMiddleware raises without one.
+    """
+    await send({"type": "http.response.start", "status": 499, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
 
 
 class Ahead:

@@ -219,10 +219,10 @@ class open_scope:  # noqa: N801 - used like a function
                 f"@open_scope() cannot decorate the class {fn!r}: its methods run after the call "
                 "has returned. Decorate the methods."
             )
-        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        if (is_async := inspect.isasyncgenfunction(fn)) or inspect.isgeneratorfunction(fn):
             raise TypeError(
                 f"@open_scope() cannot decorate the generator {fn!r}: its body runs after the "
-                'call has returned. Use "with open_scope():" inside of it.'
+                f'call has returned. Use "{"async " * is_async}with open_scope():" inside of it.'
             )
         if is_async_callable(fn):
 

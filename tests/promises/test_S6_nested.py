@@ -157,8 +157,8 @@ def test_S6_generator_functions_are_refused(jenny: Jenny) -> None:
     async def async_rows() -> Any:
         yield 1
 
-    for function in (rows, async_rows):
-        with pytest.raises(TypeError, match='Use "with open_scope'):
+    for function, way in ((rows, "with"), (async_rows, "async with")):
+        with pytest.raises(TypeError, match=f'Use "{way} open_scope'):
             open_scope()(function)
 
 
