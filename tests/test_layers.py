@@ -304,14 +304,14 @@ PRIVATE: dict[str, set[str]] = {
     "answer": {"_options", "_sessions"},
     "session.connections": {"_connections"},  # SQLAlchemy's: see `made_connections`
     # What `Session._is_clean()` asks, in each request that commits.
-    "session.closing": {"_deleted", "_modified", "_new"},
+    "session.closing": {"_deleted", "_modified", "_new", "_transaction"},
     "session.listeners": {"_modified"},
     "session.tie": {"_transaction"},  # what `Session.in_transaction()` asks, in each request
     "session.guard.busy": {
         "_flushing",  # SQLAlchemy's; the tests of C10 pin it
         "_connections",  # as `session.connections`, at the end of each request
     },
-    "session.committing": {"_flushing"},
+    "session.committing": {"_flushing", "_transaction"},
     "session.unsaved": {"_is_clean"},  # SQLAlchemy's; the tests of L1 pin it
     "rope.rope": {"_session"},  # its own class's
     "rope.registry": {"_session"},  # of the ropes that it makes

@@ -67,7 +67,6 @@ def commit(scope: Scope, note: Callable[[], None]) -> None:
         _within(scope, commit, note)
         return
     settling = Settling(scope)
-    settling.begin()
     token = set_committing(scope)
     try:
         is_done = commit_plainly(scope)

@@ -71,8 +71,7 @@ async def commit_by_hop(scope: Scope, alone: Alone, note: Callable[[], None] | N
     Raises:
         BaseException: what failed; everything is rolled back then.
     """
-    settling, timeout = Settling(scope, note is None), scope._options.close_timeout
-    settling.begin(alone.key)
+    settling, timeout = Settling(scope, note is None, alone.key), scope._options.close_timeout
     is_done, cancelled, failure = False, None, None
     if not scope._calls:  # order matters: see `session.guard`
         try:
@@ -108,8 +107,7 @@ def _commit(told: tuple[Settling, Alone]) -> bool | BaseException:
 
 def commit_in_greenlet(scope: Scope, alone: Alone, note: Callable[[], None] | None) -> None:
     """`commit_by_hop`, of an AsyncSession: in a greenlet of a task that has so long for it."""
-    settling = Settling(scope, note is None)
-    settling.begin(alone.key)
+    settling = Settling(scope, note is None, alone.key)
     # Order matters: see `session.guard`.
     outcome = False if scope._calls else _commit((settling, alone))
     is_only = len(scope._sessions or ()) == 1

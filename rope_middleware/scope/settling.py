@@ -74,9 +74,13 @@ _wait_or_late = threading.Lock()  # held for the instant in which somebody is no
 class Settling:
     """One commit that is under way while its scope, or what it has left behind, goes on.
 
+    From when it is made until its `end`, the sessions are set aside.
+
     Args:
         scope: whose commit.
         is_last: it is the one with which the scope ends.
+        alone: under what there was one session, which is guarded and of no body. If there still is
+            no other one, nothing has to be asked.
     """
 
     # Nearly always nobody comes meanwhile: what notes that is made where somebody does.
@@ -85,25 +89,12 @@ class Settling:
     _has_ended = False
     _token: Token[Scope | None] | None = None
 
-    def __init__(self, scope: Scope, is_last: bool = False) -> None:
+    def __init__(
+        self, scope: Scope, is_last: bool = False, alone: SessionKey | None = None
+    ) -> None:
         self._scope = scope
         self.is_last: bool = is_last
         self._aside: list[tuple[SessionKey, _Aside, Any]] = []
-
-    def __enter__(self) -> Settling:
-        if self._scope._settling is not self:
-            self.begin()
-        self._token = _committing.set(self._scope)
-        return self
-
-    def begin(self, alone: SessionKey | None = None) -> None:
-        """Set the sessions aside. `__enter__` does, where nothing has to be done before it.
-
-        Args:
-            alone: under what there was one session, which is guarded and of no body. If there still
-                is no other one, nothing has to be asked.
-        """
-        scope = self._scope
         # Order matters. We note the commit, then look for who counts the calls; `calls_of` makes
         # itself known, then looks for a commit. So one of the two sees the other.
         scope._settling = self
@@ -128,6 +119,10 @@ class Settling:
         if asks:
             for key, session in list(sessions.items()):
                 key.kind.guard(session, scope)
+
+    def __enter__(self) -> Settling:
+        self._token = _committing.set(self._scope)
+        return self
 
     def join(self) -> None:
         """Let the running code be part of the commit, in a context that is its own."""

@@ -59,7 +59,7 @@ _SESSION_CLOSE = Session.close
 
 def has_nothing_open(session: Session) -> bool:
     """Tell whether ending `session` needs no I/O."""
-    if session.in_transaction():
+    if session._transaction is not None:  # noqa: SLF001 - as `in_transaction()`, in each request
         return False
     if session._new or session.identity_map._modified or session._deleted:  # noqa: SLF001
         return False  # added while it was committed, or by a listener of that: see `has_pending`
@@ -96,7 +96,7 @@ def end_at_once(session: Session) -> bool:
 
 def _end_idle(session: Session) -> bool:
     """End `session` if it `has_nothing_open`; tell whether it has ended."""
-    if session.in_transaction():
+    if session._transaction is not None:  # noqa: SLF001 - as in `has_nothing_open`
         return False
     if session._new or session.identity_map._modified or session._deleted:  # noqa: SLF001
         return False  # as in `has_nothing_open`
@@ -141,8 +141,8 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
         if tie.is_removed:
             _note_closed(session, "remove()")
         elif (scope := tie.scope) is not None:
-            if not tie.is_async:
-                stop_others(tie, scope)
+            if tie.transaction is not None and not tie.is_async:
+                stop_others(tie.transaction, scope)
             if by is None and (
                 tie.written is not None
                 or session._new  # noqa: SLF001 - as in `has_nothing_open`

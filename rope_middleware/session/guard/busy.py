@@ -8,7 +8,7 @@ from __future__ import annotations
 from threading import get_ident
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.running.finish import may_block
 from rope_middleware.scope.hands import MAX_SECONDS, wait_until
@@ -78,15 +78,12 @@ def wait_for_flush(tie: Tie) -> None:
         wait_until(lambda: not transaction.is_active, DEFAULT.close_timeout)
 
 
-def stop_others(tie: Tie, scope: Scope) -> None:
-    """Keep other threads off the connections of a session that ends with `scope`.
+def stop_others(transaction: SessionTransaction, scope: Scope) -> None:
+    """Keep other threads off the connections of `transaction`, whose session ends with `scope`.
 
     No other thread begins a statement on them any more (see `sql.taking`), and we wait for the one
     that is under way: two threads at once break a connection of many drivers.
     """
-    transaction = tie.transaction
-    if transaction is None:
-        return
     # As `connections_of`, a call less in each request; each is there twice, side by side.
     for connection, _, _, is_made in (*transaction._connections.values(),)[::2]:  # noqa: SLF001
         if not is_made:
