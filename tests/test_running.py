@@ -8,7 +8,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Awaitable
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import anyio
@@ -115,6 +115,19 @@ def test_Y2_the_ticker_sees_to_the_times_that_are_up_late(
         pytest.importorskip(loop).run(main())
     finally:
         deadlines.look_at_deadlines(-math.inf)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_Y2_a_time_begins_with_the_work(loop: str) -> None:
+    """Not before: a loop that something else blocks meanwhile has not cut it off unbegun."""
+
+    async def main() -> str:
+        work = finish.finish(asyncio.sleep(0, "done"), seconds=0.02)
+        task = asyncio.create_task(work)
+        asyncio.get_running_loop().call_soon(sleep, 0.05)  # after the first step of `finish`
+        return await task
+
+    assert pytest.importorskip(loop).run(main()) == "done"
 
 
 def test_Y2_what_cancels_the_work_itself_is_no_timeout() -> None:

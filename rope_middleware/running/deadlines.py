@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 
 __all__ = [
     "OutOfTimeError",
-    "let_have",
     "limit",
     "look_at_deadlines",
     "why_cut_off",
@@ -40,16 +39,13 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
         OutOfTimeError: the time was up.
     """
     try:
-        loop = asyncio.get_running_loop()
+        deadlines, task = limit(seconds)
     except RuntimeError:  # trio
         import anyio
 
         with anyio.move_on_after(seconds):
             return await work
         raise OutOfTimeError(f"gave up after {seconds} seconds") from None
-    task = asyncio.current_task(loop)
-    assert task is not None  # noqa: S101 - no user input: `finish` has made the task
-    deadlines = let_have(task, loop, seconds)
     try:
         return await work
     except asyncio.CancelledError as error:
@@ -61,14 +57,20 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
         deadlines.pop(task, None)
 
 
-def let_have(
-    task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, seconds: float
-) -> dict[asyncio.Task[Any], float]:
-    """Let `task`, which does nothing else, have so many seconds from now on; then it is cancelled.
+def limit(seconds: float) -> tuple[dict[asyncio.Task[Any], float], asyncio.Task[Any]]:
+    """Let the running task, which does nothing else, have so many seconds from now on.
+
+    Then it is cancelled: see `why_cut_off`.
 
     Returns:
-        Where it is to be taken out when it has ended.
+        Where that is noted, and under what. It is taken out at the end of the work.
+
+    Raises:
+        RuntimeError: no event loop of asyncio's is running.
     """
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task(loop)
+    assert task is not None  # noqa: S101 - no user input: `finish` has made the task
     deadlines = _deadlines.get(loop)
     if deadlines is None:
         deadlines = _deadlines[loop] = _Deadlines()
@@ -78,15 +80,7 @@ def let_have(
     # will be, then goes through the tasks. So one of the two sees to it.
     if not now - LATE < deadlines.next_look <= deadline:
         deadlines.see_to_next(loop)
-    return tasks
-
-
-def limit(seconds: float) -> None:
-    """`let_have`, of the running task: another time than it has been given."""
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task(loop)
-    assert task is not None  # noqa: S101 - no user input: see `within`
-    let_have(task, loop, seconds)
+    return tasks, task
 
 
 def why_cut_off(error: BaseException, seconds: float) -> BaseException:

@@ -7,12 +7,13 @@ application without async code never loads it.
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections.abc import Awaitable, Coroutine
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
 
-from rope_middleware.running.deadlines import let_have
+from rope_middleware.running.deadlines import limit
 
 __all__ = [
     "at_most",
@@ -56,7 +57,7 @@ def may_block() -> bool:
 
 
 async def finish(
-    work: Coroutine[Any, Any, _T], grace: float | None = None, seconds: float | None = None
+    work: Coroutine[Any, Any, _T], grace: float | None = None, seconds: float = math.inf
 ) -> _T:
     """Await `work` to its end, however often the caller is cancelled meanwhile.
 
@@ -68,7 +69,7 @@ async def finish(
         grace: seconds that the work has left after the first cancellation, before it is
             cancelled itself; None for no limit.
         seconds: that the work has in all before it is cancelled, which it is told by
-            `deadlines.why_cut_off`; None for no limit.
+            `deadlines.why_cut_off`.
 
     Returns:
         What `work` returned.
@@ -82,11 +83,10 @@ async def finish(
     except RuntimeError:
         # trio: every cancellation comes from a cancel scope, so a shield stops all of them.
         with shield():
-            return await (work if seconds is None else at_most(seconds, work))
+            return await (work if seconds == math.inf else at_most(seconds, work))
     ended = loop.create_future()
-    task = loop.create_task(_telling(work, ended))
+    task = loop.create_task(_telling(work, ended, seconds))
     _ending[task] = ended
-    deadlines = None if seconds is None else let_have(task, loop, seconds)
     task.add_done_callback(_has_ended)
     try:
         await ended
@@ -95,16 +95,15 @@ async def finish(
         await _outlast(task, loop, grace)
         work.close()  # of a task that was cancelled before its first step, it has not begun
         raise
-    finally:
-        if deadlines is not None and task.done():  # else this coroutine is being closed
-            deadlines.pop(task, None)
 
 
-async def _telling(work: Awaitable[_T], ended: asyncio.Future[None]) -> _T:
+async def _telling(work: Awaitable[_T], ended: asyncio.Future[None], seconds: float) -> _T:
     """Tell of the end of `work` at once: a callback of the task comes a turn of the loop later."""
+    deadlines, task = limit(seconds)
     try:
         return await work
     finally:
+        deadlines.pop(task, None)
         if not ended.done():
             ended.set_result(None)
 
