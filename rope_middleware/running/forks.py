@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["at_fork"]
+__all__ = ["at_fork", "lock_of_module"]
+
+_locks: list[threading.Lock] = []
 
 
 def at_fork(**functions: Callable[[], object]) -> None:
@@ -14,3 +17,24 @@ def at_fork(**functions: Callable[[], object]) -> None:
     register: Any = getattr(os, "register_at_fork", None)
     if register is not None:
         register(**functions)
+
+
+def lock_of_module() -> threading.Lock:
+    """Return a lock that is free in a forked process.
+
+    The thread that held it at the fork is not there to release it. For what lives as long as the
+    process, and what is held for an instant that leaves nothing half done.
+    """
+    lock = threading.Lock()
+    _locks.append(lock)
+    return lock
+
+
+def _free_locks() -> None:
+    for lock in _locks:
+        if lock.locked():
+            lock.release()
+
+
+# Here, so that it comes before what any other module does in a forked process.
+at_fork(after_in_child=_free_locks)

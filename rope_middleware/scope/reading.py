@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from rope_middleware.running.forks import lock_of_module
 from rope_middleware.scope.context import with_outer
 from rope_middleware.scope.options import EVERY
 from rope_middleware.scope.scope import Scope
@@ -26,7 +26,7 @@ __all__ = [
 _T = TypeVar("_T")
 
 # Held for the instant in which a scope gets its choice: two threads may race for it.
-_first_use = threading.Lock()
+_first_use = lock_of_module()
 
 
 def reads_only(scope: Scope) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from weakref import ReferenceType
 
 from rope_middleware.errors import RopeError, async_callback, belongs_to_parent, scope_ended
+from rope_middleware.running.forks import lock_of_module
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.options import DEFAULT, Options
 
@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 OPEN, ENDED, CLOSED = range(3)
 
 # Held for the instant in which a scope gets its dictionary or a list. J6: two threads race for it.
-_first_use = threading.Lock()
+_first_use = lock_of_module()
 
 
 class Scope:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
 
+from rope_middleware.running.forks import lock_of_module
 from rope_middleware.scope.scope import OPEN, AsyncScope, Scope, is_request
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class _Aside:
         self.kind: SessionKind = kind
 
 
-_wait_or_late = threading.Lock()  # held for the instant in which somebody is noted
+_wait_or_late = lock_of_module()  # held for the instant in which somebody is noted
 
 
 class Settling:

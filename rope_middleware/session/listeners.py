@@ -6,8 +6,8 @@ On the session's class, because listening on each session would cost a quarter o
 from __future__ import annotations
 
 import sys
-import threading
 from functools import partial
+from threading import get_ident
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction, SessionTransactionOrigin
 
 from rope_middleware.errors import CrossLoopError, RopeError
+from rope_middleware.running.forks import lock_of_module
 from rope_middleware.scope.context import current
 from rope_middleware.scope.loop import check_loop
 from rope_middleware.scope.outcome import note_commit, retries_of
@@ -45,10 +46,9 @@ from rope_middleware.session.unsaved import (
 
 __all__ = ["listen", "listen_to", "refuse_late"]
 
-# Not event.contains(): it knows a class by its id, and the ids of dead classes come again. A
-# sessionmaker makes a class each time.
+# Not event.contains(): it goes by ids, which come again. A sessionmaker makes a class each time.
 _listening_to: WeakSet[type[Session]] = WeakSet()
-_listening = threading.Lock()
+_listening = lock_of_module()
 
 
 def listen(session_class: type[Session]) -> None:
@@ -158,7 +158,7 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
         tie.transaction = transaction
     elif not transaction.nested:
         # The transaction within a transaction that SQLAlchemy opens for each flush.
-        tie.flush = transaction, threading.get_ident()
+        tie.flush = transaction, get_ident()
     if transaction.origin in _BLOCKS:
         guard_transaction(session, transaction)
         if is_outermost and scope is not None and needs(scope):

@@ -160,3 +160,38 @@ def test_S8_an_async_session_that_the_child_has_kept_says_nothing_either(
         await engine.dispose()
 
     asyncio.run(request())
+
+
+def test_S8_what_another_thread_is_in_the_middle_of_does_not_stop_the_child(
+    engine: Engine,
+) -> None:
+    """A session class is met for the first time: that is done one after the other."""
+    is_meeting, may_go_on = Event(), Event()
+
+    class Slow(type):
+        def __getattribute__(cls, name: str) -> Any:
+            if name == "get_bind" and not is_meeting.is_set():
+                is_meeting.set()
+                may_go_on.wait(PATIENCE)
+            return super().__getattribute__(name)
+
+    class SlowSession(Session, metaclass=Slow):
+        pass
+
+    def use(session_class: type[Session]) -> None:
+        with open_scope():
+            SessionJenny(sessionmaker(engine, class_=session_class)).session.get_bind()
+
+    def child() -> None:
+        first = Thread(target=use, args=(Session,), daemon=True)
+        first.start()
+        first.join(PATIENCE / 4)
+        assert not first.is_alive(), "it waits for ever"
+
+    other = Thread(target=use, args=(SlowSession,))
+    other.start()
+    assert is_meeting.wait(PATIENCE)
+    failed = in_child(child)
+    may_go_on.set()
+    other.join()
+    assert failed == ""

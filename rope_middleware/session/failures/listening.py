@@ -7,18 +7,18 @@ one: most processes see none for hours.
 from __future__ import annotations
 
 import sys
-import threading
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
 
+from rope_middleware.running.forks import lock_of_module
 from rope_middleware.scope.context import current
 from rope_middleware.session.sql.notes import notes_of
 
 __all__ = ["listen_for_errors", "listen_for_retries"]
 
-_listening = threading.Lock()
+_listening = lock_of_module()
 _listens_to: set[str] = set()
 
 

@@ -12,7 +12,6 @@ for each.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from threading import get_ident
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
+from rope_middleware.running.forks import lock_of_module
 from rope_middleware.scope.scope import Scope
 from rope_middleware.scope.settling import GUARDED, TELLING, Calls, calls_of
 from rope_middleware.session.guard.by_error import CLOSING, note_errors, notes_errors
@@ -188,7 +188,7 @@ def become(session: Session, needed: int, scope: Scope, handed_out: Any) -> None
 
 _CLASSES = {TELLING: "_rope_middleware_telling", GUARDED: "_rope_middleware_guarded"}
 _MIXINS: dict[int, type[Session]] = {TELLING: _Telling, GUARDED: _Guarded}
-_making = threading.Lock()
+_making = lock_of_module()
 
 
 def _class_for(needed: int, base: type[Session]) -> type[Session]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext, ExecutionCon
 from sqlalchemy.orm import Session, SessionTransaction
 
 from rope_middleware.errors import async_engine
+from rope_middleware.running.forks import lock_of_module
 from rope_middleware.session.connections import refuse_begun
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _none() -> None:
     """Be a weak reference to what is gone."""
 
 
-_making = threading.Lock()  # a statement and the end of its scope may do so in one instant
+_making = lock_of_module()  # a statement and the end of its scope may do so in one instant
 
 
 def notes_of(connection: Connection) -> Notes:

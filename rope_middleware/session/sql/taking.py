@@ -16,6 +16,7 @@ from sqlalchemy.exc import IllegalStateChangeError
 
 from rope_middleware.errors import RopeError
 from rope_middleware.running.finish import may_block
+from rope_middleware.running.forks import lock_of_module
 from rope_middleware.scope.hands import MAX_SECONDS, wait_until
 from rope_middleware.scope.scope import require_open
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["refuse_gone", "take"]
 
 _TAKEN: tuple[Scope | None, int] = None, 0
-_taking = threading.Lock()
+_taking = lock_of_module()
 
 
 def take(notes: Collection[Notes], end: Callable[[], None]) -> bool:
