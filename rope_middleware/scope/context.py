@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import traceback
 from collections.abc import Iterator
 from contextvars import ContextVar, Token
@@ -34,7 +35,22 @@ __all__ = [
 SCOPE_KEY = "rope_middleware.scope"
 """Where the ASGI scope and the WSGI environ carry the open Scope."""
 
-logger: logging.Logger = logging.getLogger("rope_middleware")
+
+class _Logger(logging.LoggerAdapter[logging.Logger]):
+    """Our logger. A filter or handler that raises must not keep a scope from its end (S3)."""
+
+    def log(self, level: int, msg: object, *args: object, **kw: Any) -> None:
+        if not self.isEnabledFor(level):
+            return
+        try:
+            self.logger.log(level, msg, *args, stacklevel=2, **kw)  # of who has called us
+        except Exception:
+            # As Handler.handleError() of logging does it.
+            if logging.raiseExceptions and sys.stderr is not None:
+                traceback.print_exc()
+
+
+logger: logging.LoggerAdapter[logging.Logger] = _Logger(logging.getLogger("rope_middleware"))
 
 current: ContextVar[Scope | None] = ContextVar("rope_middleware.scope")
 """The scope that is open here."""

@@ -196,6 +196,34 @@ def test_S3_a_close_that_fails_is_logged_and_the_next_session_is_closed(
             assert connection.scalar(SELECT) == 1
 
 
+class Fails(logging.Filter):
+    """A filter of the application's with a mistake in it: it raises where something is told."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        raise ZeroDivisionError(record.msg)
+
+
+@pytest.mark.told
+def test_S3_logging_that_fails_leaves_nothing_out(
+    jenny: Jenny, engine: Engine, way: Way, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scope tells of a misuse at its end, and its end goes on, whatever logging makes of it."""
+
+    def forget() -> None:
+        jenny.session.add(Row(n=1))
+        jenny.session.flush()
+
+    logger, fails = logging.getLogger("rope_middleware"), Fails()
+    logger.addFilter(fails)
+    try:
+        way(forget)
+    finally:
+        logger.removeFilter(fails)
+    assert not checked_out(engine)
+    assert no_scope_here()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_S3_a_rollback_that_fails_in_the_driver_invalidates_the_connection(
     jenny: Jenny, engine: Engine, way: Way, caplog: pytest.LogCaptureFixture
 ) -> None:
