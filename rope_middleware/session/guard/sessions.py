@@ -220,12 +220,10 @@ def plain_class(session: Any, original: Any = _SESSION_CLOSE) -> Any:
     if "close" in session.__dict__ and not notes_errors(session):
         return None
     cls: Any = type(session)  # pyright: ignore[reportUnknownVariableType]
-    close = cls.close
-    while close is not original:
+    while (close := cls.close) is not original:
         if close not in _CLOSES:
             return None
         cls = cls._rope_middleware_class_without
-        close = cls.close
     return cls
 
 
