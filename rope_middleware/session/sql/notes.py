@@ -130,8 +130,8 @@ _making = lock_of_module()  # a statement and the end of its scope may do so in 
 
 def notes_of(connection: Connection) -> Notes:
     """Return what is executed on `connection` from when it came from its pool on."""
-    # By no look at its __dict__: on Python 3.11 and 3.12 that has an object make one, and all that
-    # SQLAlchemy looks up in the object afterwards takes twice as long.
+    # By no look at its __dict__: on Python 3.11 and 3.12 that has an object make one, and what
+    # SQLAlchemy looks up in the object afterwards takes longer. It saves 0.3 us and more.
     notes: Notes | None = getattr(connection, NOTES, None)
     if notes is None:
         with _making:
