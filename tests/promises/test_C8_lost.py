@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool
 
+from rope_middleware import ASGIRopeMiddleware, AsyncSessionJenny
 from rope_middleware.session.failures.refusal import bridging
+from tests.kit.asgi import answer
+from tests.kit.asgi import ask as ask_app
 from tests.kit.models import Row
 from tests.kit.shop import SHOPS, Answer, Shop, Work, ask_once, insert, load_over_a_restart
 from tests.servers.postgres import Database, postgres_server
@@ -129,6 +136,46 @@ def test_C8_five_waits_bridge_two_seconds() -> None:
     """However the dice fall."""
     for _ in range(1000):
         assert 2.0 < sum(bridging(tried) for tried in range(5)) < 4.0
+
+
+@pytest.mark.parametrize("pool", [AsyncAdaptedQueuePool, NullPool])
+def test_C8_a_connection_that_is_lost_while_it_is_set_up(
+    database: Database, pool: type[Pool]
+) -> None:
+    """asyncpg has made it, SQLAlchemy's set-up finds it closed: the error is asyncpg's own."""
+    made: list[int] = []
+
+    async def connect(**parameters: Any) -> Any:
+        connection = await asyncpg.connect(**parameters)
+        made.append(connection.get_server_pid())
+        if len(made) == 1:
+            database.terminate(*made)
+            while not connection.is_closed():
+                await asyncio.sleep(0.001)
+        return connection
+
+    async def main() -> list[int]:
+        engine = create_async_engine(
+            database.url("asyncpg"), connect_args={"async_creator_fn": connect}, poolclass=pool
+        )
+        jenny = AsyncSessionJenny(async_sessionmaker(engine))
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            try:
+                jenny.session.add(Row(n=len(made)))
+                await jenny.session.flush()
+            except Exception:  # as frameworks do
+                await answer(send, 500)
+            else:
+                await answer(send)
+
+        statuses: list[int] = []
+        await ask_app(ASGIRopeMiddleware(app, commit_on_success=True, retries=3), statuses)
+        await engine.dispose()
+        return statuses
+
+    assert asyncio.run(main()) == [200]
+    assert (len(made), rows(database)) == (2, [1])
 
 
 @pytest.fixture(scope="module")

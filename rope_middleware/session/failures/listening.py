@@ -14,6 +14,7 @@ from sqlalchemy.engine import Engine, ExceptionContext
 
 from rope_middleware.running.forks import lock_of_module
 from rope_middleware.scope.context import current
+from rope_middleware.session.holding.waits import call_at_errors
 from rope_middleware.session.sql.notes import notes_of
 
 __all__ = ["listen_for_errors", "listen_for_retries"]
@@ -33,6 +34,7 @@ def listen_for_retries() -> None:
 
     listen_for_errors()
     _listen_once("retries", *RETRY_LISTENERS)
+    call_at_errors(_on_error_of_pool)
 
 
 def _listen_once(what: str, *listeners: tuple[str, Any]) -> None:
@@ -65,3 +67,10 @@ def _on_error_of_lock(context: ExceptionContext) -> None:
         from rope_middleware.session.failures.locks import name_other_side
 
         name_other_side(context)
+
+
+def _on_error_of_pool(error: Exception) -> None:
+    if not sys.is_finalizing():
+        from rope_middleware.session.failures.refusal import note_error_of_pool
+
+        note_error_of_pool(error)

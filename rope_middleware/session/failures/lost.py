@@ -15,6 +15,7 @@ from rope_middleware.session.failures.codes import mysql_code_of, sqlstate_of
 __all__ = [
     "SERVER_GONE",
     "is_lost",
+    "is_lost_in_set_up",
     "is_told",
     "is_unanswered",
     "note_refused_connects",
@@ -53,6 +54,18 @@ def is_lost(context: ExceptionContext) -> bool:
         or isinstance(error, ConnectionError)
         or _says_so(error)
         or (isinstance(error, context.dialect.loaded_dbapi.Error) and is_unanswered(context))
+    )
+
+
+def is_lost_in_set_up(error: Exception) -> bool:
+    """Tell whether a connection was lost after asyncpg has made it, and before it was in its pool.
+
+    The error is asyncpg's own: for SQLAlchemy this is no statement.
+    """
+    return (
+        isinstance(error, OSError)
+        or _says_so(error)
+        or (type(error).__module__.startswith("asyncpg.") and not was_sent(error))
     )
 
 

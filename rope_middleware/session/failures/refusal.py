@@ -28,6 +28,7 @@ from rope_middleware.session.failures.codes import mysql_code_of, sqlite_code_of
 from rope_middleware.session.failures.doubt import can_be_asked, trace_of
 from rope_middleware.session.failures.lost import (
     is_lost,
+    is_lost_in_set_up,
     is_unanswered,
     note_refused_connects,
     note_told,
@@ -140,6 +141,12 @@ def _note_failed(scope: Scope, context: ExceptionContext) -> None:
 
 
 # -- commits: with `retries` alone -----------------------------------------------------------------
+
+
+def note_error_of_pool(error: Exception) -> None:
+    """Note a new connection that was lost while SQLAlchemy set it up."""
+    if is_lost_in_set_up(error):
+        _on_refused_connect(error)
 
 
 def _on_refused_connect(error: Exception) -> None:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import PoolProxiedConnection, QueuePool
+from sqlalchemy.pool import NullPool, PoolProxiedConnection, QueuePool
 
 from rope_middleware.errors import PoolDeadlockError
 from rope_middleware.scope.context import current
@@ -22,7 +22,7 @@ from rope_middleware.scope.scope import Scope
 from rope_middleware.session.holding.begun import Strand, strand
 from rope_middleware.session.holding.door import DOOR, LEFT, Door, deciding, marks
 
-__all__ = ["put_door"]
+__all__ = ["call_at_errors", "put_door"]
 
 
 def put_door(engine: Engine) -> dict[str, int] | None:
@@ -49,6 +49,8 @@ def put_door(engine: Engine) -> dict[str, int] | None:
                 door = Door(pool, engine_text(engine), limit_of(pool))
                 # Under its name on this one object: everything else about the pool stays as it is.
                 pool.connect = _through(door, pool, pool.connect)  # type: ignore[method-assign]
+            elif isinstance(pool, NullPool):
+                pool.connect = _telling(pool.connect)  # type: ignore[method-assign]
             vars(pool)[DOOR] = {} if is_memory_of_thread(engine) else door
     return put_door(engine)
 
@@ -76,6 +78,9 @@ def _through(
 
                 tell_holders(door, error, here(None))
             raise
+        except Exception as error:
+            _tell_of(error)
+            raise
         finally:
             if before is mark:
                 marks.pop(who, None)
@@ -88,6 +93,30 @@ def _through(
         return fairy
 
     return through
+
+
+def _telling(connect: Callable[[], PoolProxiedConnection]) -> Callable[[], PoolProxiedConnection]:
+    def connect_and_tell(*_: bool) -> PoolProxiedConnection:
+        try:
+            return connect()
+        except Exception as error:
+            _tell_of(error)
+            raise
+
+    return connect_and_tell
+
+
+_listeners: set[Callable[[Exception], None]] = set()
+
+
+def call_at_errors(func: Callable[[Exception], None]) -> None:
+    """Call `func` with each error by which a pool gives no connection, from now on."""
+    _listeners.add(func)
+
+
+def _tell_of(error: Exception) -> None:
+    for func in _listeners:
+        func(error)
 
 
 def _before_wait(door: Door, pool: QueuePool, who: Strand, scope: Scope | None) -> None:
