@@ -143,7 +143,8 @@ class Desk:
         )
 
     def _end_idle(self, sandbox: Sandbox) -> None:
-        self._stays.pop(sandbox, None)
+        if self._stays.pop(sandbox, None) is None:
+            return  # a DELETE has ended it
         logger.info("the sandbox %r ends: %g s without a request", sandbox.name, self._idle)
         false = sandbox.close()
         if false is not None:

@@ -102,7 +102,7 @@ def _verdict(scope: Scope, commits: bool, is_read: bool) -> tuple[bool, str]:
         return False, "the response was no success"
     if is_doomed(scope):
         return False, "doomed"
-    return is_read, "the body was not read to its end"
+    return is_read, "the body was not read to its end and closed"
 
 
 class _Ending:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -179,13 +180,21 @@ def _idle_in_transaction(place: Place) -> list[int]:
         return [pid for (pid,) in found]
 
 
-def test_T2_one_that_idles_ends_by_itself(client: httpx.Client, place: Place) -> None:
-    """After `idle` seconds without a request nothing stays open."""
-    told = client.post("/rope-sandbox").json()
+def test_T2_one_that_idles_ends_by_itself(
+    client: httpx.Client, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After `idle` seconds without a request nothing stays open; of no other is that told."""
+    caplog.set_level(logging.INFO, "rope_middleware")
+    ended = client.post("/rope-sandbox?name=ended").json()
+    assert client.delete("/rope-sandbox", headers=ended["headers"]).status_code == 204
+    client.cookies.clear()
+    told = client.post("/rope-sandbox?name=idles").json()
     assert client.post("/sync/1", headers=told["headers"]).status_code == 201
     assert _idle_in_transaction(place)
     eventually(lambda: not _idle_in_transaction(place), "the sandbox has ended")
     assert client.get("/sync", headers=told["headers"]).status_code == 410
+    (line,) = (text for text in caplog.messages if "without a request" in text)
+    assert "'idles'" in line
 
 
 def test_T2_wsgi_does_the_same(place: Place) -> None:

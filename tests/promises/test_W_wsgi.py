@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -273,9 +274,10 @@ def test_W3_an_exhausted_body_kept_without_close_ends_when_dropped(
 @pytest.mark.told
 @pytest.mark.parametrize("take", [2, None])
 def test_W3_nothing_is_committed_on_collection(
-    take: int | None, jenny: Jenny, engine: Engine
+    take: int | None, jenny: Jenny, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With commit_on_success late work is committed by close(), and never by the collector."""
+    caplog.set_level(logging.INFO, "rope_middleware")
 
     def app(environ: Any, start_response: Any) -> Iterator[bytes]:
         start_response("200 OK", HEADERS)
@@ -291,6 +293,9 @@ def test_W3_nothing_is_committed_on_collection(
     gc.collect()
     assert checked_out(engine) == 0
     assert rows(engine) == 0
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    assert len(told) == 1
+    assert "the body was not read to its end and closed" in told[0]
     assert Server()(middleware).body == b"ab"
     assert rows(engine) == 1
 
