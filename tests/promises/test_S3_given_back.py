@@ -268,6 +268,30 @@ def test_S3_an_interrupt_while_closing_is_raised_when_everything_is_closed(
     assert no_scope_here()
 
 
+async def test_S3_an_interrupt_while_an_idle_session_ends_comes_after_what_has_to_wait(
+    tmp_path: Path,
+) -> None:
+    """Another AsyncSession has a transaction open: its connection is back by then."""
+
+    class Interrupt(BaseException):
+        pass
+
+    class Interrupted(Session):
+        def reset(self) -> None:
+            raise Interrupt
+
+    engine = small_async_engine(tmp_path / "x.db")
+    idle = AsyncSessionJenny(async_sessionmaker(engine, sync_session_class=Interrupted))
+    other = AsyncSessionJenny(async_sessionmaker(engine))
+    with pytest.raises(Interrupt):
+        async with open_scope() as scope:
+            assert idle.session
+            await other.execute(SELECT)
+    assert scope.closed
+    assert checked_out(engine.sync_engine) == 0
+    await engine.dispose()
+
+
 def test_S3_a_connection_that_the_application_lent_is_not_taken(engine: Engine, way: Way) -> None:
     """A session bound to the application's own connection leaves it open."""
     with engine.connect() as connection:
