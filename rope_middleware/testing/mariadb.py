@@ -6,7 +6,7 @@ import re
 
 from rope_middleware.errors import RopeError
 from rope_middleware.testing.database import Database
-from rope_middleware.testing.sql import Said
+from rope_middleware.testing.sql import Said, body_of
 
 __all__ = ["MariaDB"]
 
@@ -52,9 +52,10 @@ class MariaDB(Database):
 
     def refuse(self, _: Said, text: str) -> None:
         # https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
-        if _COMMITS.match(text):
+        body = body_of(text)
+        if _COMMITS.match(body):
             raise RopeError(
-                f"MariaDB commits by itself before {' '.join(text.split()[:2])!r}, which "
+                f"MariaDB commits by itself before {' '.join(body.split()[:2])!r}, which "
                 "would leave the rows of this sandbox in the database; the statement was not sent. "
                 "Do it outside of the sandbox, or use DELETE instead of TRUNCATE."
             )

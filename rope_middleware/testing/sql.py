@@ -11,7 +11,7 @@ from enum import Enum, auto
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
-__all__ = ["Kind", "Said", "local_settings", "read"]
+__all__ = ["Kind", "Said", "body_of", "local_settings", "read"]
 
 
 class Kind(Enum):
@@ -119,8 +119,7 @@ def read(statement: object) -> Said:
 
 @lru_cache(maxsize=2000)
 def _read(text: str) -> Said:
-    start = _BEFORE.match(text)
-    body = text[start.end() :] if start else text
+    body = body_of(text)
     found = _FIRST.match(body)
     word = found[0].upper() if found else ""
     if ";" in body and _ENDS.search(_bare(body)):
@@ -135,6 +134,12 @@ def _read(text: str) -> Said:
     if word in _DDL:
         return Said(Kind.DDL, word)
     return _query(body) if word in _READS else Said(Kind.WRITE)
+
+
+def body_of(text: str) -> str:
+    """Return a statement without the comments and brackets in front of it."""
+    start = _BEFORE.match(text)
+    return text[start.end() :] if start else text
 
 
 def _bare(body: str) -> str:

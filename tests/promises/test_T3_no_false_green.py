@@ -321,7 +321,14 @@ def test_T3_a_script_that_would_commit_is_not_sent(place: Place, script: str) ->
 
 
 @of("mariadb")
-@pytest.mark.parametrize("statement", ["TRUNCATE TABLE row", "CREATE TABLE t (n int)"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "TRUNCATE TABLE row",
+        "CREATE TABLE t (n int)",
+        "/* by whom */ -- why\n CREATE TABLE t (n int)",
+    ],
+)
 def test_T3_ddl_on_mariadb_is_not_sent(place: Place, statement: str) -> None:
     """It would commit by itself; a temporary table does not."""
     with Sandbox(place.jenny):
