@@ -25,12 +25,12 @@ from rope_middleware.scope.settling import (
     may_begin,
     may_begin_in_loop,
     may_begin_plainly,
-    must_wait_for,
     needs,
     settling_of,
 )
 from rope_middleware.session.connections import connections_out, has_made, has_out, made_connections
 from rope_middleware.session.guard.blocks import guard_transaction
+from rope_middleware.session.guard.busy import wait_in
 from rope_middleware.session.guard.sessions import is_guarded, reset
 from rope_middleware.session.holding.begun import OF_BODY, is_alone, note_begin
 from rope_middleware.session.holding.ended import note_ended
@@ -222,12 +222,7 @@ def _adopted(session: Session) -> Tie | None:
 def _wait_or_refuse(session: Session, tie: Tie, scope: Scope, is_outermost: bool) -> None:
     """Wait for a commit of `scope` that is under way, and refuse to begin where it has ended."""
     if settling_of(scope) is not None and not is_guarded(session):
-        settling = must_wait_for(scope)
-        if settling is not None and isinstance(tie, PlainTie):
-            settling.leave_out(tie.owner)  # else that commit would wait for it
-        from rope_middleware.session.guard.turns import wait_for_commit  # few ever wait
-
-        wait_for_commit(scope)
+        wait_in(session, tie, scope)
     if is_over(scope):
         if is_outermost:
             # SQLAlchemy has assigned the transaction already; it must go, for the next use

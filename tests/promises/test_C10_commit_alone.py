@@ -29,6 +29,7 @@ from tests.kit.models import Base, Row
 from tests.kit.sessions import Jenny
 from tests.kit.stacks import stack, twenty
 from tests.kit.waiting import PATIENCE, never
+from tests.kit.wsgi import serve_wsgi
 
 pytestmark = pytest.mark.anyio
 
@@ -193,6 +194,33 @@ def test_C10_the_commit_waits_for_a_statement_under_way(jenny: Jenny, engine: En
 
     asyncio.run(RopeMiddleware(app, commit_on_success=True)(http_scope(), never, into_nothing))
     assert checked_out(engine) == 0
+
+
+def test_C10_the_commit_waits_for_a_flush_under_way_in_a_session_that_a_thread_has_kept(
+    jenny: Jenny, engine: Engine
+) -> None:
+    """And the flush does not wait for the commit meanwhile."""
+    flushing, may_go = threading.Event(), threading.Event()
+
+    def app(_: Any, start_response: Any) -> list[bytes]:
+        session = jenny.session
+        session.execute(COUNT)
+
+        @event.listens_for(session, "before_flush")
+        def slowly(*_: Any) -> None:
+            flushing.set()
+            assert may_go.wait(PATIENCE)
+
+        session.add(Row(name="slow"))
+        thread = threading.Thread(target=session.flush)
+        thread.start()
+        assert flushing.wait(PATIENCE)
+        threading.Timer(0.2, may_go.set).start()
+        start_response("200 OK", [])
+        return [b"ok"]
+
+    assert serve_wsgi(app, commit_on_success=True) == [b"ok"]
+    assert rows(engine) == 1 and checked_out(engine) == 0
 
 
 @pytest.mark.parametrize("has_begun", [True, False], ids=["begun before", "begun at the start"])

@@ -13,13 +13,13 @@ from sqlalchemy.orm import Session, SessionTransaction
 from rope_middleware.running.finish import may_block
 from rope_middleware.scope.hands import MAX_SECONDS, wait_until
 from rope_middleware.scope.options import DEFAULT
-from rope_middleware.scope.outcome import timeout_of
+from rope_middleware.scope.outcome import is_committing, timeout_of
 from rope_middleware.scope.scope import Scope
-from rope_middleware.scope.settling import calls_of
+from rope_middleware.scope.settling import calls_of, must_wait_for
 from rope_middleware.session.connections import made_connections
 from rope_middleware.session.guard.sessions import is_guarded
 from rope_middleware.session.sql.notes import NOTES, Notes, notes_of
-from rope_middleware.session.tie import Tie, tie_of
+from rope_middleware.session.tie import PlainTie, Tie, tie_of
 
 __all__ = [
     "allow_others",
@@ -28,6 +28,7 @@ __all__ = [
     "is_flushing",
     "stop_others",
     "wait_for_flush",
+    "wait_in",
 ]
 
 
@@ -60,6 +61,20 @@ def is_busy(session: Session) -> bool:
         if notes_of(connection).is_executing():
             return True
     return False
+
+
+def wait_in(session: Session, tie: Tie, scope: Scope) -> None:
+    """Let a commit of `scope` end that is under way, before `session` begins something."""
+    settling = must_wait_for(scope)
+    if settling is None:
+        return
+    if isinstance(tie, PlainTie):
+        settling.leave_out(tie.owner)  # else that commit would wait for it
+    elif is_flushing(tie, session) and not is_committing(scope):
+        return  # that commit waits for this flush, whose writes belong to it
+    from rope_middleware.session.guard.turns import wait_for  # few ever wait
+
+    wait_for(settling)
 
 
 # -- the end of a scope ----------------------------------------------------------------------------

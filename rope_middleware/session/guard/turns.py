@@ -7,17 +7,9 @@ from sqlalchemy.util import await_only
 
 from rope_middleware.running.finish import is_async_running, running_loop
 from rope_middleware.scope.options import DEFAULT
-from rope_middleware.scope.scope import Scope
-from rope_middleware.scope.settling import Settling, must_wait_for
+from rope_middleware.scope.settling import Settling
 
-__all__ = ["wait_for", "wait_for_commit"]
-
-
-def wait_for_commit(scope: Scope) -> None:
-    """Let a commit of `scope` end that is under way before its response starts."""
-    settling = must_wait_for(scope)
-    if settling is not None:
-        wait_for(settling)
+__all__ = ["wait_for"]
 
 
 def wait_for(settling: Settling) -> None:
