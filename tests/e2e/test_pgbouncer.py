@@ -210,6 +210,7 @@ class BouncedApp(App):
         self.jenny = AsyncSessionJenny(async_sessionmaker(self.engine, expire_on_commit=False))
 
 
+@pytest.mark.told  # what was written for a client that has left is not committed
 @pytest.mark.parametrize("driver", SETTINGS)
 def test_Y2_clients_that_leave_keep_no_server_connection(
     driver: str, bouncer: PgBouncer, app_database: Database
