@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from collections.abc import Awaitable
 from contextlib import suppress
 from contextvars import Context
@@ -85,13 +86,17 @@ def limit(seconds: float) -> tuple[dict[asyncio.Task[Any], float], asyncio.Task[
 
 def why_cut_off(error: BaseException, seconds: float) -> BaseException:
     """Return what has cut off the running task's work: `error` itself, or that its time was up."""
-    if not isinstance(error, asyncio.CancelledError):
-        return error
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task(loop)
-    if task is None or task in _deadlines[loop].tasks:
-        return error
-    task.uncancel()
+    if isinstance(error, asyncio.CancelledError):
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
+        if task is None or task in _deadlines[loop].tasks:
+            return error
+        task.uncancel()
+    else:
+        # Under trio `finish` has shielded the work from whatever else would cancel it.
+        trio = sys.modules.get("trio")
+        if trio is None or not isinstance(error, trio.Cancelled):
+            return error
     late = OutOfTimeError(f"gave up after {seconds} seconds")
     return late.with_traceback(error.__traceback__)
 

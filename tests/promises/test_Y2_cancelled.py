@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import anyio
 import anyio.to_thread
@@ -16,7 +17,7 @@ from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.util import await_only
 
-from rope_middleware import NoScopeError, SessionJenny, current_scope, open_scope
+from rope_middleware import AsyncSessionJenny, NoScopeError, SessionJenny, current_scope, open_scope
 from tests.kit.asgi import serve
 from tests.kit.models import Row
 from tests.kit.stores import Store, open_store
@@ -429,6 +430,26 @@ class TestTrio:
                 group.cancel_scope.cancel()
             assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
         engine.dispose()
+
+    @pytest.mark.told
+    async def test_S3_under_trio_a_close_that_takes_too_long_is_logged(
+        self, anyio_backend: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It is cut off, and replaces neither a result nor the application's own error."""
+
+        class Stuck:
+            async def close(self) -> None:
+                await never()
+
+        jenny: Any = AsyncSessionJenny(cast("Any", Stuck))
+        async with open_scope(close_timeout=0.02) as scope:
+            assert jenny.session
+        with pytest.raises(ZeroDivisionError):
+            async with open_scope(close_timeout=0.02):
+                assert jenny.session
+                raise ZeroDivisionError
+        assert scope.closed
+        assert caplog.text.count("gave up after 0.02 seconds") == 2
 
     async def test_S6_under_trio_scopes_nest(self, anyio_backend: str) -> None:
         """`async with open_scope():`, the decorator and their errors."""
