@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 __all__ = ["at_fork", "lock_of_module"]
 
-_locks: list[threading.Lock] = []
+_locks: list[Any] = []
 
 
 def at_fork(**functions: Callable[[], object]) -> None:
@@ -19,21 +20,23 @@ def at_fork(**functions: Callable[[], object]) -> None:
         register(**functions)
 
 
-def lock_of_module() -> threading.Lock:
+def lock_of_module() -> AbstractContextManager[bool]:
     """Return a lock that is free in a forked process.
 
     The thread that held it at the fork is not there to release it. For what lives as long as the
     process, and what is held for an instant that leaves nothing half done.
+
+    A thread that holds it may take it again: the garbage collector runs finalisers at any time,
+    and they close bodies and sessions.
     """
-    lock = threading.Lock()
+    lock = threading.RLock()
     _locks.append(lock)
     return lock
 
 
 def _free_locks() -> None:
     for lock in _locks:
-        if lock.locked():
-            lock.release()
+        lock._at_fork_reinit()  # noqa: SLF001 - as logging does it: nothing public frees an RLock
 
 
 # Here, so that it comes before what any other module does in a forked process.

@@ -124,8 +124,7 @@ class Scope:
     def info(self) -> dict[Any, Any]:
         """A dictionary for the application's own use.
 
-        In a request it is empty at the start. In an inner `open_scope` it begins as a shallow copy
-        of the outer scope's.
+        Empty at the start of a request; in an inner `open_scope` a shallow copy of the outer one's.
         """
         if self._info is None:
             with _first_use:
@@ -199,10 +198,10 @@ class Scope:
 
     def _begin_use(self) -> dict[SessionKey, Any]:
         """Make sure that the end does not pass this scope over; return its sessions."""
-        if self._sessions is None:
-            with _first_use:
-                if self._sessions is None:
-                    self._sessions = {}
+        made: dict[SessionKey, Any] = {}  # first: a finaliser that runs meanwhile may come by here
+        with _first_use:
+            if self._sessions is None:
+                self._sessions = made
         return self._sessions
 
 
@@ -269,10 +268,11 @@ def keep(scope: Scope, key: SessionKey, session: _T) -> _T:
     """
     sessions = scope._sessions
     if sessions is None:
+        made: dict[SessionKey, Any] = {}
         with _first_use:  # as `_begin_use`, in each request
             sessions = scope._sessions
             if sessions is None:
-                sessions = scope._sessions = {}
+                sessions = scope._sessions = made
     kept: _T = sessions.setdefault(key, session)
     # Order matters. We store, then read `_state`; the end sets `_state`, then reads `_sessions`.
     # So either the end finds this session, or we find the scope ended.

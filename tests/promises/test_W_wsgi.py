@@ -22,12 +22,14 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
+from rope_middleware.session.sql import notes
 from tests.kit.engines import MakeEngine, rows
 from tests.kit.flask_app import flask_app
 from tests.kit.leaks import checked_out, no_scope_here
 from tests.kit.models import Row
 from tests.kit.said import Said
 from tests.kit.sessions import Jenny, run_threads, touch
+from tests.kit.waiting import PATIENCE
 from tests.kit.wsgi import (
     BODIES,
     FILE_WRAPPERS,
@@ -269,6 +271,43 @@ def test_W3_an_exhausted_body_kept_without_close_ends_when_dropped(
     gc.collect()
     assert probe.closes == 1
     assert probe.scope.closed
+
+
+def test_W3_collection_while_the_thread_is_in_the_middle_of_a_statement(
+    wrap: Wrap, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector comes at any time; what the body executes then does not wait for its thread."""
+    jenny, other = (SessionJenny(sessionmaker(make_engine())) for _ in range(2))
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", HEADERS)
+        try:
+            yield b"a"
+        finally:
+            touch(other)
+
+    touched = threading.Event()
+
+    class Notes(notes.Notes):
+        def __new__(cls) -> Notes:
+            if kept:
+                kept.clear()
+                touched.set()
+            return super().__new__(cls)
+
+    def drop() -> None:
+        with open_scope():
+            touch(jenny)
+
+    body = iter(wrap(app)(make_environ(), lambda *args: print))
+    next(body)
+    kept = [body]
+    del body
+    monkeypatch.setattr(notes, "Notes", Notes)
+    thread = threading.Thread(target=drop, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert touched.is_set() and not thread.is_alive()
 
 
 @pytest.mark.told

@@ -108,8 +108,8 @@ class Notes(list[tuple[Callable[[], "ExecutionContext | None"], Any]]):
 
     def put_together(self) -> None:
         """Keep no more than is needed of statements that are over."""
-        over, self[:] = self.statements(), [one for one in self if one[0]() is not None]
-        self._over = over
+        self._over = over = self.statements()  # first: another thread may be asking
+        self[:] = [one for one in self if one[0]() is not None]
         self.many = max(_MAX_NOTES, 2 * len(self))  # somebody may keep all results
         if len(over) > _MAX_NOTES:
             self._dml = self.dml()[:_MAX_NAMES]
@@ -132,15 +132,14 @@ def notes_of(connection: Connection) -> Notes:
     """Return what is executed on `connection` from when it came from its pool on."""
     # By no look at its __dict__: on Python 3.11 and 3.12 that has an object make one, and what
     # SQLAlchemy looks up in the object afterwards takes longer. It saves 0.3 us and more.
-    notes: Notes | None = getattr(connection, NOTES, None)
+    notes: Any = getattr(connection, NOTES, None)
     if notes is None:
+        made = Notes()
+        made.gone = None  # an `__init__` would cost twice as much, in each transaction
         with _making:
-            notes = getattr(connection, NOTES, None)
-            if notes is None:
-                notes = Notes()
-                notes.gone = None  # an `__init__` would cost twice as much, in each transaction
-                setattr(connection, NOTES, notes)
-    return notes
+            notes = getattr(connection, NOTES, made)
+            setattr(connection, NOTES, notes)
+    return notes  # type: ignore[no-any-return]
 
 
 def _on_execute(_: Any, statement: str, __: Any, context: ExecutionContext) -> None:
