@@ -190,8 +190,10 @@ def _close_alone(scope: Scope, key: SessionKey, session: Any) -> None:
     try:
         key.kind.close_here(session)
     except BaseException as error:
-        why = why_cut_off(error, scope._options.close_timeout)
-        failure = invalidate_failed(scope, key.kind, session, why)
+        # No name for what it returns: its traceback refers to this frame.
+        failure = invalidate_failed(
+            scope, key.kind, session, why_cut_off(error, scope._options.close_timeout)
+        )
     _leave(scope, failure)
 
 

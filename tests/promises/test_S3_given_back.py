@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -289,6 +290,36 @@ async def test_S3_an_interrupt_while_an_idle_session_ends_comes_after_what_has_t
             await other.execute(SELECT)
     assert scope.closed
     assert checked_out(engine.sync_engine) == 0
+    await engine.dispose()
+
+
+@pytest.mark.told
+async def test_P4_the_error_of_a_close_goes_when_it_is_told(tmp_path: Path) -> None:
+    """And its traceback with it, which keeps all that the end has had in hand."""
+    errors: list[weakref.ref[Exception]] = []
+
+    class Error(Exception):
+        pass
+
+    class Failing(Session):
+        def reset(self) -> None:
+            super().reset()
+            try:
+                raise Error
+            except Error as error:
+                errors.append(weakref.ref(error))
+                raise
+
+    engine = small_async_engine(tmp_path / "x.db")
+    jenny = AsyncSessionJenny(async_sessionmaker(engine, sync_session_class=Failing))
+    gc.disable()
+    try:
+        async with open_scope():
+            await jenny.execute(SELECT)
+        await asyncio.sleep(0)
+        assert errors and {error() for error in errors} == {None}
+    finally:
+        gc.enable()
     await engine.dispose()
 
 
