@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from rope_middleware.protocols import Veto
 
 __all__ = [
+    "COMMIT",
     "FAILED",
     "HELD",
+    "PASS",
     "REPLACED",
     "REPLAY_LIMIT",
     "SERVER_ERROR",
@@ -56,6 +58,11 @@ class Act(enum.Enum):
     PASS = enum.auto()  # start it
     HOLD = enum.auto()  # keep it back: the request is run again
     REPLACE = enum.auto()  # answer an error in its place
+
+
+# Bound once: each response that may commit comes by, and to look a name up in an Enum takes Python
+# 0.09 us each time.
+COMMIT, PASS = Act.COMMIT, Act.PASS
 
 
 def decide(status: int, *, failed: bool, may_retry: bool, commits: bool) -> Act:
@@ -111,10 +118,10 @@ class Gate:
                 return None
             self.commits = options.commit_on_success
             self.state = STARTED
-            return Act.PASS  # no session was used, so there is nothing to settle
+            return PASS  # no session was used, so there is nothing to settle
         if not options.commit_on_success or options.retries or is_doomed(scope):
             return None
-        return Act.COMMIT
+        return COMMIT
 
     def may_try_again(self) -> bool:
         """Tell whether this try may be run again (C6)."""

@@ -7,7 +7,17 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware import answer
-from rope_middleware.answer import FAILED, HELD, REPLACED, SERVER_ERROR, SETTLING, STARTED, WAITING
+from rope_middleware.answer import (
+    COMMIT,
+    FAILED,
+    HELD,
+    PASS,
+    REPLACED,
+    SERVER_ERROR,
+    SETTLING,
+    STARTED,
+    WAITING,
+)
 from rope_middleware.asgi.position import told_again
 from rope_middleware.protocols import ASGIApp, ASGIScope, Message, Receive, Send
 from rope_middleware.running.finish import finish, running_loop
@@ -21,8 +31,6 @@ if TYPE_CHECKING:
     from rope_middleware.asgi.replay import Replay
 
 __all__ = ["Gate"]
-
-COMMIT, PASS = answer.Act.COMMIT, answer.Act.PASS  # bound once: each request comes by
 
 # What may come before the response's start, and is no part of the response.
 _BEFORE = frozenset({"http.response.early_hint", "http.response.push", "http.response.debug"})
@@ -141,7 +149,7 @@ class Gate(answer.Gate):
             self.state = HELD
         elif act is answer.Act.REPLACE:
             await self._replace()
-        elif act is answer.Act.COMMIT:
+        elif act is COMMIT:
             await self._commit(message)
         else:
             if act is answer.Act.ROLL_BACK:

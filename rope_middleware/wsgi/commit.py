@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware import answer
-from rope_middleware.answer import FAILED, HELD, SERVER_ERROR, STARTED, WAITING, Act
+from rope_middleware.answer import COMMIT, FAILED, HELD, PASS, SERVER_ERROR, STARTED, WAITING, Act
 from rope_middleware.scope.context import class_of, logger, traceback_of
 from rope_middleware.scope.ending import commit, end, roll_back
 from rope_middleware.scope.response import doom_rest, is_head
@@ -178,17 +178,17 @@ class Gate(answer.Gate):
             return
         status = _code(call[0])
         act = self.decide_plainly(status)
-        if act is Act.PASS:
+        if act is PASS:
             self._write_on = self._start_response(*call)
             return
-        if act is Act.COMMIT:
+        if act is COMMIT:
             self._commit(call)
             return
         resolve_doubts(self._scope)
         act = self.decide(status, partial(_headers, call))
         if act is Act.HOLD:
             self.state = HELD
-        elif act is Act.COMMIT:
+        elif act is COMMIT:
             self._commit(call)
         elif act is not Act.REPLACE:
             if act is Act.ROLL_BACK:
