@@ -47,7 +47,7 @@ not read: see `autocommit`."""
 marks: dict[Strand, tuple[Door, Scope | None]] = {}
 """Who is between a door and a connection: by which door, in which scope."""
 
-deciding = threading.RLock()
+deciding: threading.RLock = threading.RLock()
 """Held while somebody finds out whether it closes a circle."""
 
 
