@@ -102,9 +102,10 @@ class Notes(list[tuple[Callable[[], "ExecutionContext | None"], Any]]):
 
     def forget(self, context: ExecutionContext) -> None:
         """Forget the context of a statement that is over, though somebody keeps it."""
-        for number, (one, statement) in enumerate(self):
+        for one, statement in list(self):
             if one() is context:
-                self[number] = _none, statement
+                self.insert(0, (_none, statement))  # the last is what may be under way
+                self.remove((one, statement))
 
     def put_together(self) -> None:
         """Keep no more than is needed of statements that are over."""
