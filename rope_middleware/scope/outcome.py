@@ -8,6 +8,7 @@ from rope_middleware.scope.scope import OPEN, Scope
 
 __all__ = [
     "begin_commit",
+    "commits_itself",
     "end_commit",
     "expects_nothing",
     "has_refused",
@@ -38,6 +39,11 @@ def is_to_commit(scope: Scope) -> bool:
     """Tell whether `scope` is open and commits at a success, which may still come."""
     commits = scope._options.commit_on_success and scope._state == OPEN
     return commits and not expects_nothing(scope)
+
+
+def commits_itself(scope: Scope) -> bool:
+    """Tell whether `scope` commits at a success."""
+    return scope._options.commit_on_success
 
 
 def note_commit(scope: Scope) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
 
-from rope_middleware.scope.outcome import expects_nothing
+from rope_middleware.scope.outcome import commits_itself, expects_nothing
 from rope_middleware.scope.reading import reads_only
+from rope_middleware.scope.scope import is_request
 from rope_middleware.session.code.lines import Line, text_of
 from rope_middleware.session.code.telling import tell_once
 from rope_middleware.session.connections import connections_of, is_autocommit
@@ -155,6 +156,18 @@ def tell_lost(tie: Tie, session: Session) -> None:
             "%r is read-only, and changes are lost: %s (transaction begun at %s). Write in a scope "
             'that may write, "with open_scope():", or serve it by another method; if it was meant, '
             "call rollback().",
+            scope.name,
+            what,
+            text_of(line),
+        )
+        return
+    if scope is not None and is_request(scope) and commits_itself(scope):
+        tell_once(
+            "lost",
+            line,
+            "%r ended without its commit, and changes are lost: %s (transaction begun at %s). Its "
+            "response never started, or was not read to its end and closed. Call commit() for what "
+            "has to stay whatever the client does; if it was meant, call rollback().",
             scope.name,
             what,
             text_of(line),

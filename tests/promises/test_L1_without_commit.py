@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from inspect import isawaitable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,19 @@ import pytest
 from sqlalchemy import URL, func, select
 from sqlalchemy.orm import sessionmaker
 
-from rope_middleware import RopeError, SessionJenny, current_scope, open_scope
+from rope_middleware import (
+    RopeError,
+    SessionJenny,
+    WSGIRopeMiddleware,
+    current_scope,
+    open_scope,
+)
 from tests.kit.either import ONE, Either
 from tests.kit.engines import is_async_driver, rows, small_engine
 from tests.kit.models import Row
 from tests.kit.said import Said
 from tests.kit.web import Exchange, Web
+from tests.kit.wsgi import make_environ
 
 pytestmark = [pytest.mark.anyio, pytest.mark.told]
 
@@ -223,6 +231,32 @@ def test_L1_a_close_in_a_block_that_commits(tmp_path: Path, said: Said) -> None:
     assert rows(engine) == 1
     (warning,) = said.warnings
     assert "'job' was a success, and changes are lost: 1 Row added" in warning
+    engine.dispose()
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_L1_the_cure_is_not_an_option_that_is_set(tmp_path: Path, said: Said, starts: bool) -> None:
+    """A body that the server closes before its end, and an app that starts no response."""
+    engine = small_engine(tmp_path / "x.db")
+    jenny = SessionJenny(sessionmaker(engine))
+
+    def app(_: Any, start_response: Any) -> Any:
+        if starts:
+            start_response("200 OK", [])
+        jenny.add(Row(n=1))
+        jenny.flush()
+        yield b"a"
+        jenny.add(Row(n=2))
+        jenny.flush()
+        yield b"b"
+
+    body: Any = WSGIRopeMiddleware(app, commit_on_success=True)(make_environ(), lambda *_: None)
+    assert list(islice(body, 2)) == [b"a", b"b"]
+    body.close()
+    assert rows(engine) == starts  # what was written before the start is committed
+    (warning,) = said.warnings
+    assert "ended without its commit" in warning and "commit_on_success" not in warning
+    assert ("1" if starts else "2") + " Row added" in warning
     engine.dispose()
 
 
