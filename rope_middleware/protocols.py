@@ -17,4 +17,4 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
 
 Veto: TypeAlias = Callable[[int, list[tuple[str, str]]], object]
-CommitError: TypeAlias = Callable[[BaseException], Any]
+CommitError: TypeAlias = Callable[[Exception], Any]

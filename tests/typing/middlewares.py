@@ -10,6 +10,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from fastapi import FastAPI
 from flask import Flask
 from sqlalchemy import Engine
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import scoped_session, sessionmaker
 from starlette.applications import Starlette
@@ -28,6 +29,10 @@ def wsgi_app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterabl
 
 async def asgi_app(scope: ASGIScope, receive: Receive, send: Send) -> None:
     pass
+
+
+def conflict(error: Exception) -> ASGIApp | None:
+    return asgi_app if isinstance(error, IntegrityError) else None
 
 
 def veto(status: int, headers: list[tuple[str, str]]) -> bool:
@@ -52,6 +57,7 @@ assert_type(
         asgi_app,
         commit_on_success=True,
         commit_veto=veto,
+        on_commit_error=conflict,
         retries=3,
         read_only=("GET", "HEAD"),
         close_timeout=2.5,
