@@ -1,6 +1,6 @@
 """Are the promises on cost kept? Exits with 1 where one is broken.
 
-    python -m benchmarks.check                    as promised; about seven minutes
+    python -m benchmarks.check                    as promised; about eleven minutes
     python -m benchmarks.check --short            fewer rounds, wider margins; for CI
     python -m benchmarks.check --only P2 Flask    rows whose line contains one of these words
 
