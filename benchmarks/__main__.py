@@ -1,4 +1,4 @@
-"""Measure everything and write docs/benchmarks.md: ``python -m benchmarks``, a quarter of an hour."""
+"""Measure everything and write docs/benchmarks.md: ``python -m benchmarks``, 15 minutes."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
