@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable
+from contextlib import suppress
 
 from rope_middleware.protocols import Message, Receive, Send
 from rope_middleware.running.finish import running_loop
@@ -127,9 +128,12 @@ async def answer_nobody(send: Send) -> None:
     """Answer a client that has gone, with nginx's status for that.
 
     What is around us may count on a response: Starlette's BaseHTTPMiddleware raises without one.
+    A server may raise an OSError then, and nobody is there whom it would concern:
+    https://asgi.readthedocs.io/en/latest/specs/www.html#disconnected-client-send-exception
     """
-    await send({"type": "http.response.start", "status": 499, "headers": []})
-    await send({"type": "http.response.body", "body": b""})
+    with suppress(OSError):
+        await send({"type": "http.response.start", "status": 499, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
 
 
 class Ahead:

@@ -59,7 +59,7 @@ _SESSION_CLOSE = Session.close
 
 def has_nothing_open(session: Session) -> bool:
     """Tell whether ending `session` needs no I/O."""
-    if session._transaction is not None:  # noqa: SLF001 - as `in_transaction()`, in each request
+    if session.in_transaction():
         return False
     if session._new or session.identity_map._modified or session._deleted:  # noqa: SLF001
         return False  # added while it was committed, or by a listener of that: see `has_pending`
@@ -96,7 +96,7 @@ def end_at_once(session: Session) -> bool:
 
 def _end_idle(session: Session) -> bool:
     """End `session` if it `has_nothing_open`; tell whether it has ended."""
-    if session._transaction is not None:  # noqa: SLF001 - as in `has_nothing_open`
+    if session.in_transaction():
         return False
     if session._new or session.identity_map._modified or session._deleted:  # noqa: SLF001
         return False  # as in `has_nothing_open`

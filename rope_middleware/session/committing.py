@@ -88,7 +88,7 @@ def places_alone(session: Session, is_async: bool = False) -> Places | None:
     transaction = None if tie is None else tie.transaction
     if (
         transaction is None
-        or session._transaction is not transaction  # noqa: SLF001 - see `commit_alone`
+        or session.get_transaction() is not transaction
         or (transaction.origin is not _AUTOBEGIN and OF_BODY in transaction.__dict__)
         or CALLS not in own
     ):
@@ -140,8 +140,9 @@ def commit_alone(
     if tie is None or scope is None or tie.connections or session.twophase:
         return False
     transaction = tie.transaction
-    # As `get_transaction()`, a call less in each request.
-    if transaction is None or session._transaction is not transaction:  # noqa: SLF001
+    if transaction is None or session.get_transaction() is not transaction:
+        return False
+    if session.in_nested_transaction():
         return False
     if (tie.flush is not None and tie.flush[0].is_active) or session._flushing:  # noqa: SLF001
         return False  # see `is_busy`

@@ -92,7 +92,7 @@ def tie_to(
     tie.is_removed = False
     tie.connections = ()
     tie.transaction = tie.flush = tie.line = tie.task = tie.written = None
-    if session._transaction is not None:  # noqa: SLF001 - a call less; a factory may have begun one
+    if session.in_transaction():  # a factory may have begun one
         tie.transaction = session.get_transaction()
         note_begin(tie, 2)
     return tie

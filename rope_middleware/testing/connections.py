@@ -137,4 +137,4 @@ class Opened:
         finally:
             forget(shared)
             self.stock.put(self, shared.database, is_sound)
-        return shared.false
+        return shared.gone

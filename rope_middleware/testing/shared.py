@@ -45,7 +45,7 @@ class SharedConnection:
         self.database = database
         self.lane = lane
         self.is_closed: bool = False
-        self.false: str = ""
+        self.gone: str = ""
         """Why the transaction is gone before the end, if it is: the test proves nothing."""
         self.busy: Statement | None = None  # the one under way
         self.writer: VirtualConnection | None = None  # whose turn it is
@@ -103,7 +103,7 @@ class SharedConnection:
         self.lane.wait(lambda: self.busy is None, None)
         try:
             if not self.database.close():
-                self.false = self.false or errors.behind(self.name)
+                self.gone = self.gone or errors.behind(self.name)
         finally:
             self.writer = self.tainting = None
             self.lane.wake()
@@ -198,11 +198,11 @@ class SharedConnection:
             for other in self.others():
                 error.add_note(self.blocked_by(other))
         if self.database.is_victim(error):
-            self.false = errors.victim(self.name)
+            self.gone = errors.victim(self.name)
         elif not self.database.in_transaction():
-            self.false = errors.behind(self.name)
-        if self.false:
-            error.add_note(self.false)
+            self.gone = errors.behind(self.name)
+        if self.gone:
+            error.add_note(self.gone)
             return
         is_spoilt = self.database.is_spoilt(error)
         if virtual.commits_itself:
@@ -223,10 +223,10 @@ class SharedConnection:
         Raises:
             RopeError: it does not.
         """
-        if not self.false and not self.database.in_transaction():
-            self.false = errors.behind(self.name)
-        if self.false:
-            raise RopeError(self.false)
+        if not self.gone and not self.database.in_transaction():
+            self.gone = errors.behind(self.name)
+        if self.gone:
+            raise RopeError(self.gone)
 
     # Ends
 
@@ -276,7 +276,7 @@ class SharedConnection:
         self._ended(virtual)
 
     def _roll_back(self, virtual: VirtualConnection) -> None:
-        if virtual in (self.writer, self.tainting) and not self.false:
+        if virtual in (self.writer, self.tainting) and not self.gone:
             self.database.back()
         self._ended(virtual)
 

@@ -217,9 +217,7 @@ async def _resolve_all(scope: Scope, asking: Asking) -> None:
     for attempt in attempts_lost(scope):
         verdict = await _resolve_one(scope, attempt, asking)
         if verdict is Verdict.ABORTED:
-            if isinstance(
-                attempt.error, Exception
-            ):  # the application's own cancellation is no loss
+            if isinstance(attempt.error, Exception):  # a cancellation of the app's is no loss
                 note_loss(scope, attempt.error)
             continue
         note_commit(scope)

@@ -96,7 +96,7 @@ def _through(
 
 
 def _telling(connect: Callable[[], PoolProxiedConnection]) -> Callable[[], PoolProxiedConnection]:
-    def connect_and_tell(*_: bool) -> PoolProxiedConnection:
+    def connect_and_tell(_reads: bool = False) -> PoolProxiedConnection:  # as `through`
         try:
             return connect()
         except Exception as error:
