@@ -405,3 +405,104 @@ def test_J4_a_strict_jenny_works_in_a_request_and_not_between_chunks(
         _ = jenny.session
     result.close()
     assert probe.scope.closed
+
+
+class Made(Session):
+    """Notes what it was made with, and takes an argument of its own."""
+
+    def __init__(self, bind: Any = None, *, tenant: str = "", **kw: Any) -> None:
+        self.made_with = {"bind": bind, "tenant": tenant, **kw}
+        kw.pop("autoflush")  # it is this session's own dictionary
+        super().__init__(bind, **kw)
+
+
+class Other(Made):
+    pass
+
+
+class Counting(sessionmaker[Any]):
+    """A sessionmaker whose call does something else."""
+
+    def __call__(self, **local_kw: Any) -> Any:
+        return super().__call__(tenant="called", **local_kw)
+
+
+def _plain(engine: Engine) -> Any:
+    return sessionmaker(engine, class_=Made)
+
+
+def _with_info(engine: Engine) -> Any:
+    return sessionmaker(engine, class_=Made, info={"a": 1}, tenant="x", expire_on_commit=False)
+
+
+def _configured(engine: Engine) -> Any:
+    maker = sessionmaker(class_=Made)
+    maker.configure(bind=engine, tenant="later", info={"b": 2})
+    return maker
+
+
+def _with_another_class(engine: Engine) -> Any:
+    maker: Any = sessionmaker(engine, class_=Made)
+    maker.class_ = Other
+    return maker
+
+
+def _with_a_function(engine: Engine) -> Any:
+    maker: Any = sessionmaker(engine, class_=Made)
+    maker.class_ = lambda **kw: Other(tenant="by a function", **kw)
+    return maker
+
+
+def _subclass(engine: Engine) -> Any:
+    return Counting(engine, class_=Made)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [_plain, _with_info, _configured, _with_another_class, _with_a_function, _subclass],
+)
+def test_J1_a_sessionmaker_makes_what_it_makes_when_it_is_called(
+    engine: Engine, make: Callable[[Engine], Any]
+) -> None:
+    """The jenny saves the call, in each request, and none of what the call does."""
+    maker = make(engine)
+    by_call = maker()
+    jenny: SessionJenny[Any] = SessionJenny(maker)
+    for _ in range(2):  # nothing of the maker's is used up
+        with open_scope():
+            session = jenny.session
+            assert type(session) is type(by_call)
+            assert session.made_with == by_call.made_with
+            assert session.info == by_call.info
+            assert session.info is not maker.kw.get("info")
+    maker.configure(expire_on_commit=False)  # later
+    with open_scope():
+        assert jenny.session.made_with == maker().made_with
+        assert not jenny.session.expire_on_commit
+
+
+def test_J1_whoever_replaces_the_call_of_sessionmakers_is_heard(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tracer, say: the call is saved only where it is SQLAlchemy's own."""
+    called: list[object] = []
+    original = sessionmaker.__call__
+
+    def traced(self: Any, **kw: Any) -> Any:
+        called.append(self)
+        return original(self, **kw)
+
+    maker = sessionmaker(engine)
+    jenny = SessionJenny(maker)
+    monkeypatch.setattr(sessionmaker, "__call__", traced)
+    with open_scope():
+        assert jenny.session is jenny.session
+    assert called == [maker]
+
+
+def test_J1_what_a_session_is_made_with_goes_through_the_call(engine: Engine) -> None:
+    """``jenny(info=...)``: the sessionmaker puts its own info and the given one together."""
+    maker = sessionmaker(engine, info={"a": 1})
+    jenny = SessionJenny(maker)
+    with open_scope():
+        assert jenny(info={"b": 2}).info == maker(info={"b": 2}).info == {"a": 1, "b": 2}
