@@ -55,6 +55,7 @@ HOUSE = (
     "session",
     "session.connections",
     "session.sql",
+    "session.sql.literals",
     "session.sql.statements",
     "session.sql.taking",
     "session.sql.notes",

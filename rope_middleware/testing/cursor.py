@@ -102,7 +102,7 @@ class VirtualCursor:
                 object.__setattr__(self, "_rows", deque(real.fetchall()))
             return self if result is real else result
 
-        said = WRITE if statement is None else read(statement)
+        said = WRITE if statement is None else read(statement, self._shared.database.dialect.name)
         text = statement if isinstance(statement, str) else ""
         object.__setattr__(self, "_rows", None)
         return self.connection.say(said, text, args[0] if args else None, run)

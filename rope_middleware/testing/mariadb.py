@@ -52,7 +52,7 @@ class MariaDB(Database):
 
     def refuse(self, _: Said, text: str) -> None:
         # https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
-        body = body_of(text)
+        body = body_of(text, self.dialect.name)
         if _COMMITS.match(body):
             raise RopeError(
                 f"MariaDB commits by itself before {' '.join(body.split()[:2])!r}, which "

@@ -11,6 +11,8 @@ from enum import Enum, auto
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
+from rope_middleware.session.sql.literals import bare
+
 __all__ = ["Kind", "Said", "body_of", "local_settings", "read"]
 
 
@@ -42,10 +44,8 @@ class Said(NamedTuple):
     """The names that a read calls as functions."""
 
 
-_BEFORE = re.compile(r"(?:\s+|--[^\n]*(?:\n|$)|/\*.*?\*/|\()*", re.DOTALL)
+_BEFORE = re.compile(r"[\s(]*")
 _FIRST = re.compile(r"[A-Za-z_]+")
-_COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
-_QUOTED = re.compile(r"'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
 _LOCKS = re.compile(
     r"\bFOR\s+(?:NO\s+KEY\s+UPDATE|UPDATE|KEY\s+SHARE|SHARE)\b|\bLOCK\s+IN\s+SHARE\b",
     re.IGNORECASE,
@@ -57,6 +57,9 @@ _ENDS = re.compile(
     r";\s*(?:COMMIT|END|ROLLBACK|ABORT|BEGIN|START\s+TRANSACTION|PREPARE\s+TRANSACTION)\b(?!\s+TO\b)",
     re.IGNORECASE,
 )
+# A trigger's or a function's body, whose END commits nothing.
+_BODY = re.compile(r"(CREATE\b[^;]*?\bBEGIN\b).*?;\s*END\b", re.DOTALL | re.IGNORECASE)
+_MORE = re.compile(r";[\s;]*[^\s;]")
 _NAME = re.compile(r"(?:SAVEPOINT\s+)?(?P<name>\"[^\"]+\"|`[^`]+`|\w+)\s*;?\s*$", re.IGNORECASE)
 _ANALYZE = re.compile(r"EXPLAIN\s*(?:\([^)]*\bANALY[SZ]E\b|ANALY[SZ]E\b)", re.IGNORECASE)
 _PRAGMA = re.compile(r"PRAGMA\s+(?:\w+\.)?(?:user_version|application_id)\s*=", re.IGNORECASE)
@@ -89,6 +92,8 @@ _STEERS = {
     "SAVEPOINT": Kind.SAVEPOINT,
     "RELEASE": Kind.RELEASE,
 }
+_LASTS = frozenset({Kind.DDL, Kind.SAVEPOINT, Kind.RELEASE, Kind.ROLLBACK_TO})
+_NOT_SENT = frozenset({Kind.BEGIN, Kind.COMMIT, Kind.ROLLBACK, Kind.NOTHING})
 _DDL = frozenset(
     [
         "CREATE",
@@ -112,39 +117,50 @@ _DDL = frozenset(
 )
 
 
-def read(statement: object) -> Said:
-    """Return what `statement` says; what is no plain text is a write."""
-    return _read(statement) if isinstance(statement, str) else Said(Kind.WRITE)
+def read(statement: object, dialect: str) -> Said:
+    """Return what `statement` says; what is no plain text is a write.
+
+    Args:
+        statement: as it goes to the driver.
+        dialect: SQLAlchemy's name of it.
+    """
+    return _read(statement, dialect) if isinstance(statement, str) else Said(Kind.WRITE)
 
 
 @lru_cache(maxsize=2000)
-def _read(text: str) -> Said:
-    body = body_of(text)
+def _read(text: str, dialect: str) -> Said:
+    body = body_of(text, dialect)
     found = _FIRST.match(body)
     word = found[0].upper() if found else ""
-    if ";" in body and _ENDS.search(_bare(body)):
-        return Said(Kind.REFUSED, " ".join(body.split())[:40])
+    said = _first(word, body, _begins(bare(text, dialect, names=True)))
+    if _MORE.search(body):
+        if said.kind in _NOT_SENT or _ENDS.search(_BODY.sub("", body, count=1)):
+            return Said(Kind.REFUSED, " ".join(text.split())[:40])
+        return said if said.kind in _LASTS else Said(Kind.WRITE)
+    return said
+
+
+def _first(word: str, body: str, with_names: str) -> Said:
+    """Return what a text says by its first statement."""
     two_phases = _TWO_PHASES.get(" ".join(body.split()[:2]).upper())
     if two_phases is not None:
         return Said(two_phases)
     if word in _STEERS:
-        return _steering(word, body)
+        return _steering(word, with_names)
     if word == "SET":
         return Said(Kind.NOTHING if _SET_TRANSACTION.match(body) else Kind.SETTING)
     if word in _DDL:
         return Said(Kind.DDL, word)
-    return _query(body) if word in _READS else Said(Kind.WRITE)
+    return _query(body, with_names) if word in _READS else Said(Kind.WRITE)
 
 
-def body_of(text: str) -> str:
-    """Return a statement without the comments and brackets in front of it."""
-    start = _BEFORE.match(text)
-    return text[start.end() :] if start else text
+def body_of(text: str, dialect: str) -> str:
+    """Return a statement without the brackets in front of it, comments, and what is quoted."""
+    return _begins(bare(text, dialect))
 
 
-def _bare(body: str) -> str:
-    """Return a text without its literals and comments."""
-    return _COMMENT.sub(" ", _QUOTED.sub("''", body))
+def _begins(text: str) -> str:
+    return _BEFORE.sub("", text, count=1)
 
 
 def _steering(word: str, body: str) -> Said:
@@ -160,17 +176,16 @@ def _steering(word: str, body: str) -> Said:
     return Said(kind, name["name"] if name else body.strip())
 
 
-def _query(body: str) -> Said:
-    bare = _bare(body)
-    if _INTO.search(bare) or _ANALYZE.match(bare) or _PRAGMA.match(bare):
+def _query(body: str, with_names: str) -> Said:
+    if _INTO.search(body) or _ANALYZE.match(body) or _PRAGMA.match(body):
         return Said(Kind.WRITE)
-    if bare[:4].upper() == "WITH" and _WRITES.search(bare):
+    if body[:4].upper() == "WITH" and _WRITES.search(body):
         return Said(Kind.WRITE)
-    if _LOCKS.search(bare):
+    if _LOCKS.search(body):
         return Said(Kind.LOCK)
-    if _CONFIG.search(bare):
+    if _CONFIG.search(with_names):
         return Said(Kind.SETTING)
-    return Said(Kind.READ, words=frozenset(name.lower() for name in _CALLED.findall(bare)))
+    return Said(Kind.READ, words=frozenset(name.lower() for name in _CALLED.findall(with_names)))
 
 
 _SET_LOCAL = re.compile(r"\s*SET\s+LOCAL\s+([\w.\"]+)", re.IGNORECASE)

@@ -308,6 +308,7 @@ async def test_T3_a_commit_that_is_sent_as_text_lasts_no_longer(both: Both) -> N
         "INSERT INTO row (n, name) VALUES (1, 'a; b'); COMMIT; BEGIN",
         "SELECT 1; /* now */ commit",
         "SELECT 1; PREPARE TRANSACTION 'x'",
+        "BEGIN; INSERT INTO row (n, name) VALUES (1, '')",
     ],
 )
 def test_T3_a_script_that_would_commit_is_not_sent(place: Place, script: str) -> None:
@@ -320,11 +321,45 @@ def test_T3_a_script_that_would_commit_is_not_sent(place: Place, script: str) ->
     assert place.rows() == 0
 
 
+@pytest.mark.parametrize(
+    ("place", "script"),
+    [
+        ("postgresql", r"SELECT E'it\'s; COMMIT'"),
+        ("postgresql", 'SELECT 1 AS "; COMMIT"'),
+        ("mariadb", r"SELECT 'it\'s; COMMIT'"),
+        ("sqlite file", "SELECT 1 AS [; COMMIT]"),
+    ],
+    indirect=["place"],
+)
+def test_T3_a_commit_in_a_literal_is_none(place: Place, script: str) -> None:
+    """It is sent as it stands, and reads."""
+    with Sandbox(place.jenny):
+        place.jenny.session.connection().exec_driver_sql(script).all()
+
+
+@of("sqlite file", "sqlite memory")
+def test_T3_the_end_of_a_trigger_ends_no_transaction(place: Place) -> None:
+    """DDL that has statements of its own can be sent."""
+    with Sandbox(place.jenny):
+        place.jenny.session.execute(
+            text(
+                "CREATE TRIGGER twice AFTER INSERT ON row WHEN new.n = 1 BEGIN"
+                " INSERT INTO row (n, name) VALUES (2, ''); END"
+            )
+        )
+        place.jenny.session.add(Row(n=1))
+        place.jenny.session.commit()
+        assert place.jenny.session.scalar(COUNT) == 2
+    assert place.rows() == 0
+
+
 @of("mariadb")
 @pytest.mark.parametrize(
     "statement",
     [
         "TRUNCATE TABLE row",
+        "/*!40101 CREATE TABLE t (n int) */",
+        "# by whom\nCREATE TABLE t (n int)",
         "CREATE TABLE t (n int)",
         "/* by whom */ -- why\n CREATE TABLE t (n int)",
     ],

@@ -98,7 +98,7 @@ def _has_ended(context: ExceptionContext, connection: Connection) -> bool:
     return (
         sqlite_code_of(error) in _SQLITE_ENDS
         and context.statement is not None
-        and may_write(context.statement)
+        and may_write(context.statement, connection.dialect.name)
         and connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT"
         and getattr(driver_of(connection), "in_transaction", True) is False
     )

@@ -19,8 +19,9 @@ from rope_middleware.session.connections import connections_out, driver_of
 from rope_middleware.session.failures.codes import mysql_code_of, sqlite_code_of, sqlstate_of
 from rope_middleware.session.holding.begun import name_of, open_ties
 from rope_middleware.session.holding.ended import database_of, ended_since, process_of
+from rope_middleware.session.sql.literals import late
 from rope_middleware.session.sql.notes import notes_of
-from rope_middleware.session.sql.statements import effect_of, late
+from rope_middleware.session.sql.statements import effect_of
 
 __all__ = ["name_other_side"]
 
@@ -88,8 +89,8 @@ def _is_other(connection: Connection, database: tuple[Any, ...], processes: set[
         return False
     if processes:
         return process_of(driver_of(connection)) in processes
-    notes = notes_of(connection)
+    notes, dialect = notes_of(connection), connection.dialect.name
     # A flush, UPDATE, FOR UPDATE and their like; names alone, where there were too many to keep.
-    return any(effect_of(sql).writes for sql in notes.sql()) or bool(
+    return any(effect_of(sql, dialect).writes for sql in notes.sql()) or bool(
         notes.dml() or notes.textual_dml()
     )

@@ -156,11 +156,11 @@ def _on_refused_connect(error: Exception) -> None:
 
 
 def _on_statement(connection: Connection, _: Any, statement: str, *__: Any) -> None:
-    scope = current.get(None)
-    if scope is None and may_write(statement) and is_autocommit(connection):
+    scope, dialect = current.get(None), connection.dialect.name
+    if scope is None and may_write(statement, dialect) and is_autocommit(connection):
         scope = scope_of(connection)
     trial = None if scope is None else trial_for(scope)
-    if scope is not None and trial is not None and may_write(statement):
+    if scope is not None and trial is not None and may_write(statement, dialect):
         trial.writing.add(connection.get_transaction())
         if is_autocommit(connection):
             note_commit(scope)  # it stands at once

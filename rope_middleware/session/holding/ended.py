@@ -59,7 +59,7 @@ def _has_written(transaction: SessionTransaction) -> bool:
             last = known
             for statement in notes_of(known[0]).statements():
                 sql = statement if type(statement) is str else statement.string
-                if effect_of(sql).writes:
+                if effect_of(sql, known[0].dialect.name).writes:
                     return True
     return False
 

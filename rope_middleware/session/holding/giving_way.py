@@ -40,8 +40,9 @@ from rope_middleware.session.connections import (
     lent_connections,
 )
 from rope_middleware.session.holding.begun import open_ties
+from rope_middleware.session.sql.literals import late
 from rope_middleware.session.sql.notes import notes_of
-from rope_middleware.session.sql.statements import READS, effect_of, late
+from rope_middleware.session.sql.statements import READS, effect_of
 from rope_middleware.session.sql.taking import take
 from rope_middleware.session.sql.writes import may_write
 
@@ -105,14 +106,14 @@ def _has_only_read(connection: Connection) -> bool:
         and notes.is_whole
         and not connection.in_nested_transaction()
         and _sees_what_is_committed(connection)
-        and all(map(is_plain_read, notes.sql()))
+        and all(is_plain_read(sql, connection.dialect.name) for sql in notes.sql())
     )
 
 
 _READ = late(r"\s*(select|with|values)\b", re.IGNORECASE)
 
 
-def is_plain_read(sql: str) -> bool:
+def is_plain_read(sql: str, dialect: str = "") -> bool:
     """Tell whether nobody would miss the transaction of a statement: it only reads.
 
     It writes, locks and sets nothing, and calls no function that may. The answer has to be right
@@ -121,8 +122,8 @@ def is_plain_read(sql: str) -> bool:
     return (
         _READ().match(sql) is not None
         and ";" not in sql
-        and effect_of(sql) == READS
-        and not may_write(sql)
+        and effect_of(sql, dialect) == READS
+        and not may_write(sql, dialect)
     )
 
 

@@ -192,13 +192,14 @@ class _ReadingDialect:
     def _reading(self, execute: Callable[..., None]) -> Callable[..., None]:
         """Return what is called for `execute`: `do_execute` or `do_executemany`."""
         looks_at, may_stream = self._look_at, self._streams_in_transaction
+        dialect = self._dialect.name
         if self._switch is not None and self._switch.told_in_use:
             execute = _telling(execute)
 
         def execute_reading(
             cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext
         ) -> None:
-            if effect_of(statement) is not READS or (
+            if effect_of(statement, dialect) is not READS or (
                 may_stream and "stream_results" in context.execution_options
             ):
                 looks_at(statement, context)
@@ -215,7 +216,7 @@ class _ReadingDialect:
         self._reading(execute)(cursor, statement, None, context)
 
     def _look_at(self, statement: str, context: ExecutionContext) -> None:
-        effect = effect_of(statement)
+        effect = effect_of(statement, self._dialect.name)
         if effect.writes:
             self._refuse(effect.writes)
         if self._streams_in_transaction and (

@@ -77,7 +77,7 @@ def reading_bind(bind: Engine | Connection, clause: ClauseElement | None) -> Eng
     """
     if isinstance(bind, Connection):
         if clause is not None:
-            words = effect_of(str(clause.compile(dialect=bind.dialect))).writes
+            words = effect_of(str(clause.compile(dialect=bind.dialect)), bind.dialect.name).writes
             if words:
                 refuse(words)
         return bind

@@ -8,11 +8,12 @@ the database cannot be seen here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["READS", "Effect", "effect_of", "late"]
+from rope_middleware.session.sql.literals import bare, late
+
+__all__ = ["READS", "Effect", "effect_of"]
 
 
 class Effect(NamedTuple):
@@ -33,12 +34,6 @@ _VERBS = (
     *("LOCK", "VACUUM", "ANALYZE", "ANALYSE", "REINDEX", "CLUSTER", "REPACK", "REFRESH"),
     "OPTIMIZE",
 )
-
-
-def late(pattern: str, flags: int = 0) -> Callable[[], re.Pattern[str]]:
-    """Compile `pattern` when it is first asked for: all of them would be 2 ms of the import."""
-    return cache(partial(re.compile, pattern, flags))
-
 
 # A text with none of these words reads. To look for words is a hundred times faster than to take a
 # text apart, and few texts have one.
@@ -70,33 +65,26 @@ _NEEDS_TRANSACTION = late(
 )
 
 # What may stand before the first word: parentheses, what is left of an executable comment, and
-# the comments of MariaDB and MySQL that begin with a hash (elsewhere that is an operator).
+# the comments of MariaDB and MySQL that begin with a hash (elsewhere that is an operator). The
+# latter two only where nobody tells the dialect.
 _BEFORE = late(r"(?:[\s(]|/\*!\w*|\#[^\n]*(?:\n|$))*", re.ASCII)
-
-# What stands in comments, texts and quoted names is no SQL.
-_QUOTED = late(
-    r"""
-      --[^\n]*
-    | /\*(?!!)                          # see `_end_of_comment`; /*! is SQL to MariaDB and MySQL
-    | \be'(?:[^'\\]|\\.|'')*(?:'|$)
-    | '(?:[^']|'')*(?:'|$)
-    | "(?:[^"]|"")*(?:"|$)
-    | `(?:[^`]|``)*(?:`|$)
-    | \$(?P<tag>[a-z_]\w*)?\$.*?(?:\$(?(tag)(?P=tag))\$|$)
-    """,
-    re.VERBOSE | re.DOTALL | re.IGNORECASE,
-)
-_COMMENT_MARK = late(r"/\*|\*/")
 
 
 @lru_cache(maxsize=512)  # SQLAlchemy keeps as many compiled statements
-def effect_of(text: str) -> Effect:
-    """Return what `text`, one statement or several, does beyond reading."""
+def effect_of(text: str, dialect: str = "") -> Effect:
+    """Return what `text`, one statement or several, does beyond reading.
+
+    Args:
+        text: SQL, as it goes to the driver.
+        dialect: SQLAlchemy's name of it: who reads the text decides what in it is quoted.
+    """
     upper = text.upper()
     if not any(word in upper for word in _WORDS):
         return READS
     needs_transaction = False
-    for statement in _without_quoted(_BEFORE().sub("", text, count=1)).split(";"):
+    if not dialect:
+        text = _BEFORE().sub("", text, count=1)
+    for statement in bare(text, dialect).split(";"):
         statement = _BEFORE().sub("", statement, count=1)
         words = _what_writes(statement)
         if words:
@@ -120,31 +108,3 @@ def _what_writes(statement: str) -> str:
         return found[0]
     within = _WITHIN().search(statement)
     return "" if within is None else next(words for words in within.groups() if words)
-
-
-def _without_quoted(text: str) -> str:
-    """Return `text` without comments, and with a short word for everything that is quoted."""
-    parts: list[str] = []
-    at = 0
-    while (found := _QUOTED().search(text, at)) is not None:
-        parts.append(text[at : found.start()])
-        if found[0] == "/*":
-            at = _end_of_comment(text, found.end())
-            parts.append(" ")
-        else:
-            at = found.end()
-            parts.append(" " if found[0].startswith("--") else " q ")
-    parts.append(text[at:])
-    return "".join(parts)
-
-
-def _end_of_comment(text: str, at: int) -> int:
-    """Return where the comment ends whose text begins at `at`. PostgreSQL nests them."""
-    depth = 1
-    while depth:
-        mark = _COMMENT_MARK().search(text, at)
-        if mark is None:
-            return len(text)
-        depth += 1 if mark[0] == "/*" else -1
-        at = mark.end()
-    return at

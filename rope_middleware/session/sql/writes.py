@@ -11,8 +11,9 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from rope_middleware.session.sql.literals import late
 from rope_middleware.session.sql.notes import is_watched, notes_of
-from rope_middleware.session.sql.statements import effect_of, late
+from rope_middleware.session.sql.statements import effect_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -53,11 +54,12 @@ _HARMLESS = frozenset(
 
 
 @lru_cache(maxsize=1024)
-def may_write(statement: str) -> bool:
+def may_write(statement: str, dialect: str = "") -> bool:
     """Tell whether `statement` may write something.
 
     Args:
         statement: SQL, as it goes to the driver.
+        dialect: SQLAlchemy's name of it.
     """
     if _BEGIN().match(statement):
         return False
@@ -66,7 +68,7 @@ def may_write(statement: str) -> bool:
     word = re.match(r"\w*", statement[start:])
     if word is None or word[0].lower() not in _READS:
         return True
-    if effect_of(statement).writes:
+    if effect_of(statement, dialect).writes:
         return True
     calls = (found.strip('"').lower() for found in _CALL().findall(statement))
     return any(call not in _HARMLESS for call in calls)
@@ -75,7 +77,10 @@ def may_write(statement: str) -> bool:
 def has_only_read(connection: Connection) -> bool:
     """Tell whether all that was executed on `connection` is known, and none of it may write."""
     notes = notes_of(connection)
-    return is_watched(connection) and notes.is_whole and not any(map(may_write, notes.sql()))
+    if not is_watched(connection) or not notes.is_whole:
+        return False
+    dialect = connection.dialect.name
+    return not any(may_write(sql, dialect) for sql in notes.sql())
 
 
 _END = late(r"\s*(?:COMMIT|PREPARE\s+TRANSACTION|XA\s+(?:END|PREPARE|COMMIT))\b", re.IGNORECASE)
