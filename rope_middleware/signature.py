@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import wraps
-from inspect import Parameter, Signature, signature
+from functools import partial, wraps
+from inspect import Parameter, Signature, getattr_static, signature
+from types import FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
-__all__ = ["SignatureOf", "explained", "near", "parameters_of"]
+__all__ = ["SignatureOf", "explained", "may_take", "near", "parameters_of"]
 
 _F = TypeVar("_F", bound=Callable[..., None])
 
@@ -64,6 +65,38 @@ def parameters_of(made: type) -> list[Parameter]:
     """Return the parameters by which a class is called, without their types."""
     parameters = signature(made).parameters.values()
     return [one.replace(annotation=Parameter.empty) for one in parameters]
+
+
+def may_take(function: Any, count: int) -> bool:
+    """Tell whether `function` may be called with `count` arguments by position.
+
+    False is certain. What is written in C, a class, a proxy, and what brings a signature of its
+    own may take anything.
+    """
+    if hasattr(function, "__signature__"):
+        return True
+    if type(function) not in (FunctionType, MethodType, partial):
+        call = (
+            None if isinstance(function, type) else getattr_static(type(function), "__call__", None)
+        )
+        if type(call) is not FunctionType:
+            return True
+        function = MethodType(call, function)
+    plain = function
+    while type(plain) in (partial, MethodType):
+        plain = plain.func if type(plain) is partial else plain.__func__
+    if type(plain) is not FunctionType or hasattr(plain, "__signature__"):
+        return True
+    try:
+        # A decorator's own, whatever it has decorated.
+        takes = signature(function, follow_wrapped=False)
+    except Exception:  # Python 3.14 looks up the annotations, and finds not all
+        return True
+    try:
+        takes.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 class SignatureOf:

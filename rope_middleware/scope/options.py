@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from rope_middleware.scope.context import is_async_callable
-from rope_middleware.signature import near
+from rope_middleware.signature import may_take, near
 
 if TYPE_CHECKING:
     from rope_middleware.protocols import CommitError, Veto
@@ -140,7 +140,18 @@ def options_of(who: str, given: dict[str, Any]) -> Options:
                 f"{who} got an unexpected keyword argument {name!r}.{near(name, known)} "
                 f"Its options are {', '.join(known)}."
             )
-    return Options(**given)
+    options = Options(**given)
+    _check_call("commit_veto", options.commit_veto, "status", "headers")
+    _check_call("on_commit_error", options.on_commit_error, "error")
+    return options
+
+
+def _check_call(name: str, function: object, *arguments: str) -> None:
+    """Refuse a function that cannot be called as it will be."""
+    if function is not None and not may_take(function, len(arguments)):
+        raise TypeError(
+            f"{name} is called with ({', '.join(arguments)}), and {function!r} does not take that."
+        )
 
 
 def methods_of(read_only: object) -> tuple[str, ...]:

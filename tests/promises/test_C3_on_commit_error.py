@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial, wraps
+from inspect import Signature
+from types import FunctionType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy.exc import IntegrityError
@@ -185,6 +189,110 @@ def test_C3_on_commit_error_is_a_plain_function(make: Callable[..., Any], wrong:
     """Refused when the middleware is made."""
     with pytest.raises(TypeError, match="on_commit_error must be a plain function"):
         make(commit_on_success=True, on_commit_error=wrong)
+
+
+MAKERS = [
+    lambda **options: ASGIRopeMiddleware(asgi_app(lambda: None), **options),
+    lambda **options: WSGIRopeMiddleware(lambda environ, start_response: [], **options),
+]
+
+
+class Takes:
+    """Objects and methods that take as many arguments as their names say."""
+
+    def __call__(self, first: Any) -> None: ...
+    def two(self, first: Any, second: Any) -> None: ...
+    @staticmethod
+    def one(first: Any) -> None: ...
+    @classmethod
+    def of_class(cls, first: Any, second: Any) -> None: ...
+
+
+class Static:
+    @staticmethod
+    def __call__(first: Any) -> None: ...
+
+
+class Lies:
+    """As a jenny does, which says that it takes nothing, for `Depends(jenny)`."""
+
+    __signature__ = Signature()
+
+    def __call__(self, *_: Any) -> None: ...
+
+
+class Proxy:
+    """As wrapt's: it says that it is the function, and calls it in its own way."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    @property
+    def __class__(self) -> Any:
+        return FunctionType
+
+    @__class__.setter
+    def __class__(self, _: Any) -> None: ...
+
+    def __call__(self, *_: Any) -> Any:
+        return self._function()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
+
+
+def adapts(function: Any) -> Any:
+    """Call it with one argument, whatever comes."""
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        return function(*arguments[:1])
+
+    return call
+
+
+TAKES_ONE: list[Any] = [
+    *(lambda error: None, Takes(), Takes.one, partial(Takes().two, 1), Static()),
+    lambda error, more=None: None,
+]
+TAKES_TWO: list[Any] = [
+    *(lambda status, headers: None, Takes().two, Takes().of_class, lambda a, b, c=1: None),
+    partial(lambda a, b, c: None, 1),
+    partial(lambda a, b, *, c: None, c=1),
+    *(max, isinstance),
+]
+TAKES_BOTH: list[Any] = [
+    *(lambda *_: None, lambda first, *_: None, Lies(), adapts(lambda error: None), Mock(), print),
+    *(adapts(lambda: None), Proxy(lambda: None)),
+    type("Made", (), {"__init__": lambda self, *_: None}),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_L4_what_cannot_be_called_so_is_refused_at_once(make: Callable[..., Any]) -> None:
+    """Not at the first request that would ask it."""
+    for veto in [
+        lambda: None,
+        lambda status: None,
+        lambda status, headers, *, more: None,
+        *TAKES_ONE[:4],
+    ]:
+        with pytest.raises(
+            TypeError, match=r"commit_veto is called with \(status, headers\), and "
+        ):
+            make(commit_veto=veto)
+    for answering in [lambda: None, lambda *, error: None, partial(Takes.one, 1), *TAKES_TWO[:5]]:
+        with pytest.raises(TypeError, match=r"on_commit_error is called with \(error\), and "):
+            make(on_commit_error=answering)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_L4_what_may_be_called_so_is_not_refused(make: Callable[..., Any]) -> None:
+    """Whatever it is, and whatever it says of itself."""
+    for veto in TAKES_TWO + TAKES_BOTH:
+        make(commit_veto=veto)
+    for answering in TAKES_ONE + TAKES_BOTH:
+        make(on_commit_error=answering)
 
 
 def test_C3_of_two_middlewares_the_innermost_answers(web: Web) -> None:
