@@ -119,8 +119,8 @@ class Gate:
             self.commits = options.commit_on_success
             self.state = STARTED
             return PASS  # no session was used, so there is nothing to settle
-        if not options.commit_on_success or options.retries or is_doomed(scope):
-            return None
+        if not options.commit_on_success or options.retries or scope._doomed or scope._is_refused:
+            return None  # the last two as `is_doomed`, a call less
         return COMMIT
 
     def may_try_again(self) -> bool:

@@ -302,7 +302,7 @@ PRIVATE: dict[str, set[str]] = {
     },
     "jenny": {"_sessions"},
     "async_jenny": {"_sessions"},
-    "answer": {"_options", "_sessions"},
+    "answer": {"_doomed", "_is_refused", "_options", "_sessions"},
     "running.forks": {"_at_fork_reinit"},  # of the locks: the tests of S8 pin it
     "session.connections": {"_connections"},  # SQLAlchemy's: see `made_connections`
     # What `Session._is_clean()` asks, in each request that commits.
@@ -313,10 +313,17 @@ PRIVATE: dict[str, set[str]] = {
         "_flushing",  # SQLAlchemy's; the tests of C10 pin it
         "_connections",  # as `session.connections`, at the end of each request
     },
-    "session.committing": {"_flushing", "_transaction"},
+    "session.committing": {
+        *("_flushing", "_connections"),  # SQLAlchemy's, as `session.guard.busy`
+        *("_is_broken", "_is_committing"),  # of the scope, in each request that commits
+    },
     "session.unsaved": {"_is_clean"},  # SQLAlchemy's; the tests of L1 pin it
     "rope.rope": {"_session"},  # its own class's
     "rope.registry": {"_session"},  # of the ropes that it makes
+    "wsgi.commit": {
+        "_options",
+        *("_body", "_commits", "_owns", "_read", "_scope"),  # of a body of ours
+    },
     "wsgi.body": {
         *("_body", "_commits", "_gate", "_owns", "_read", "_scope"),  # of what it makes
         "_state",  # each chunk asks the scope

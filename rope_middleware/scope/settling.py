@@ -65,8 +65,7 @@ class _Aside:
 
     __slots__ = ("kind",)
 
-    def __init__(self, kind: SessionKind) -> None:
-        self.kind: SessionKind = kind
+    kind: SessionKind
 
 
 _wait_or_late = lock_of_module()  # held for the instant in which somebody is noted
@@ -114,7 +113,8 @@ class Settling:
                 and not (asks and key.kind.is_of_body(sessions[key]))  # the commit leaves it alone
             ]
         for key in keys:
-            aside = _Aside(key.kind)
+            aside = _Aside()  # an `__init__` would be one more function for each request
+            aside.kind = key.kind
             session = sessions[aside] = sessions.pop(key)
             self._aside.append((key, aside, session))
         if asks:

@@ -7,15 +7,10 @@ points (1.056 against 1.088 of the handler by hand). What only async scopes have
 
 from __future__ import annotations
 
-from rope_middleware.scope.hands import HERE, run_now
-from rope_middleware.scope.order import after_failure, invalidate_failed, worse
+from rope_middleware.scope.order import invalidate_failed, worse
 from rope_middleware.scope.scope import CLOSED, ENDED, Scope
 
-__all__ = [
-    "commit_plainly",
-    "end_shortly",
-    "end_untouched",
-]
+__all__ = ["end_shortly", "end_untouched"]
 
 
 def end_untouched(scope: Scope) -> bool:
@@ -27,28 +22,6 @@ def end_untouched(scope: Scope) -> bool:
         return False  # type: ignore[unreachable]
     scope._state = CLOSED
     return True
-
-
-def commit_plainly(scope: Scope) -> bool:
-    """Commit a sync scope that has one session and no callback; tell whether that was all.
-
-    Most requests are such. It is `order.committing` without its questions about several sessions:
-    of a WSGI request with one SELECT and a commit that is 900 of 10,700 instructions of Python's.
-
-    Raises:
-        BaseException: the commit's error; everything is rolled back.
-    """
-    sessions = scope._sessions
-    if sessions is None or len(sessions) != 1 or scope._on_commit or scope._registries:
-        return False
-    for key, session in list(sessions.items()):
-        try:
-            if not key.kind.commit_alone(session):
-                return False
-        except BaseException as error:
-            run_now(after_failure(scope, HERE, error))
-            raise
-    return len(sessions) == 1 and not scope._on_commit  # a listener may have asked for more
 
 
 def end_shortly(scope: Scope, asks: bool = True) -> bool:

@@ -24,11 +24,12 @@ from rope_middleware.scope.outcome import (
     trial_of,
 )
 from rope_middleware.scope.scope import Scope
-from rope_middleware.session.connections import BLOCK, connections_of, has_out, made_connections
+from rope_middleware.session.connections import BLOCK, has_out, leave_block, made_connections
 from rope_middleware.session.failures.aborted import TELLING, ask_for_aborted, refuse_aborted
 from rope_middleware.session.guard.busy import has_unread
 from rope_middleware.session.guard.sessions import CALLS, commit_unguarded
 from rope_middleware.session.holding.begun import OF_BODY
+from rope_middleware.session.sql.notes import NOTES
 from rope_middleware.session.tie import TIE, Tie, tie_of
 from rope_middleware.session.unsaved import has_pending
 
@@ -56,7 +57,15 @@ def commit(session: Session) -> None:
         session.flush()  # what was added while the commit before was under way begins here
     transaction = tie.transaction
     refuse_aborted(scope, made_connections(transaction))
-    _commit(session, scope, transaction)
+    begin_commit(scope)
+    try:
+        commit_unguarded(session)
+        leave_block(session)
+    except Exception as error:
+        if not _stands_here(session, scope, transaction, error):
+            raise
+    finally:
+        end_commit(scope)
 
 
 def flush(session: Session) -> None:
@@ -98,62 +107,77 @@ def places_alone(session: Session, is_async: bool = False) -> Places | None:
     return WRITES if has_pending(session) else COMMITS
 
 
-def _commit(session: Session, scope: Scope, transaction: SessionTransaction | None) -> None:
-    begin_commit(scope)
-    try:
-        commit_unguarded(session)
-    except Exception as error:
-        if sys.is_finalizing():
-            raise
-        from rope_middleware.session.failures import unanswered
-
-        if unanswered.had_only_read(scope, made_connections(transaction), error):
-            session.rollback()
-            return
-        if not unanswered.has_no_answer(scope, error):
-            raise
-        failure = error
-    else:
-        session.__dict__.pop(BLOCK, None)  # `leave_block`, a call less
-        return
-    finally:
-        end_commit(scope)
-    # Of a transaction that has ended they are still known.
-    unanswered.ask_here(scope, made_connections(transaction), failure, session)
-
-
-def commit_alone(
-    session: Session, commit: Callable[[Session, Scope, SessionTransaction], None] = _commit
+def _stands_here(
+    session: Session, scope: Scope, transaction: SessionTransaction | None, error: Exception
 ) -> bool:
+    """Find out what became of a commit that has raised `error`; tell whether it stands.
+
+    Raises:
+        CommitInDoubtError: nobody can tell.
+    """
+    if sys.is_finalizing():
+        return False
+    from rope_middleware.session.failures import unanswered
+
+    connections = made_connections(transaction)  # of one that has ended they are still known
+    if unanswered.had_only_read(scope, connections, error):
+        session.rollback()
+        return True
+    if not unanswered.has_no_answer(scope, error):
+        return False
+    end_commit(scope)
+    unanswered.ask_here(scope, connections, error, session)
+    return True
+
+
+def commit_alone(session: Session, commit: Callable[[Session, Scope], None] | None = None) -> bool:
     """`commit` a session that nobody else is using; tell whether nothing more is to be done.
 
     False, too, where it is not that simple: a result is still being read, a savepoint is open, the
     commit takes two phases, a listener has begun the next transaction. The questions that the
     general way asks about each of these, one after the other, are half of what a commit by us costs
-    more than one by hand. Here they are one look.
+    more than one by hand. Here they are one look, with a call for nothing that a look can tell.
 
     Raises:
         BaseException: as `commit`.
     """
-    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
+    own = session.__dict__
+    tie: Tie | None = own.get(TIE)
     scope = None if tie is None else tie.scope
     if tie is None or scope is None or tie.connections or session.twophase:
         return False
     transaction = tie.transaction
-    if transaction is None or session.get_transaction() is not transaction:
+    if (
+        transaction is None
+        or session.get_transaction() is not transaction
+        or session.in_nested_transaction()
+        or (tie.flush is not None and tie.flush[0].is_active)  # as `is_flushing`
+        or session._flushing
+        or (transaction.origin is not _AUTOBEGIN and OF_BODY in transaction.__dict__)
+    ):
         return False
-    if session.in_nested_transaction():
-        return False
-    if (tie.flush is not None and tie.flush[0].is_active) or session._flushing:  # noqa: SLF001
-        return False  # see `is_busy`
-    if transaction.origin is not _AUTOBEGIN and OF_BODY in transaction.__dict__:
-        return False
-    for connection, _, _, is_made in connections_of(transaction)[::2]:  # each is there twice
-        if has_unread(connection):
-            return False
+    # As `connections_of`; each is there twice, side by side.
+    for connection, _, _, is_made in (*transaction._connections.values(),)[::2]:
+        for one, _ in getattr(connection, NOTES, ()):
+            if one() is not None and has_unread(connection):  # of most statements nothing is left
+                return False
         if is_made and connection.dialect.driver in TELLING:
             refuse_aborted(scope, (connection,))
-    commit(session, scope, transaction)
+    if commit is not None:  # whoever gives it heeds what it raises
+        commit(session, scope)
+    else:
+        scope._is_committing, scope._is_broken = True, False
+        try:
+            if CALLS in own:
+                commit_unguarded(session)
+            else:
+                session.commit()
+            own.pop(BLOCK, None)
+        except Exception as error:
+            if not _stands_here(session, scope, transaction, error):
+                raise
+        finally:
+            scope._is_committing = False
     if session.in_transaction():
         return False  # a listener has begun the next one
     tie.transaction = None  # its connections are back: nobody has to look for them
@@ -215,7 +239,7 @@ def commit_alone_in_greenlet(session: AsyncSession) -> bool:
         end_commit(scope)
 
 
-def _commit_in_time(session: Session, scope: Scope, _: SessionTransaction) -> None:
+def _commit_in_time(session: Session, scope: Scope) -> None:
     """Commit, where `commit_alone_in_greenlet` heeds what it raises."""
     begin_commit(scope)
     if has_pending(session):

@@ -125,7 +125,7 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         token = _set_current(scope)
         try:
             if options.commit_on_success:
-                return Gate(scope, start_response).serve(self.app, environ)
+                return Gate().serve(self.app, environ, scope, start_response)
             body = self.app(environ, start_response)
             is_stream = kinds.get(type(body))
             if is_stream is None:
@@ -203,10 +203,9 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         token = current.set(outer)
         try:
             if watches:
-                gate = Gate(outer, start_response, owns=False)
-                set_gate(outer, gate)
+                gate = set_gate(outer, Gate())
                 try:
-                    return gate.serve(self.app, environ)
+                    return gate.serve(self.app, environ, outer, start_response, owns=False)
                 finally:
                     end_gate(outer, gate)
             return hand_on(self.app(environ, start_response), environ, outer, owns=False)
@@ -231,7 +230,8 @@ class WSGIRopeMiddleware(RopeMiddleware, protocol="wsgi"):
         try:
             # A position is told with the response's start: that waits for the first chunk.
             if self._options.commit_on_success or self._options.retries or carried is not None:
-                return scope, Gate(scope, start_response, replay).serve(self.app, environ)
+                served = Gate().serve(self.app, environ, scope, start_response, replay)
+                return scope, served
             return scope, hand_on(self.app(environ, start_response), environ, scope)
         except BaseException as error:
             end_failed(scope, error)

@@ -48,7 +48,15 @@ class Telling:
         )
 
 
-def told_again(headers: list[tuple[str, str]], carried: Carried) -> list[tuple[str, str]]:
-    """Return headers that tell what was written after a `Telling` has seen them."""
-    told = carried.response_headers()
-    return [*(one for one in headers if not is_told(*one)), *told] if told else headers
+def told_again(call: Any, carried: Carried | None) -> Any:
+    """Return a call that tells what was written after a `Telling` has seen it.
+
+    Args:
+        call: of start_response.
+        carried: what the request carries; None where there is nothing to be told once more.
+    """
+    told = [] if carried is None else carried.response_headers()
+    if not told:
+        return call
+    status, headers, *exc_info = call
+    return status, [*(one for one in headers if not is_told(*one)), *told], *exc_info
