@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import inspect
 import math
 import threading
 from collections import deque
@@ -96,7 +98,8 @@ def test_Y2_the_ticker_sees_to_the_times_that_are_up_late(
             """Look, in another thread; tell whether there is a timer."""
             await asyncio.to_thread(deadlines.look_at_deadlines, next_look)
             await asyncio.sleep(0)
-            return deadlines._deadlines[asyncio.get_running_loop()]._wakes_at < math.inf
+            timer = deadlines._timers.get(asyncio.get_running_loop())
+            return timer is not None and timer._wakes_at < math.inf
 
         for last_look in (monotonic() + PATIENCE, -math.inf):
             deadlines.look_at_deadlines(monotonic() + 0.05)
@@ -158,9 +161,56 @@ def test_Y2_work_that_is_cancelled_before_it_begins_is_waited_for_by_nobody() ->
                 waiter.cancel()  # both, as asyncio.run() does
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait_for(waiter, PATIENCE)
-            assert not finish._ending
+            assert not deadlines.ending
 
     asyncio.run(main())
+
+
+def test_Y2_work_that_tells_itself_of_its_end_has_so_long_for_it() -> None:
+    """Whoever waits for it goes on when its time is up, where it was cancelled unbegun."""
+
+    async def work(tells: list[Any]) -> str:
+        await asyncio.sleep(0)
+        tells[0].set_result(None)
+        return "done"
+
+    async def main() -> None:
+        others = asyncio.all_tasks()
+        tells: list[Any] = []
+        assert await finish.finish(work(tells), PATIENCE, PATIENCE, tells) == "done"
+        tells = []
+        unbegun = work(tells)
+        waiter = asyncio.create_task(finish.finish(unbegun, PATIENCE, 0.05, tells))
+        await asyncio.sleep(0)
+        (task,) = asyncio.all_tasks() - others - {waiter}
+        task.cancel()
+        await asyncio.wait([waiter], timeout=PATIENCE)
+        assert waiter.cancelled()
+        assert inspect.getcoroutinestate(unbegun) == inspect.CORO_CLOSED
+        assert not (deadlines.ending or deadlines.deadlines)
+
+    asyncio.run(main())
+
+
+def test_Y2_work_whose_waiter_is_gone_goes_on() -> None:
+    """As where a server closes a generator: nobody is told, and nothing is kept of it."""
+
+    async def main() -> bool:
+        done: list[None] = []
+
+        async def work() -> None:
+            await asyncio.sleep(0.01)
+            done.append(None)
+
+        waiting = finish.finish(work(), seconds=PATIENCE)
+        waiting.send(None)
+        waiting.close()
+        gc.collect()
+        await asyncio.sleep(0.05)
+        assert not (deadlines.ending or deadlines.deadlines)
+        return bool(done)
+
+    assert asyncio.run(main())
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -286,7 +336,7 @@ def test_P4_times_that_differ_gather_no_timers() -> None:
 
         loop.call_later = counted  # type: ignore[method-assign]
         await asyncio.gather(long(), long(), short())
-        return sum(one is deadlines._deadlines[loop] for one in armed)
+        return sum(one is deadlines._timers[loop] for one in armed)
 
     # About 40 in the two seconds; with old ones that go on, about 400.
     assert asyncio.run(main()) < 120

@@ -119,7 +119,10 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
                 own._state = ENDED
             if own._sessions is None:  # still, now that nobody can add one
                 own._state = CLOSED
-            elif (rest := _end(own, gate)) is not None:  # type: ignore[unreachable]  # by the app
+            elif gate is None is own._gate:  # type: ignore[unreachable]  # by the app
+                if (rest := aend_at_once(own)) is not None:
+                    await rest
+            elif (rest := _end(own, gate)) is not None:
                 await rest
         finally:
             try:

@@ -11,14 +11,21 @@ import sys
 from collections.abc import Awaitable
 from contextlib import suppress
 from contextvars import Context
+from inspect import CORO_CREATED, getcoroutinestate, iscoroutine
 from time import monotonic
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 __all__ = [
+    "LATE",
+    "Looks",
     "OutOfTimeError",
+    "deadlines",
+    "ending",
+    "has_ended",
     "limit",
     "look_at_deadlines",
+    "see_to_next",
     "why_cut_off",
     "within",
 ]
@@ -40,7 +47,7 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
         OutOfTimeError: the time was up.
     """
     try:
-        deadlines, task = limit(seconds)
+        task = limit(seconds)
     except RuntimeError:  # trio
         import anyio
 
@@ -58,13 +65,13 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
         deadlines.pop(task, None)
 
 
-def limit(seconds: float) -> tuple[dict[asyncio.Task[Any], float], asyncio.Task[Any]]:
+def limit(seconds: float) -> asyncio.Task[Any]:
     """Let the running task, which does nothing else, have so many seconds from now on.
 
     Then it is cancelled: see `why_cut_off`.
 
     Returns:
-        Where that is noted, and under what. It is taken out at the end of the work.
+        The task. It is taken out of `deadlines` at the end of the work.
 
     Raises:
         RuntimeError: no event loop of asyncio's is running.
@@ -72,16 +79,13 @@ def limit(seconds: float) -> tuple[dict[asyncio.Task[Any], float], asyncio.Task[
     loop = asyncio.get_running_loop()
     task = asyncio.current_task(loop)
     assert task is not None  # noqa: S101 - no user input: `finish` has made the task
-    deadlines = _deadlines.get(loop)
-    if deadlines is None:
-        deadlines = _deadlines[loop] = _Deadlines()
-    now, tasks = monotonic(), deadlines.tasks
-    tasks[task] = deadline = now + seconds
+    now = monotonic()
+    deadlines[task] = deadline = now + seconds
     # Order matters. We note the task, then ask for the next look; who looks says when the next one
     # will be, then goes through the tasks. So one of the two sees to it.
-    if not now - LATE < deadlines.next_look <= deadline:
-        deadlines.see_to_next(loop)
-    return tasks, task
+    if not now - LATE < Looks.next <= deadline:
+        see_to_next(loop)
+    return task
 
 
 def why_cut_off(error: BaseException, seconds: float) -> BaseException:
@@ -89,7 +93,7 @@ def why_cut_off(error: BaseException, seconds: float) -> BaseException:
     if isinstance(error, asyncio.CancelledError):
         loop = asyncio.get_running_loop()
         task = asyncio.current_task(loop)
-        if task is None or task in _deadlines[loop].tasks:
+        if task is None or task in deadlines:
             return error
         task.uncancel()
     else:
@@ -104,7 +108,40 @@ def why_cut_off(error: BaseException, seconds: float) -> BaseException:
 LATE = 1.0  # seconds after which a look that has not come is not counted on any more
 
 
-class _Deadlines:
+class Looks:
+    """When the `ticker` looks at the deadlines."""
+
+    next: ClassVar[float] = -math.inf
+    """By `time.monotonic`; none is to come where that is long ago. Not by the loop's clock:
+    uvloop's stands still while the loop waits."""
+
+
+# Not by the event loop: to find its own would be two calls more for each session that is closed.
+deadlines: dict[asyncio.Task[Any], float] = {}
+"""Tasks of all event loops, each with the time at which it is cancelled and taken out."""
+
+
+ending: dict[asyncio.Task[Any], asyncio.Future[None]] = {}
+"""Tasks that are ending something, each with what its waiter awaits: see `finish`."""
+
+
+def has_ended(task: asyncio.Task[Any]) -> None:
+    """Wake the waiter of a task that is done, if the task has not."""
+    deadlines.pop(task, None)
+    ended = ending.pop(task, None)
+    if ended is not None and not ended.done():  # it was cancelled before its first step
+        ended.set_result(None)
+
+
+def see_to_next(loop: asyncio.AbstractEventLoop) -> None:
+    """Set a timer in `loop` for its first task that is due, unless there is a look before."""
+    timer = _timers.get(loop)
+    if timer is None:
+        timer = _timers[loop] = _Timer()
+    timer.set(loop)
+
+
+class _Timer:
     """What has to be done by when in one event loop, under one timer for all.
 
     A timer for each costs 6 to 12 us more, and one that is there at all 3 % of a request: asyncio
@@ -112,19 +149,14 @@ class _Deadlines:
     look of the `ticker` is left to that look.
     """
 
-    next_look: ClassVar[float] = -math.inf
-    """When the ticker looks again, by `time.monotonic`; none is to come where that is long ago.
-    Not by the loop's clock: uvloop's stands still while the loop waits."""
-
     def __init__(self) -> None:
-        self.tasks: dict[asyncio.Task[Any], float] = {}
-        """Each with the time at which it is cancelled and taken out."""
         self._wakes_at = math.inf
 
-    def see_to_next(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Set a timer for the first that is due, unless there is a look before."""
-        deadline, now = min(self.tasks.values(), default=math.inf), monotonic()
-        if deadline < self._wakes_at and not now - LATE < self.next_look <= deadline:
+    def set(self, loop: asyncio.AbstractEventLoop) -> None:
+        """See `see_to_next`."""
+        deadline = min((due for _, due in _noted(loop)), default=math.inf)
+        now = monotonic()
+        if deadline < self._wakes_at and not now - LATE < Looks.next <= deadline:
             self._wakes_at = deadline
             # The handle is not kept: it refers to the loop, which would then live as long. An empty
             # context: one timer follows from the other, and would keep the first request's.
@@ -134,14 +166,37 @@ class _Deadlines:
         if now != self._wakes_at:
             return  # an earlier one came in between, and has seen to the next
         self._wakes_at = math.inf
-        for task, deadline in list(self.tasks.items()):
-            if deadline <= now:
-                del self.tasks[task]
-                task.cancel()
-        self.see_to_next(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        for task, deadline in _noted(loop):
+            if deadline > now:
+                continue
+            if _has_begun(task):
+                del deadlines[task]
+                if not task.cancel():
+                    has_ended(task)
+            else:
+                # Something has blocked the loop. Its work is to give back a connection: cancelled
+                # before its first step, it would not even begin.
+                deadlines[task] = now + LATE
+        self.set(loop)
 
 
-_deadlines: WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = WeakKeyDictionary()
+_timers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Timer] = WeakKeyDictionary()
+
+
+def _noted(loop: asyncio.AbstractEventLoop | None = None) -> list[tuple[asyncio.Task[Any], float]]:
+    """Return the tasks of `loop`, or of all, and when each is due."""
+    while True:
+        try:
+            noted = list(deadlines.items())
+        except RuntimeError:  # another thread has changed it meanwhile
+            continue
+        return noted if loop is None else [one for one in noted if one[0].get_loop() is loop]
+
+
+def _has_begun(task: asyncio.Task[Any]) -> bool:
+    work = task.get_coro()
+    return not iscoroutine(work) or getcoroutinestate(work) != CORO_CREATED
 
 
 def look_at_deadlines(next_look: float) -> None:
@@ -150,13 +205,12 @@ def look_at_deadlines(next_look: float) -> None:
     Args:
         next_look: when this will be called again, by `time.monotonic`; minus infinity for never.
     """
-    _Deadlines.next_look = next_look
-    for kept in _deadlines.keyrefs():
-        loop = kept()
-        deadlines = None if loop is None else _deadlines.get(loop)
-        if loop is None or deadlines is None:
-            continue
-        tasks = list(deadlines.tasks.values())
-        if tasks and not monotonic() - LATE < next_look <= min(tasks):
+    Looks.next = next_look
+    first: dict[asyncio.AbstractEventLoop, float] = {}
+    for task, deadline in _noted():
+        loop = task.get_loop()
+        first[loop] = min(deadline, first.get(loop, math.inf))
+    for loop, deadline in first.items():
+        if not monotonic() - LATE < next_look <= deadline:
             with suppress(RuntimeError):  # the loop is closed: nothing goes on in it
-                loop.call_soon_threadsafe(deadlines.see_to_next, loop, context=Context())
+                loop.call_soon_threadsafe(see_to_next, loop, context=Context())

@@ -11,9 +11,18 @@ import math
 import sys
 from collections.abc import Awaitable, Coroutine
 from contextlib import AbstractContextManager, nullcontext, suppress
+from time import monotonic
 from typing import Any, TypeVar
 
-from rope_middleware.running.deadlines import limit
+from rope_middleware.running.deadlines import (
+    LATE,
+    Looks,
+    deadlines,
+    ending,
+    has_ended,
+    limit,
+    see_to_next,
+)
 
 __all__ = [
     "at_most",
@@ -26,12 +35,6 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-
-
-# The event loop holds tasks weakly. One that is still ending something must stay alive even
-# where its waiter is gone. https://docs.python.org/3/library/asyncio-task.html#creating-tasks
-_ending: dict[asyncio.Task[Any], asyncio.Future[None]] = {}
-"""Each with what its waiter awaits."""
 
 
 def running_loop() -> object:
@@ -57,7 +60,10 @@ def may_block() -> bool:
 
 
 async def finish(
-    work: Coroutine[Any, Any, _T], grace: float | None = None, seconds: float = math.inf
+    work: Coroutine[Any, Any, _T],
+    grace: float | None = None,
+    seconds: float = math.inf,
+    tells: list[Any] | None = None,
 ) -> _T:
     """Await `work` to its end, however often the caller is cancelled meanwhile.
 
@@ -70,6 +76,10 @@ async def finish(
             cancelled itself; None for no limit.
         seconds: that the work has in all before it is cancelled, which it is told by
             `deadlines.why_cut_off`.
+        tells: where `work`, if it is a task of asyncio's, finds the future that it sets itself as
+            the last thing that it does; and its task, for which it notes so many seconds as the
+            first thing (an eager one comes later, and need not). That saves a coroutine and two
+            callbacks: 1 of the 3 points that a request with one SELECT took.
 
     Returns:
         What `work` returned.
@@ -85,9 +95,22 @@ async def finish(
         with shield():
             return await (work if seconds == math.inf else at_most(seconds, work))
     ended = loop.create_future()
-    task = loop.create_task(_telling(work, ended, seconds))
-    _ending[task] = ended
-    task.add_done_callback(_has_ended)
+    if tells is None:
+        task = loop.create_task(_telling(work, ended, seconds))
+        task.add_done_callback(has_ended)
+    else:
+        tells.append(ended)
+        task = loop.create_task(work)
+        tells.append(task)
+        # As `limit`, whose call would look for the loop and the task once more. Of an eager task
+        # the work has begun, and may have had itself another time.
+        now = monotonic()
+        deadline = deadlines.setdefault(task, now + seconds)
+        if not now - LATE < Looks.next <= deadline:
+            see_to_next(loop)
+    # The event loop holds tasks weakly. One that is still ending something must stay alive even
+    # where its waiter is gone. https://docs.python.org/3/library/asyncio-task.html#creating-tasks
+    ending[task] = ended
     try:
         await ended
         return task.result()
@@ -95,35 +118,36 @@ async def finish(
         await _outlast(task, loop, grace)
         work.close()  # of a task that was cancelled before its first step, it has not begun
         raise
+    finally:
+        if task.done():
+            deadlines.pop(task, None)
+            ending.pop(task, None)
+        else:  # the waiter is gone
+            task.add_done_callback(has_ended)
 
 
 async def _telling(work: Awaitable[_T], ended: asyncio.Future[None], seconds: float) -> _T:
     """Tell of the end of `work` at once: a callback of the task comes a turn of the loop later."""
-    deadlines, task = limit(seconds)
     try:
+        if seconds != math.inf:
+            limit(seconds)
         return await work
     finally:
-        deadlines.pop(task, None)
         if not ended.done():
             ended.set_result(None)
-
-
-def _has_ended(task: asyncio.Task[Any]) -> None:
-    ended = _ending.pop(task)
-    if not ended.done():  # the task was cancelled before its first step
-        ended.set_result(None)
 
 
 async def _outlast(
     task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, grace: float | None
 ) -> None:
     """Wait for `task` in a caller that has been cancelled."""
+    task.add_done_callback(has_ended)
     timer = None if grace is None else loop.call_later(grace, task.cancel)
     # anyio cancels a task again at every turn of the loop until it has left the
     # cancelled scope: without the shield this would spin.
     with shield():
         while not task.done():
-            _ending[task] = ended = loop.create_future()
+            ending[task] = ended = loop.create_future()
             with suppress(asyncio.CancelledError):
                 await ended
     if timer is not None:

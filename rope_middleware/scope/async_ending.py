@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from rope_middleware.running.deadlines import why_cut_off
+from rope_middleware.running.deadlines import deadlines, why_cut_off
 from rope_middleware.running.finish import finish
 from rope_middleware.running.threads import finish_in_thread
 from rope_middleware.scope.async_hands import Async
@@ -58,11 +59,17 @@ def aend_at_once(scope: Scope, commits: bool = False, why: str = "") -> Awaitabl
     scope._state = ENDED  # before the look: from here on nothing can begin
     sessions = scope._sessions or {}
     for key, session in list(sessions.items()):
+        kind = key.kind
         try:
-            if not key.kind.end_at_once(session):
+            if not kind.end_at_once(session):
+                if failure is None and kind.is_async and len(sessions) == 1:
+                    tells: list[Any] = []
+                    timeout = scope._options.close_timeout
+                    work = kind.in_greenlet(_close_alone, scope, key, session, tells)
+                    return finish(work, timeout, timeout, tells)
                 continue
         except BaseException as error:
-            failure = worse(failure, invalidate_failed(scope, key.kind, session, error))
+            failure = worse(failure, invalidate_failed(scope, kind, session, error))
         sessions.pop(key, None)
     if sessions:
         rest = _close(scope, list(sessions.items()))
@@ -113,9 +120,10 @@ def _commit_alone(
     scope: Scope, alone: Alone, note: Callable[[], None] | None
 ) -> Coroutine[Any, Any, None]:
     if alone.key.kind.is_async:
+        tells: list[Any] = []
         timeout = scope._options.close_timeout
-        work = alone.key.kind.in_greenlet(commit_in_greenlet, scope, alone, note)
-        return finish(work, timeout, timeout)
+        work = alone.key.kind.in_greenlet(commit_in_greenlet, scope, alone, note, tells)
+        return finish(work, timeout, timeout, tells)
     return commit_by_hop(scope, alone, note)
 
 
@@ -175,26 +183,37 @@ async def aend_failed(scope: Scope, error: BaseException) -> None:
 
 def _close(scope: Scope, work: Work) -> Awaitable[None]:
     """Close what could not end at once; finishes under cancellation."""
-    timeout = scope._options.close_timeout
-    (key, session), *others = work
-    if not others and key.kind.is_async:
-        return finish(key.kind.in_greenlet(_close_alone, scope, key, session), timeout, timeout)
     if any(key.kind.is_async for key, _ in work):
+        timeout = scope._options.close_timeout
         return finish(ending(scope, Async(timeout), False, ""), timeout)
     return _end_in_thread(scope)
 
 
-def _close_alone(scope: Scope, key: SessionKey, session: Any) -> None:
-    """Close the only session of a scope, in a greenlet: its sync code can wait there."""
+def _close_alone(scope: Scope, key: SessionKey, session: Any, tells: list[Any]) -> None:
+    """Close the only session of a scope, in a greenlet: its sync code can wait there.
+
+    As each request comes by here, there are few calls. See `finish` for `tells`.
+    """
+    if len(tells) > 1:
+        deadlines[tells[1]] = monotonic() + scope._options.close_timeout
     failure: BaseException | None = None
     try:
-        key.kind.close_here(session)
-    except BaseException as error:
-        # No name for what it returns: its traceback refers to this frame.
-        failure = invalidate_failed(
-            scope, key.kind, session, why_cut_off(error, scope._options.close_timeout)
-        )
-    _leave(scope, failure)
+        try:
+            key.kind.close_here(session)
+        except BaseException as error:
+            # No name for what it returns: its traceback refers to this frame.
+            failure = invalidate_failed(
+                scope, key.kind, session, why_cut_off(error, scope._options.close_timeout)
+            )
+        scope._sessions = None  # as `_leave`
+        if scope._gate is not None:
+            scope._gate = None
+        scope._state = CLOSED
+        if failure is not None:
+            raise failure
+    finally:
+        if tells and not tells[0].done():
+            tells[0].set_result(None)
 
 
 async def _raise_after(rest: Awaitable[None], failure: BaseException) -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rope_middleware.running.deadlines import limit
+from rope_middleware.running.deadlines import deadlines, limit
 from rope_middleware.running.finish import finish, running_loop
 from rope_middleware.running.threads import there_and_back
 from rope_middleware.scope.async_hands import Async
@@ -46,7 +47,7 @@ def alone_in(scope: Scope) -> Alone | None:
         or scope._registries
         or scope._calls
         or scope._settling is not None
-        or running_loop() is None
+        or (getattr(scope, "_loop", None) is None and running_loop() is None)
     ):
         return None
     alone: Alone | None = None
@@ -105,22 +106,37 @@ def _commit(told: tuple[Settling, Alone]) -> bool | BaseException:
         return error
 
 
-def commit_in_greenlet(scope: Scope, alone: Alone, note: Callable[[], None] | None) -> None:
-    """`commit_by_hop`, of an AsyncSession: in a greenlet of a task that has so long for it."""
-    settling = Settling(scope, note is None, alone.key)
-    # Order matters: see `session.guard`.
-    outcome = False if scope._calls else _commit((settling, alone))
-    is_only = len(scope._sessions or ()) == 1
-    if outcome is True and not scope._on_commit and (is_only or not open_sessions(scope)):
-        settling.end()
-        if note is not None:
-            note()
-        return
-    limit(math.inf)
-    failure = None if isinstance(outcome, bool) else outcome
-    failure = alone.key.kind.wait_here(_go_on(scope, settling, failure, note))
-    if failure is not None:
-        raise failure
+def commit_in_greenlet(
+    scope: Scope, alone: Alone, note: Callable[[], None] | None, tells: list[Any]
+) -> None:
+    """`commit_by_hop`, of an AsyncSession: in a greenlet of a task that has so long for it.
+
+    Args:
+        scope: the request's.
+        alone: its session.
+        note: called once the commit stands; None where the scope ends.
+        tells: see `finish`.
+    """
+    if len(tells) > 1:
+        deadlines[tells[1]] = monotonic() + scope._options.close_timeout
+    try:
+        settling = Settling(scope, note is None, alone.key)
+        # Order matters: see `session.guard`.
+        outcome = False if scope._calls else _commit((settling, alone))
+        is_only = len(scope._sessions or ()) == 1
+        if outcome is True and not scope._on_commit and (is_only or not open_sessions(scope)):
+            settling.end()
+            if note is not None:
+                note()
+            return
+        limit(math.inf)
+        failure = None if isinstance(outcome, bool) else outcome
+        failure = alone.key.kind.wait_here(_go_on(scope, settling, failure, note))
+        if failure is not None:
+            raise failure
+    finally:
+        if tells and not tells[0].done():
+            tells[0].set_result(None)
 
 
 async def _go_on(

@@ -7,7 +7,7 @@ install.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeGuard
 
 try:
@@ -48,9 +48,11 @@ class AsyncKind(SyncKind):
         return closing.has_nothing_open(inner) and plain_class(session, _CLOSE) is not None
 
     def end_at_once(self, session: Any, /) -> bool:
-        return plain_class(session, _CLOSE) is not None and closing.end_at_once(
-            session.sync_session
-        )
+        inner = session.sync_session
+        if inner.in_transaction() and not hasattr(inner, "_rope_middleware_ends_at_once"):
+            return False  # as `closing.end_at_once`, which is 4 calls
+        is_plain = getattr(session.close, "__func__", None) is _CLOSE  # mostly, and a call less
+        return (is_plain or plain_class(session, _CLOSE) is not None) and closing.end_at_once(inner)
 
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.sync_session.twophase)
@@ -78,15 +80,13 @@ class AsyncKind(SyncKind):
         return greenlet_spawn(self.close_here, session)
 
     def close_here(self, session: Any, /) -> None:
-        if plain_class(session, _CLOSE) is None:
-            await_only(_close_by_its_own(session))
-        else:
+        is_plain = getattr(session.close, "__func__", None) is _CLOSE
+        if is_plain or plain_class(session, _CLOSE) is not None:
             closing.close(session.sync_session)
+        else:
+            await_only(_close_by_its_own(session))
 
-    def in_greenlet(
-        self, func: Callable[..., object], /, *args: object
-    ) -> Coroutine[Any, Any, Any] | None:
-        return greenlet_spawn(func, *args)
+    in_greenlet: Any = staticmethod(greenlet_spawn)  # a method would be one more call
 
     def wait_here(self, work: Coroutine[Any, Any, Any], /) -> Any:
         return await_only(work)

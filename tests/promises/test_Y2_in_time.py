@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -109,6 +110,24 @@ async def test_Y2_a_slow_flush_is_no_commit_without_an_answer(store: Store, wher
         await asyncio.wait_for(ask(), PATIENCE)
     assert store.held() == 0
     assert store.rows() == [1, 2]
+
+
+@pytest.mark.parametrize("commit", [False, True])
+async def test_Y2_the_time_of_an_end_begins_with_its_work(
+    store: Store, commit: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not before: a loop that something else blocks meanwhile has cut off nothing."""
+
+    async def handler() -> None:
+        await store.execute(text("INSERT INTO row (n) VALUES (1)"))
+        await store.execute(text("SELECT 1"))
+        asyncio.get_running_loop().call_soon(time.sleep, 2 * LIMIT)
+
+    async with open_scope(close_timeout=LIMIT, commit_on_success=commit):
+        await handler()
+    assert store.rows() == ([1] if commit else [])
+    assert store.held() == 0
+    assert "gave up" not in caplog.text
 
 
 async def test_Y2_remove_gives_up_where_the_database_is_silent(store: Store) -> None:

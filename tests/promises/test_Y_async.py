@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import (
     AsyncSessionJenny,
@@ -185,6 +185,55 @@ async def test_Y1_a_session_made_in_a_child_task_is_closed_by_the_middleware(sto
 
     await serve(handler)
     assert store.held() == 0
+
+
+class OwnSession(AsyncSession):
+    pass
+
+
+class OwnInner(Session):
+    pass
+
+
+class OwnMaker(async_sessionmaker[AsyncSession]):
+    def __call__(self, **kw: Any) -> AsyncSession:
+        kw.setdefault("info", {"by": "its own call"})
+        return super().__call__(**kw)
+
+
+def _configured(maker: async_sessionmaker[AsyncSession]) -> None:
+    maker.configure(expire_on_commit=False, info={"a": 1}, sync_session_class=OwnInner)
+
+
+def _of_another_class(maker: async_sessionmaker[AsyncSession]) -> None:
+    maker.class_ = OwnSession
+
+
+def _says(session: AsyncSession) -> list[object]:
+    """Tell all that a factory has a say in; of the inner class what is not ours."""
+    inner = session.sync_session
+    bases = [one for one in type(inner).__mro__ if not one.__dict__.get("execute")]
+    says: list[object] = [type(session), bases, session.info]
+    return [*says, inner.bind, inner.autoflush, inner.expire_on_commit]
+
+
+@pytest.mark.parametrize("change", [lambda maker: None, _configured, _of_another_class])
+@pytest.mark.parametrize("maker_class", [async_sessionmaker, OwnMaker])
+async def test_Y1_a_session_is_made_as_its_factory_makes_it(
+    store: Store, maker_class: type[async_sessionmaker[AsyncSession]], change: Callable[[Any], None]
+) -> None:
+    """Also where the factory is changed later, once the jenny knows what comes of it."""
+    maker = maker_class(store.async_engine, autoflush=False)
+    jenny = AsyncSessionJenny(maker)
+    for changed in (lambda _: None, change):
+        changed(maker)
+        for _ in range(3):
+            async with open_scope():
+                found = jenny.session
+                assert _says(found) == _says(maker())
+                assert type(found.sync_session) is not maker().sync_session_class
+    async with open_scope():
+        assert jenny(info={"b": 2}).info == maker(info={"b": 2}).info
 
 
 async def test_Y3_gather_over_the_decorator_gives_each_task_its_own_session(store: Store) -> None:
