@@ -6,9 +6,12 @@ install.
 
 from __future__ import annotations
 
+from asyncio import get_running_loop
 from collections.abc import Callable, Iterable
 from inspect import Signature
-from typing import Any, Generic, TypeVar, cast
+from operator import methodcaller
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from rope_middleware.elsewhere import NO_MIDDLEWARE, name_elsewhere
@@ -91,7 +94,16 @@ class AsyncScopeRegistry(ScopeRegistry[_T]):
     def __call__(self) -> _T:
         scope = current.get(None)
         if isinstance(scope, AsyncScope):
-            check_loop(scope)
+            # As `check_loop`, which would be one more call for every use.
+            try:
+                here = get_running_loop()
+            except RuntimeError:
+                here = None
+            if here is not scope._loop:
+                if scope._loop is None and scope._thread == get_ident():
+                    scope._loop = here
+                else:
+                    check_loop(scope)
             sessions = scope._sessions
             session: Any = None if sessions is None else sessions.get(self)
             if session is not None:
@@ -194,6 +206,10 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
                 that is no AsyncSession.
         """
         return self.registry()
+
+    if not TYPE_CHECKING:
+        # The same, without a call of a function of Python's for every use.
+        session = property(methodcaller("registry"), doc=session.__doc__)
 
     def __call__(self, **kw: Any) -> _AS:
         """Return the current session; make it with `kw` for the session factory if there is none.

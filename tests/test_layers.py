@@ -301,7 +301,7 @@ PRIVATE: dict[str, set[str]] = {
         *("_body", "_commits", "_owns", "_read", "_scope"),  # of a body of ours
     },
     "jenny": {"_sessions"},
-    "async_jenny": {"_sessions"},
+    "async_jenny": {"_loop", "_sessions", "_thread"},
     "answer": {"_doomed", "_is_refused", "_options", "_sessions"},
     "running.forks": {"_at_fork_reinit"},  # of the locks: the tests of S8 pin it
     "session.connections": {"_connections"},  # SQLAlchemy's: see `made_connections`
