@@ -119,10 +119,10 @@ class ASGIRopeMiddleware(RopeMiddleware, protocol="asgi"):
                 own._state = ENDED
             if own._sessions is None:  # still, now that nobody can add one
                 own._state = CLOSED
-            elif gate is None is own._gate:  # type: ignore[unreachable]  # by the app
-                if (rest := aend_at_once(own)) is not None:
-                    await rest
-            elif (rest := _end(own, gate)) is not None:
+            elif gate is not None:  # type: ignore[unreachable]  # by the app
+                if not gate.ends_at_once():
+                    await gate.end()
+            elif (rest := aend_at_once(own) if own._gate is None else _end(own)) is not None:
                 await rest
         finally:
             try:
@@ -287,11 +287,9 @@ ASGIRopeMiddleware.__call__.__qualname__ = (
 )
 
 
-def _end(own: AsyncScope, gate: Gate | None) -> Awaitable[None] | None:
-    """End the scope of a call that has returned; return what is to be awaited for that."""
-    gate = gate or gate_of(own)
-    if gate is None:
-        return aend_at_once(own)
+def _end(own: AsyncScope) -> Awaitable[None] | None:
+    """End the scope of a call whose response a middleware inside has watched."""
+    gate = gate_of(own)
     if isinstance(gate, Gate):
         return None if gate.ends_at_once() else gate.end()
     return aend(own, not (why := gate.why_not()), why)

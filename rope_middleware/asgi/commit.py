@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncio import CancelledError
+from asyncio import CancelledError, get_running_loop
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from rope_middleware.answer import (
 )
 from rope_middleware.asgi.position import told_again
 from rope_middleware.protocols import ASGIApp, ASGIScope, Message, Receive, Send
-from rope_middleware.running.finish import finish, running_loop
+from rope_middleware.running.finish import finish
 from rope_middleware.scope.async_ending import acommit, aend, aroll_back
 from rope_middleware.scope.response import doom_rest, is_head, options_now
 from rope_middleware.scope.scope import Scope
@@ -188,14 +188,16 @@ class Gate(answer.Gate):
                 raise
             await self._answer(instead)
             return
-        if running_loop() is None:
+        try:
+            get_running_loop()
+        except RuntimeError:
             # In trio a cancellation that came during the commit is felt at the next await.
             await self._start_shielded(message)
-        else:
-            if self._told_inside is not None:
-                message = told_again(message, self._told_inside)
-            self._set(STARTED)
-            await self._send(message)
+            return
+        if self._told_inside is not None:
+            message = told_again(message, self._told_inside)
+        self._set(STARTED)
+        await self._send(message)
 
     async def _start_shielded(self, message: Message) -> None:
         if self._told_inside is not None:

@@ -11,12 +11,13 @@ Where it turns out not to be that simple, `order.committing` goes on from there.
 from __future__ import annotations
 
 import math
+from asyncio import get_running_loop
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rope_middleware.running.deadlines import deadlines, limit
-from rope_middleware.running.finish import finish, running_loop
+from rope_middleware.running.finish import finish
 from rope_middleware.running.threads import there_and_back
 from rope_middleware.scope.async_hands import Async
 from rope_middleware.scope.order import after_failure, committing, open_sessions
@@ -47,8 +48,11 @@ def alone_in(scope: Scope) -> Alone | None:
         or scope._registries
         or scope._calls
         or scope._settling is not None
-        or (getattr(scope, "_loop", None) is None and running_loop() is None)
     ):
+        return None
+    try:
+        get_running_loop()
+    except RuntimeError:  # trio
         return None
     alone: Alone | None = None
     for key, session in list(sessions.items()):
@@ -121,8 +125,13 @@ def commit_in_greenlet(
         deadlines[tells[1]] = monotonic() + scope._options.close_timeout
     try:
         settling = Settling(scope, note is None, alone.key)
-        # Order matters: see `session.guard`.
-        outcome = False if scope._calls else _commit((settling, alone))
+        outcome: bool | BaseException = False
+        if not scope._calls:  # order matters: see `session.guard`
+            settling.join()  # from here on as `_commit`
+            try:
+                outcome = alone.key.kind.commit_alone(alone.session)
+            except BaseException as error:
+                outcome = error
         is_only = len(scope._sessions or ()) == 1
         if outcome is True and not scope._on_commit and (is_only or not open_sessions(scope)):
             settling.end()
