@@ -123,9 +123,9 @@ def commit_in_greenlet(
     """
     if len(tells) > 1:
         deadlines[tells[1]] = monotonic() + scope._options.close_timeout
+    outcome: bool | BaseException | None = False
     try:
         settling = Settling(scope, note is None, alone.key)
-        outcome: bool | BaseException = False
         if not scope._calls:  # order matters: see `session.guard`
             settling.join()  # from here on as `_commit`
             try:
@@ -144,6 +144,7 @@ def commit_in_greenlet(
         if failure is not None:
             raise failure
     finally:
+        outcome = failure = None  # their tracebacks refer to this frame
         if tells and not tells[0].done():
             tells[0].set_result(None)
 
