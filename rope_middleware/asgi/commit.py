@@ -196,7 +196,10 @@ class Gate(answer.Gate):
             return
         if self._told_inside is not None:
             message = told_again(message, self._told_inside)
-        self._set(STARTED)
+        if self._replay is None is self._settled:
+            self.state = STARTED  # as `_set`, which would be a call for nearly nobody
+        else:
+            self._set(STARTED)
         await self._send(message)
 
     async def _start_shielded(self, message: Message) -> None:

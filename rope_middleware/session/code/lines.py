@@ -129,11 +129,11 @@ def application_line(depth: int) -> Line:
     # goes on beyond a greenlet: the walk belongs to each transaction.
     while True:
         while frame is not None:
-            code = frame.f_code
-            if not kinds[code.co_filename]:  # _APPLICATION
-                return code, frame.f_lasti
+            if not kinds[frame.f_code.co_filename]:  # _APPLICATION
+                return frame.f_code, frame.f_lasti
             frame = frame.f_back
-        greenlet = _current_greenlet() if greenlet is None else greenlet
+        if greenlet is None and (greenlets := sys.modules.get("greenlet")) is not None:
+            greenlet = greenlets.getcurrent()  # as `_current_greenlet`, a call less
         greenlet = None if greenlet is None else greenlet.parent
         if greenlet is None:
             return _line_of_library(_getframe(1))

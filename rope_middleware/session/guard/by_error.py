@@ -10,7 +10,7 @@ from weakref import ReferenceType, ref
 
 from sqlalchemy.orm import Session
 
-__all__ = ["BY_ERROR", "CLOSING", "note_error", "note_errors", "notes_errors"]
+__all__ = ["BY_ERROR", "CLOSING", "NOTES_ERRORS", "note_error", "note_errors", "notes_errors"]
 
 CLOSING = ("close", "reset")
 """What closes a session: what it has written is rolled back."""
@@ -38,6 +38,9 @@ def _noting(name: str) -> Callable[[ReferenceType[Any]], Any]:
 
 
 _note_and_close, _note_and_reset = map(_noting, CLOSING)
+
+NOTES_ERRORS: object = _note_and_close
+"""The function of the ``close()`` that `note_errors` puts there, which calls that of the class."""
 
 
 def note_errors(session: Any) -> None:
