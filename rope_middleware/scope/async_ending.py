@@ -74,7 +74,12 @@ def aend_at_once(scope: Scope, commits: bool = False, why: str = "") -> Awaitabl
     if sessions:
         rest = _close(scope, list(sessions.items()))
         return rest if failure is None else _raise_after(rest, failure)
-    _leave(scope, failure)
+    scope._sessions = None  # as `_leave`
+    if scope._gate is not None:
+        scope._gate = None
+    scope._state = CLOSED
+    if failure is not None:
+        raise failure
     return None
 
 
@@ -223,14 +228,12 @@ async def _raise_after(rest: Awaitable[None], failure: BaseException) -> None:
         raise failure
 
 
-def _leave(scope: Scope, failure: BaseException | None) -> None:
-    """Everything is given back; raise what is to be raised. `end_shortly` saves the call."""
+def _leave(scope: Scope) -> None:
+    """Everything is given back. What most requests come by does it without this call."""
     scope._sessions = None
     if scope._gate is not None:
         scope._gate = None  # they refer to each other
     scope._state = CLOSED
-    if failure is not None:
-        raise failure
 
 
 _end_here = partial(end_shortly, asks=False)
@@ -256,4 +259,4 @@ def _end_without_thread(scope: Scope, error: BaseException) -> None:
         raise error
 
     run_now(each(scope, held(scope), invalidate))
-    _leave(scope, None)
+    _leave(scope)

@@ -52,11 +52,13 @@ class AsyncKind(SyncKind):
         return closing.has_nothing_open(session.sync_session)
 
     def end_at_once(self, session: Any, /) -> bool:
-        inner = session.sync_session
-        if inner.in_transaction() and not hasattr(inner, "_rope_middleware_ends_at_once"):
-            return False  # as `closing.end_at_once`, which is 4 calls
         is_plain = getattr(session.close, "__func__", None) is _CLOSE  # mostly, and a call less
-        return (is_plain or plain_class(session, _CLOSE) is not None) and closing.end_at_once(inner)
+        if not is_plain and plain_class(session, _CLOSE) is None:
+            return False
+        inner = session.sync_session  # from here on as `closing.end_at_once`, a call less
+        if not inner.in_transaction() and closing.end_idle(inner):
+            return True
+        return hasattr(inner, "_rope_middleware_ends_at_once") and closing.end_at_once(inner)
 
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.sync_session.twophase)

@@ -45,6 +45,7 @@ __all__ = [
     "detach",
     "discard",
     "end_at_once",
+    "end_idle",
     "forget",
     "has_begun",
     "has_nothing_open",
@@ -85,7 +86,7 @@ def holds_connection(session: Session) -> bool:
 
 def end_at_once(session: Session) -> bool:
     """End `session` where that needs no I/O; tell whether it has ended."""
-    if _end_idle(session):
+    if not session.in_transaction() and end_idle(session):
         return True
     ends = getattr(session, "_rope_middleware_ends_at_once", None)  # only reads: see `reading`
     if ends is None or not ends() or plain_class(session) is None:
@@ -94,10 +95,8 @@ def end_at_once(session: Session) -> bool:
     return True
 
 
-def _end_idle(session: Session) -> bool:
-    """End `session` if it `has_nothing_open`; tell whether it has ended."""
-    if session.in_transaction():
-        return False
+def end_idle(session: Session) -> bool:
+    """End a session in no transaction if it `has_nothing_open`; tell whether it has ended."""
     if session._new or session.identity_map._modified or session._deleted:  # noqa: SLF001
         return False  # as in `has_nothing_open`
     tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
