@@ -67,7 +67,7 @@ def parameters_of(made: type) -> list[Parameter]:
     return [one.replace(annotation=Parameter.empty) for one in parameters]
 
 
-def may_take(function: Any, count: int) -> bool:
+def may_take(function: object, count: int) -> bool:
     """Tell whether `function` may be called with `count` arguments by position.
 
     False is certain. What is written in C, a class, a proxy, and what brings a signature of its
@@ -75,21 +75,23 @@ def may_take(function: Any, count: int) -> bool:
     """
     if hasattr(function, "__signature__"):
         return True
-    if type(function) not in (FunctionType, MethodType, partial):
-        call = (
-            None if isinstance(function, type) else getattr_static(type(function), "__call__", None)
-        )
-        if type(call) is not FunctionType:
+    kind: object = type(function)
+    if kind not in (FunctionType, MethodType, partial):
+        call: Any = getattr_static(type(function), "__call__", None)
+        if isinstance(function, type) or type(call) is not FunctionType:
             return True
         function = MethodType(call, function)
     plain = function
-    while type(plain) in (partial, MethodType):
-        plain = plain.func if type(plain) is partial else plain.__func__
-    if type(plain) is not FunctionType or hasattr(plain, "__signature__"):
+    while (kind := type(plain)) is not FunctionType:
+        if kind is not partial and kind is not MethodType:
+            return True
+        inner: object = getattr(plain, "func" if kind is partial else "__func__")
+        plain = inner
+    if hasattr(plain, "__signature__"):
         return True
     try:
         # A decorator's own, whatever it has decorated.
-        takes = signature(function, follow_wrapped=False)
+        takes = signature(cast("Callable[..., Any]", function), follow_wrapped=False)
     except Exception:  # Python 3.14 looks up the annotations, and finds not all
         return True
     try:
