@@ -42,7 +42,8 @@ class AsyncKind(SyncKind):
     inner: Any = attrgetter("sync_session")  # a method would be one more call
 
     def handed_out(self, session: Any, /) -> Any:
-        return async_session(session)
+        # The application may have kept the inner session alone. What a scope keeps can be awaited.
+        return async_session(session) or AsyncSession(sync_session_class=_made_of(session))
 
     def is_idle(self, session: Any, /) -> bool:
         own = getattr(session.close, "__func__", None)  # mostly: see `plain_class`, 2 calls less
@@ -115,6 +116,15 @@ class AsyncKind(SyncKind):
     def tells_why(self, session: Any, error: BaseException, name: str, /) -> bool:
         inner = self.inner(session)
         return inner is not None and tell_cut_off(inner, error, name)
+
+
+def _made_of(session: Session) -> Any:
+    """Return what stands for the class of an AsyncSession's inner session: it makes `session`."""
+
+    def make(**_: object) -> Session:
+        return session
+
+    return make
 
 
 def _is_session(thing: object) -> TypeGuard[AsyncSession]:

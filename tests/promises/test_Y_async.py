@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import (
     AsyncSession,
     async_scoped_session,
+    async_session,
     async_sessionmaker,
     create_async_engine,
 )
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.util import greenlet_spawn
 
 from rope_middleware import (
     AsyncSessionJenny,
@@ -632,3 +635,26 @@ def test_Y4_a_session_is_refused_in_another_loop_each_time() -> None:
         await engine.dispose()
 
     asyncio.run(main())
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("commits", [False, True])
+async def test_S3_the_inner_session_of_a_removed_one_ends_with_its_scope(
+    store: Store, said: Said, commits: bool
+) -> None:
+    """Also where its AsyncSession is gone: nothing leaks, and what is lost is told."""
+    async with open_scope(commit_on_success=commits):
+        await store.jenny.execute(text("SELECT 1"))
+        inner = store.jenny.session.sync_session
+        await store.jenny.remove()
+        store.made.clear()
+        gc.collect()
+        assert async_session(inner) is None
+        inner.add(Row(n=1))
+        await greenlet_spawn(inner.flush)
+        assert store.held() == 1
+    assert store.held() == 0
+    with pytest.raises(ScopeClosedError):
+        await greenlet_spawn(inner.execute, text("SELECT 1"))
+    assert store.rows() == ([1] if commits else [])
+    assert [("1 Row" in warning) for warning in said.warnings] == ([] if commits else [True])
