@@ -13,7 +13,7 @@ from rope_middleware.scope.reading import carried_inside
 from rope_middleware.scope.response import doom_rest, is_head
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.committing import resolve_doubts
-from rope_middleware.wsgi.begun import Begun, close_unsent
+from rope_middleware.wsgi.begun import Begun, close_unsent, code_of
 from rope_middleware.wsgi.body import Body, ListBody, hand_on, hand_on_late, made
 from rope_middleware.wsgi.files import is_odd, is_streamed
 from rope_middleware.wsgi.position import told_again
@@ -50,6 +50,7 @@ class Gate(answer.Gate):
         "_replay",
         "_start_response",
         "_write_on",
+        "_written",
     )
 
     _environ: WSGIEnvironment
@@ -85,6 +86,7 @@ class Gate(answer.Gate):
         self.raised: BaseException | None = None
         self._instead: WSGIApplication | None = None  # what `on_commit_error` has returned
         self._write_on: Callable[[bytes], object] | None = None
+        self._written: list[bytes] | None = []
         self._start_response = start_response
         self._replay = replay
         self._owns = owns
@@ -93,6 +95,9 @@ class Gate(answer.Gate):
         body: Iterable[bytes] = ()
         try:
             body = app(environ, self.start_response)
+            written, self._written = self._written, None
+            if written:
+                body = Begun(body, written)
             kind = type(body)
             if kind is list or kind is tuple:  # most of all
                 self.announce()
@@ -168,7 +173,7 @@ class Gate(answer.Gate):
             self._start(first)
         if self.state == STARTED:
             write = self._start_response(*call)
-            if _code(status) >= 400:
+            if code_of(status) >= 400:
                 doom_rest(self._scope)  # the server has taken it instead of the success
             return write
         if self.state != HELD:
@@ -181,8 +186,12 @@ class Gate(answer.Gate):
             self.announce()
         if self._write_on is None and self.state != STARTED:
             return None  # this response was replaced, or held back
-        # A server that has none gives None: Python's own error for that, as without us.
-        write: Any = self._write_on
+        if self._write_on is None and self._written is not None:
+            # The server has none (granian). The commit may stand by now, and Python's own error
+            # for that would be a 500: so what is written becomes the beginning of the body.
+            self._written.append(data)
+            return None
+        write: Any = self._write_on  # None to what is written too late: Python's own error
         return write(data)
 
     def announce(self) -> None:
@@ -287,11 +296,3 @@ class Gate(answer.Gate):
 
 def _headers(call: Any) -> list[tuple[str, str]]:
     return list(call[1])
-
-
-def _code(status: object) -> int:
-    """Return the number in a status line; 500 for what the server is going to refuse."""
-    try:
-        return int(str(status)[:3])
-    except ValueError:
-        return 500

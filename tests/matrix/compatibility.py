@@ -206,7 +206,8 @@ OTHERS = """\
 granian: a body that breaks off reaches the application as one that has ended. Compare its length
     with Content-Length.
 granian (WSGI), hypercorn (WSGI): `start_response()` returns no `write()`, so what calls it fails.
-    hypercorn answers an empty WSGI body by a 500, whatever the application has said.
+    With `commit_on_success` it works: what is written begins the body. hypercorn answers an
+    empty WSGI body by a 500, whatever the application has said.
 granian (ASGI): the start of a response waits for its first chunk. A stream that raises before that
     is a 500 for the client, though the commit, which comes before the start, stands.
 bjoern: where clients hang up while a file is sent by `wsgi.file_wrapper`, others get each other's

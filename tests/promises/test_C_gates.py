@@ -7,13 +7,16 @@ import contextlib
 import copy
 import io
 import logging
+import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.lowlevel
+import httpx
 import pytest
 from sqlalchemy import Engine, event
 from sqlalchemy.orm import Session, scoped_session
@@ -23,9 +26,11 @@ from tests.kit.asgi import ASGIClient, answer, http_scope
 from tests.kit.engines import rows
 from tests.kit.leaks import checked_out
 from tests.kit.models import Row
+from tests.kit.programs import ROOT
 from tests.kit.sessions import Jenny
-from tests.kit.waiting import never
+from tests.kit.waiting import PATIENCE, never
 from tests.kit.wsgi import HEADERS, Server, make_environ
+from tests.servers.asgi import HOST, free_port, run_command
 
 
 def refuse_commits(jenny: Jenny) -> None:
@@ -359,15 +364,76 @@ def test_C2_a_response_that_starts_within_an_inner_scope_is_committed_before(
     assert seen[:2] == [True, 1]
 
 
-def test_W1_a_server_without_write_says_so(jenny: Jenny) -> None:
-    """As without the middleware: what the app writes is not dropped in silence."""
+@pytest.mark.parametrize("rest", [[], [b"c"], iter([b"c", b"d"])], ids=["none", "list", "stream"])
+def test_C2_what_is_written_reaches_a_server_without_write(
+    jenny: Jenny, engine: Engine, rest: Any
+) -> None:
+    """As the beginning of the body: the commit stands by then, and must not become a 500."""
+    then = b"" if rest == [] else b"c" if isinstance(rest, list) else b"cd"
 
     def app(environ: Any, start_response: Any) -> Any:
-        start_response("200 OK", HEADERS)(b"a")
-        return []
+        jenny.session.add(Row(name="x"))
+        write = start_response("200 OK", HEADERS)
+        write(b"a")
+        write(b"b")
+        return rest
 
+    body: Any = committing(app)(make_environ(), lambda *_: None)
+    assert b"".join(body) == b"ab" + then
+    body.close()
+    assert rows(engine) == 1
+
+
+def test_W1_what_a_body_writes_as_it_is_read_is_not_dropped_in_silence(jenny: Jenny) -> None:
+    """PEP 3333 forbids it; a server without write() says so, as without the middleware."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        write = start_response("200 OK", HEADERS)
+        yield b"a"
+        write(b"b")
+
+    body: Any = committing(app)(make_environ(), lambda *_: None)
     with pytest.raises(TypeError, match="not callable"):
-        committing(app)(make_environ(), lambda *_: None)
+        list(body)
+    body.close()
+
+
+WRITES = """
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import sessionmaker
+from rope_middleware import SessionJenny, WSGIRopeMiddleware
+
+jenny = SessionJenny(sessionmaker(create_engine("sqlite:///written.db")), strict=True)
+
+def writes(environ, start_response):
+    if environ["REQUEST_METHOD"] == "POST":
+        jenny.execute(text("CREATE TABLE t (n INTEGER)"))
+        jenny.execute(text("INSERT INTO t VALUES (1)"))
+    write = start_response("200 OK", [("Content-Type", "text/plain")])
+    write(b"rows: ")
+    return [str(jenny.scalar(text("SELECT count(*) FROM t"))).encode()]
+
+app = WSGIRopeMiddleware(writes, commit_on_success=True)
+"""
+
+
+@pytest.mark.slow
+def test_C2_granian_has_no_write_and_gets_what_is_written(tmp_path: Path) -> None:
+    """A server of today, by its own command."""
+    pytest.importorskip("granian")
+    (tmp_path / "writes_app.py").write_text(WRITES)
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "granian", "--interface", "wsgi", "--host", HOST),
+        *("--port", str(port), "--blocking-threads", "2", "--workers-kill-timeout", "10"),
+        "writes_app:app",
+    ]
+    with run_command(command, cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}") as granian:
+        granian.wait_for_port(port)
+        for ask in (httpx.post, httpx.get):
+            answered = ask(f"http://{HOST}:{port}/", timeout=PATIENCE)
+            assert (answered.status_code, answered.text) == (200, "rows: 1")
+        granian.interrupt()
 
 
 def test_C3_a_stream_whose_commit_fails_is_the_plain_500(
