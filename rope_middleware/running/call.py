@@ -21,7 +21,7 @@ class Call:
     """
 
     # What is otherwise only later has its value on the class: one is made for each hop.
-    _result: Any = None
+    outcome: Any = None
     _error: BaseException | None = None
     _wakes: tuple[Callable[[Any], object], Context] | None = None
     _why: tuple[object, ...] = ()
@@ -50,7 +50,7 @@ class Call:
     def make(self) -> None:
         """Call the function, and go back."""
         try:
-            self._result = self._context.run(self._func, self._argument)
+            self.outcome = self._context.run(self._func, self._argument)
         except StopIteration as error:
             # In a coroutine it means "done": the waiter would take it for a result.
             self._error = RuntimeError("a call in a thread raised StopIteration")
@@ -139,7 +139,7 @@ class Call:
         if self._is_cancelled:
             raise asyncio.CancelledError(*self._why)
         if self._error is None:
-            return self._result
+            return self.outcome
         error, self._error = self._error, None
         try:
             raise error

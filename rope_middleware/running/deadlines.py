@@ -63,6 +63,7 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
         raise why from None
     finally:
         deadlines.pop(task, None)
+        del task  # it may be about to keep an error, whose traceback refers to this frame
 
 
 def limit(seconds: float) -> asyncio.Task[Any]:

@@ -122,8 +122,11 @@ async def finish(
         if task.done():
             deadlines.pop(task, None)
             ending.pop(task, None)
+            if tells is not None:
+                tells.clear()
         else:  # the waiter is gone
             task.add_done_callback(has_ended)
+        del task  # it keeps its error, whose traceback refers to this frame, and that of `tells`
 
 
 async def _telling(work: Awaitable[_T], ended: asyncio.Future[None], seconds: float) -> _T:

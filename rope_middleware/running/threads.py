@@ -104,6 +104,8 @@ async def there_and_back(
         if not call.has_ended:
             raise
         return call.result(), cancelled
+    finally:
+        call.outcome = None  # an error that it has returned refers to the call by its traceback
 
 
 # -- asyncio: threads of our own -----------------------------------------------------------------

@@ -118,7 +118,10 @@ async def _commit(scope: Scope, note: Callable[[], None]) -> None:
     timeout = scope._options.close_timeout
     failure = await finish(_settle(scope, Async(timeout), note), timeout)
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback refers to this frame
 
 
 def _commit_alone(

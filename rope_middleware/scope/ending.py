@@ -85,7 +85,10 @@ def commit(scope: Scope) -> None:
         settling.end()
         reset_committing(token)
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback refers to this frame
 
 
 def _go_on() -> None:

@@ -85,6 +85,7 @@ async def commit_by_hop(scope: Scope, alone: Alone, note: Callable[[], None] | N
             )
             is_done = outcome is True
             failure = None if isinstance(outcome, bool) else outcome
+            del outcome
         except BaseException as error:  # the time was up, or no thread could be started
             failure = error
     is_only = len(scope._sessions or ()) == 1  # which nearly all are: 80 instructions less
@@ -97,7 +98,10 @@ async def commit_by_hop(scope: Scope, alone: Alone, note: Callable[[], None] | N
     if cancelled is not None:
         raise cancelled
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback refers to this frame
 
 
 def _commit(told: tuple[Settling, Alone]) -> bool | BaseException:
@@ -138,15 +142,31 @@ def commit_in_greenlet(
             if note is not None:
                 note()
             return
-        limit(math.inf)
         failure = None if isinstance(outcome, bool) else outcome
-        failure = alone.key.kind.wait_here(_go_on(scope, settling, failure, note))
-        if failure is not None:
+        if isinstance(failure, GeneratorExit):  # closed by hand: there is nothing to await with
+            settling.end()
             raise failure
+        limit(math.inf)
+        alone.key.kind.wait_here(_go_on_and_raise(scope, settling, failure, note))
     finally:
         outcome = failure = None  # their tracebacks refer to this frame
         if tells and not tells[0].done():
             tells[0].set_result(None)
+
+
+async def _go_on_and_raise(
+    scope: Scope,
+    settling: Settling,
+    failure: BaseException | None,
+    note: Callable[[], None] | None,
+) -> None:
+    """`_go_on`, in the greenlet: SQLAlchemy's would keep an error that is returned through it."""
+    try:
+        failure = await _go_on(scope, settling, failure, note)
+        if failure is not None:
+            raise failure
+    finally:
+        del failure
 
 
 async def _go_on(

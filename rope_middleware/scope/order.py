@@ -194,7 +194,10 @@ async def ending(scope: Scope, hands: Hands, commits: bool, why: str) -> None:
     scope._gate = None  # they refer to each other
     scope._state = CLOSED
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback refers to this frame
 
 
 async def each(

@@ -224,15 +224,13 @@ def commit_alone_in_greenlet(session: AsyncSession) -> bool:
         return commit_alone(inner, _commit_in_time)
     except BaseException as error:
         why = why_cut_off(error, timeout_of(scope))
-        limit(math.inf)
         # Where it has not begun, it was refused.
-        if (
-            isinstance(why, Exception)
-            and is_committing(scope)
-            and await_only(_stands(session, scope, transaction, why))
-        ):
-            return False
+        if isinstance(why, Exception) and is_committing(scope):
+            limit(math.inf)
+            if await_only(_stands(session, scope, transaction, why)):
+                return False
         if why is error:
+            del why  # its traceback refers to this frame
             raise
         raise why from None
     finally:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.util import await_only
 
-from rope_middleware import ASGIRopeMiddleware, SessionJenny
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    AsyncSessionJenny,
+    SessionJenny,
+    WSGIRopeMiddleware,
+    open_scope,
+)
 from tests.kit.asgi import asgi_app, ask
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out
 from tests.kit.models import Row
 from tests.kit.waiting import PATIENCE
 from tests.kit.web import Exchange, Web
+from tests.kit.wsgi import Server, make_environ
 
 
 class Stop(StopIteration):
@@ -222,3 +232,85 @@ def test_C3_a_commit_that_outlives_a_timeout_is_not_answered_by_an_error(
     held = web.store.held()
     assert held == 0
     assert (web.store.rows(), answer.seen, len(tries)) in (([1], 200, 1), ([], 504, 1))
+
+
+class CommitFailedError(Exception):
+    """Raised by a listener: what a database raises SQLAlchemy itself keeps in a cycle."""
+
+
+@pytest.mark.told
+@pytest.mark.parametrize(
+    ("way", "is_async"),
+    [
+        *(("request", False), ("request", True), ("async with", False), ("async with", True)),
+        *(("with", False), ("wsgi", False)),
+    ],
+)
+def test_C3_P4_the_error_of_a_failed_commit_is_gone_when_it_is_caught(
+    tmp_path: Path, way: str, is_async: bool
+) -> None:
+    """Nothing of ours keeps it, and all that its traceback refers to, until a collection."""
+    kept: list[ref[Exception]] = []
+
+    async def request(served: Any) -> None:
+        try:
+            if way == "request":
+                await ask(served)
+            elif way == "async with":
+                async with open_scope(commit_on_success=True):
+                    await served()
+            elif way == "wsgi":
+                Server()(served, make_environ())
+            else:
+                with open_scope(commit_on_success=True):
+                    await served()
+        except CommitFailedError:
+            pass
+
+    async def main() -> None:
+        url = f"sqlite+aiosqlite:///{tmp_path}/a.db" if is_async else f"sqlite:///{tmp_path}/a.db"
+        engine: Any = (create_async_engine if is_async else create_engine)(url)
+        maker: Any = (async_sessionmaker if is_async else sessionmaker)(engine)
+        kind: Any = AsyncSessionJenny if is_async else SessionJenny
+        jenny = kind(maker)
+
+        async def work() -> None:
+            found = jenny.execute(text("PRAGMA user_version"))
+            if is_async:
+                await found
+
+        def wsgi_app(_: Any, start_response: Any) -> list[bytes]:
+            jenny.execute(text("PRAGMA user_version"))
+            start_response("200 OK", [])
+            return [b""]
+
+        @event.listens_for(engine.sync_engine if is_async else engine, "commit")
+        def fail(_: Any) -> None:
+            error = CommitFailedError()
+            kept.append(ref(error))
+            try:
+                raise error
+            finally:
+                del error
+
+        served = {
+            "request": ASGIRopeMiddleware(asgi_app(work), commit_on_success=True),
+            "wsgi": WSGIRopeMiddleware(wsgi_app, commit_on_success=True),
+        }.get(way, work)
+        for _ in range(3):  # the first imports what an error needs
+            await asyncio.create_task(request(served))
+        await asyncio.sleep(0)
+        assert len(kept) == 3
+        assert [one() for one in kept[1:]] == [None, None]
+        found = engine.dispose()
+        if is_async:
+            await found
+
+    gc.collect()
+    gc.disable()
+    logging.disable()  # what pytest has logged it keeps
+    try:
+        asyncio.run(main())
+    finally:
+        logging.disable(logging.NOTSET)
+        gc.enable()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -12,13 +14,20 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.util import await_only
 
-from rope_middleware import CommitInDoubtError, current_scope, open_scope
-from tests.kit.asgi import serve
+from rope_middleware import (
+    ASGIRopeMiddleware,
+    AsyncSessionJenny,
+    CommitInDoubtError,
+    current_scope,
+    open_scope,
+)
+from tests.kit.asgi import answer, http_scope, serve
 from tests.kit.models import Row
 from tests.kit.stores import Store
-from tests.kit.waiting import PATIENCE, cancel_again_and_again, poll
+from tests.kit.waiting import PATIENCE, cancel_again_and_again, never, poll
 
 pytestmark = pytest.mark.anyio
 LIMIT = 0.2
@@ -170,3 +179,45 @@ async def test_S5_an_on_close_function_that_does_not_end_is_cut_off(
     assert ran == ["cut off", "the other one"]
     assert "never_ends" in caplog.text
     assert "gave up after 0.2 seconds" in caplog.text
+
+
+@pytest.mark.told
+@pytest.mark.filterwarnings("ignore:unclosed database in <sqlite3.Connection:ResourceWarning")
+def test_Y2_a_coroutine_that_is_closed_in_the_middle_of_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of ours asks for an event loop that does not run any more, and nothing stays out."""
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'closed.db'}")
+    jenny = AsyncSessionJenny(async_sessionmaker(engine))
+    loop = asyncio.new_event_loop()
+    errors: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda one: errors.append(str(one.exc_value)))
+
+    def hang_and_stop(_: Any) -> None:
+        loop.call_soon(loop.stop)
+        await_only(asyncio.sleep(3600))
+
+    event.listen(engine.sync_engine, "commit", hang_and_stop, once=True)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await jenny.session.execute(text("CREATE TABLE IF NOT EXISTS t (n INTEGER)"))
+        await answer(send)
+
+    served: Any = ASGIRopeMiddleware(app, commit_on_success=True)
+    request = loop.create_task(served(http_scope(), never, never))
+    loop.run_forever()
+    (commits,) = asyncio.all_tasks(loop) - {request}
+    coroutines: list[Any] = [commits.get_coro(), request.get_coro()]
+    for coroutine in [*coroutines, *coroutines]:
+        try:
+            coroutine.close()
+        except RuntimeError as error:
+            errors.append(str(error))
+        gc.collect()
+    # SQLAlchemy awaits the end of its connection all the same.
+    assert set(errors) <= {"coroutine ignored GeneratorExit"}
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    for task in (request, commits):
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.run_until_complete(engine.dispose())
+    loop.close()
