@@ -161,7 +161,7 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
             cls.reset(session)
     except BaseException as error:
         is_closed = isinstance(error, IllegalStateChangeError) and close_later(session)
-        if not is_closed or by is not None or cls is None:
+        if not is_closed or cls is None:
             invalidate(session)
             with suppress(Exception):
                 reset(session)  # what is left of its transaction must not be used any more

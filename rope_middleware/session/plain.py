@@ -144,6 +144,8 @@ class PlainSessions(SyncKind):
             self.scoped.remove()
         else:
             closing.close(session, self.scoped.remove)
+            if self.registry.has() and is_over(current_scope()):
+                self.registry.clear()  # it waits for a connection, and is closed when that comes
 
     async def _aclose(self) -> None:
         session = self._tied()

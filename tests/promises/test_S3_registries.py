@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -29,11 +30,12 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
-from tests.kit.asgi import ASGIClient, answer
+from tests.kit.asgi import ASGIClient, answer, serve
 from tests.kit.engines import MakeEngine, counts
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data
 from tests.kit.sessions import SELECT, Jenny, errors_in, use
+from tests.kit.waiting import PATIENCE
 from tests.kit.ways import REQUESTS, Way, by_wsgi_request
 
 
@@ -450,3 +452,41 @@ def test_C6_what_a_plain_session_committed_is_not_written_again(ask: Way, engine
         ask(view, registries=[plain], retries=3)
     assert len(runs) == 1
     assert counts(engine) == [0, 7]
+
+
+@pytest.mark.parametrize("is_plain", [False, True], ids=["jenny", "registries"])
+def test_S4_a_session_that_waits_for_a_connection_at_the_end_is_no_error(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, is_plain: bool
+) -> None:
+    """Who waits is refused when the connection comes; nothing has failed, and nothing stays out."""
+    engine = make_engine(1)
+    maker = sessionmaker(engine)
+    sessions: Any = (
+        scoped_session(maker, scopefunc=current_scope) if is_plain else SessionJenny(maker)
+    )
+    said: list[object] = []
+
+    def straggle() -> None:
+        try:
+            sessions.execute(SELECT)
+        except ScopeClosedError as error:
+            said.append(type(error))
+
+    threads: list[threading.Thread] = []
+
+    def work() -> None:
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(straggle,))
+        threads.append(thread)
+        thread.start()
+        time.sleep(0.3)  # by then it waits for the only connection
+
+    with engine.connect():
+        asyncio.run(serve(work, registries=[sessions] if is_plain else []))
+        assert len(threads) == 1
+        assert said == []
+    threads[0].join(PATIENCE)
+    assert said == [ScopeClosedError]
+    assert checked_out(engine) == 0
+    assert [record.getMessage() for record in caplog.records if record.levelno > 20] == []
+    if is_plain:
+        assert not sessions.registry.registry
