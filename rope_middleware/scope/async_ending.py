@@ -62,7 +62,9 @@ def aend_at_once(scope: Scope, commits: bool = False, why: str = "") -> Awaitabl
         kind = key.kind
         try:
             if not kind.end_at_once(session):
-                if failure is None and kind.is_async and len(sessions) == 1:
+                if failure is None and len(sessions) == 1:  # as `_close`, two calls less
+                    if not kind.is_async:
+                        return _end_in_thread(scope)
                     tells: list[Any] = []
                     timeout = scope._options.close_timeout
                     work = kind.in_greenlet(_close_alone, scope, key, session, tells)
