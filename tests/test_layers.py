@@ -134,6 +134,7 @@ HOUSE = (
     "wsgi.replay",
     "wsgi.begun",
     "wsgi.body",
+    "wsgi.late",
     "wsgi.position",
     "wsgi.commit",
     "wsgi",
@@ -325,8 +326,8 @@ PRIVATE: dict[str, set[str]] = {
         *("_body", "_commits", "_owns", "_read", "_scope"),  # of a body of ours
     },
     "wsgi.body": {
-        *("_body", "_commits", "_gate", "_owns", "_read", "_scope"),  # of what it makes
-        "_state",  # each chunk asks the scope
+        *("_body", "_commits", "_owns", "_read", "_scope"),  # of what it makes
+        *("_sessions", "_state"),  # each chunk, and the end, ask the scope
     },
     "flask": {"_get_current_object"},  # documented by Werkzeug
     "session.reading.autocommit": {"_has_events"},  # SQLAlchemy's way to ask for listeners

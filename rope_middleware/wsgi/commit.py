@@ -14,8 +14,9 @@ from rope_middleware.scope.response import doom_rest, is_head
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.committing import resolve_doubts
 from rope_middleware.wsgi.begun import Begun, close_unsent, code_of
-from rope_middleware.wsgi.body import Body, ListBody, hand_on, hand_on_late, made
+from rope_middleware.wsgi.body import Body, ListBody, hand_on, made
 from rope_middleware.wsgi.files import is_odd, is_streamed
+from rope_middleware.wsgi.late import hand_on_late
 from rope_middleware.wsgi.position import told_again
 
 if TYPE_CHECKING:

@@ -14,18 +14,22 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import WSGIEnvironment
 
-__all__ = ["KINDS", "is_file", "is_odd", "is_streamed", "kinds_by"]
+__all__ = ["KINDS", "WITHOUT_FILES", "is_file", "is_odd", "is_streamed", "kinds_by"]
 
-_LISTS: dict[type, bool] = {list: False, tuple: False}
+# What is a body of this class? All but a list are streams; CLOSABLE: its class has a close().
+LIST, STREAM, CLOSABLE = range(3)
 
-# Is a body of this class a stream, by the server's ``wsgi.file_wrapper``, which did not make it?
-# To ask all questions again for each response costs 1 us. Only classes that live as long as their
-# module: one that a request has made would keep what that request had.
-KINDS: dict[object, dict[type, bool]] = {None: _LISTS.copy()}
+_LISTS: dict[type, int] = {list: LIST, tuple: LIST}
+
+# By the server's ``wsgi.file_wrapper``, which did not make it. To ask all questions again for each
+# response costs 1 us. Only classes that live as long as their module: one that a request has made
+# would keep what that request had.
+WITHOUT_FILES: dict[type, int] = _LISTS.copy()
+KINDS: dict[object, dict[type, int]] = {None: WITHOUT_FILES}
 
 
-def kinds_by(environ: WSGIEnvironment) -> dict[type, bool]:
-    """Return which classes of bodies are known in this request: True where it is a stream.
+def kinds_by(environ: WSGIEnvironment) -> dict[type, int]:
+    """Return what the classes of bodies are that are known in this request.
 
     Files are not among them.
     """
@@ -48,11 +52,11 @@ def is_streamed(body: object, environ: WSGIEnvironment) -> bool:
     kind = type(body)
     kinds = kinds_by(environ)
     if kind in kinds:
-        return kinds[kind]
+        return kinds[kind] != LIST
     if hasattr(kind, "__len__") or is_odd(body) or is_file(body, environ):
         return False
     if kinds is not _LISTS and _stays(kind) and hasattr(kind, "__iter__"):
-        kinds[kind] = True
+        kinds[kind] = STREAM if getattr(kind, "close", None) is None else CLOSABLE
     return True
 
 

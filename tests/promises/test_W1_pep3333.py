@@ -95,6 +95,82 @@ def test_W1_with_retries_the_iterator_of_a_body_is_not_closed() -> None:
     assert closed == ["iterable"]
 
 
+class HasClose:
+    """Bodies whose `close` is found in one place or the other, of classes that stay."""
+
+    def __init__(self, closes: list[Scope]) -> None:
+        self.closes = closes
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter([b"1", b"2"])
+
+    def close(self) -> None:
+        self.closes.append(current_scope())
+
+
+class OfTheInstance(HasClose):
+    def __init__(self, closes: list[Scope]) -> None:
+        super().__init__(closes)
+        self.close = super().close  # type: ignore[method-assign]
+
+
+class OfTheInstanceAlone(OfTheInstance):
+    close = None  # type: ignore[assignment]
+
+
+class FoundLate(OfTheInstance):
+    close = None  # type: ignore[assignment]
+
+    def __init__(self, closes: list[Scope]) -> None:
+        self.closes = closes
+
+    def __iter__(self) -> Iterator[bytes]:
+        super().__init__(self.closes)
+        return super().__iter__()
+
+
+class Dynamic:
+    def __init__(self, closes: list[Scope]) -> None:
+        self.inner = HasClose(closes)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class SwitchedOff(HasClose):
+    close = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("body", "closes"),
+    [
+        (HasClose, 1), (OfTheInstance, 1), (OfTheInstanceAlone, 1), (FoundLate, 1), (Dynamic, 1),
+        (SwitchedOff, 0),
+    ],
+)  # fmt: skip
+def test_W1_close_is_called_wherever_the_body_has_it(
+    wrap: Wrap, body: Any, closes: int, jenny: Jenny, engine: Engine
+) -> None:
+    """On the class, on the instance, or found by `__getattr__`: also once the class is known."""
+    for _ in range(3):
+        called: list[Scope] = []
+
+        def app(environ: Any, start_response: Any) -> Any:
+            touch(jenny)
+            start_response("200 OK", HEADERS)
+            return body(called)  # noqa: B023
+
+        environ = make_environ()
+        seen = Server()(wrap(app), environ)
+        assert (seen.error, seen.close_error, seen.body) == (None, None, b"12")
+        assert called == [scope_of(environ)] * closes
+        assert called == [] or called[0].closed
+        assert checked_out(engine) == 0
+
+
 @pytest.mark.parametrize("kind", ["iterable", "iterator"])
 def test_W1_body_closed_before_its_first_chunk(
     wrap: Wrap, kind: str, jenny: Jenny, engine: Engine

@@ -12,16 +12,19 @@ from typing import Any
 
 import greenlet
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import (
     RopeMiddleware,
+    Scope,
     SessionJenny,
     WSGIRopeMiddleware,
     current_scope,
     open_scope,
+    wsgi,
 )
+from rope_middleware.scope.scope import ENDED
 from rope_middleware.session.sql import notes
 from tests.kit.engines import MakeEngine, rows
 from tests.kit.flask_app import flask_app
@@ -122,6 +125,51 @@ def test_W2_two_bodies_advanced_in_turn_on_one_thread(
     assert two.scope.closed
     assert one.closes == two.closes == 1
     assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize("kind", ["list", *BODIES])
+def test_W2_a_first_use_in_the_instant_of_the_end_is_ended_too(
+    kind: str, jenny: Jenny, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that goes on keeps its session just when the end has found none."""
+    late: list[Session] = []
+
+    class Raced(wsgi._RequestScope):
+        __slots__ = ()
+
+        @property
+        def _state(self) -> int:  # type: ignore[override]
+            return Scope._state.__get__(self)  # type: ignore[attr-defined,no-any-return]
+
+        @_state.setter
+        def _state(self, state: int) -> None:
+            Scope._state.__set__(self, state)  # type: ignore[attr-defined]
+            if state == ENDED and not late:
+                session = jenny.registry.createfunc()
+                session.execute(text("SELECT 1"))
+                late.append(session)
+                self._sessions = {jenny.registry: session}  # type: ignore[dict-item]
+
+    class Untouching(Probe):
+        def use(self, where: str) -> None:
+            self.scopes.append(current_scope())
+
+    def app(environ: Any, start_response: Any) -> Any:
+        if kind == "list":
+            probe.use("app")
+            start_response("200 OK", HEADERS)
+            return [b"1", b"2", b"3"]
+        return probe(environ, start_response)
+
+    monkeypatch.setattr(wsgi, "_RequestScope", Raced)
+    for _ in range(2):  # the second time the body's class is known
+        probe = Untouching(jenny, "iterable" if kind == "list" else kind)
+        late.clear()
+        seen = Server()(WSGIRopeMiddleware(app))
+        assert (seen.error, seen.close_error, seen.body) == (None, None, b"123")
+        assert probe.scopes[0].closed
+        assert len(late) == 1 and not late[0].in_transaction()
+        assert checked_out(engine) == 0
 
 
 def test_W2_each_chunk_may_come_from_another_thread(
