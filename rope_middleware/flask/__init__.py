@@ -51,6 +51,11 @@ __all__ = ["current_session", "flask_scoped_session"]
 _S = TypeVar("_S", bound=Session)
 _T = TypeVar("_T", bound=Any)
 
+# A cast() would be a call each time.
+_app: Any = current_app
+_g: Any = g
+_request: Any = request
+
 _REMOVE = vars(SessionJenny)["remove"]
 _CONTEXT = "_rope_middleware_context"
 _LAST = "_rope_middleware_last"  # in `g`: the last request that ended in this context
@@ -100,7 +105,7 @@ class _AppContextRegistry(ScopeRegistry[_T]):
         context: _Context | None = home.get(_CONTEXT)
         if context is not None:
             return context.scope
-        made = _Context(f"application context of {_app().name}")
+        made = _Context(f"application context of {_app.name}")
         if type(cast("object", home)) is dict:  # the request's
             _end_before(home, made)
         # Two threads may share a context: only one of them sets it.
@@ -117,7 +122,7 @@ def _end_before(home: Any, made: _Context) -> None:
     Its streamed body was closed by another thread, where Flask calls no teardown function.
     """
     context, owner = [one() for one in getattr(_here, "last", ())] or (None, None)
-    _here.last = ref(made), ref(cast("Any", request)._get_current_object())
+    _here.last = ref(made), ref(_request._get_current_object())
     theirs = cast("dict[str, Any]", {} if owner is None else vars(owner))
     if context is not None and theirs is not home and theirs.get(_CONTEXT) is context:
         _end(theirs, None, None)
@@ -125,10 +130,10 @@ def _end_before(home: Any, made: _Context) -> None:
 
 def _home() -> Any:
     """Return what keeps the `_Context`: ``g``, or the request if ``g`` is an earlier request's."""
-    here: Any = cast("Any", g)._get_current_object()  # each use of the proxy is five calls
+    here = _g._get_current_object()  # each use of the proxy is five calls
     owner: ref[Any] | None = here.get(_OWNER)
     if owner is not None and has_request_context():
-        current: Any = cast("Any", request)._get_current_object()
+        current = _request._get_current_object()
         if owner() is not current:
             return cast("dict[str, Any]", vars(current))
     return here
@@ -197,12 +202,12 @@ def _teardown_request(error: BaseException | None) -> None:
     """
     popped = being_popped()
     here = has_request_context()
-    mine = cast("Any", request)._get_current_object() if here else None
+    mine = _request._get_current_object() if here else None
     ended = mine if popped is None else popped.request
     if ended is mine and ended is not None:
         home = _home()
         if home is vars(ended):
-            _end(home, _app(), error)
+            _end(home, _app._get_current_object(), error)
         else:
             setattr(home, _LAST, ref(ended))
     elif ended is not None:
@@ -219,10 +224,9 @@ def _teardown(error: BaseException | None) -> None:
         error: that nobody has handled.
     """
     popped = being_popped()
-    if popped is None or (has_app_context() and popped.g is cast("Any", g)._get_current_object()):
-        home, app = cast("Any", g)._get_current_object(), _app()
-    else:
-        home, app = popped.g, None
+    home: Any = _g._get_current_object() if popped is None or has_app_context() else None
+    is_current = popped is None or popped.g is home
+    home, app = (home, _app._get_current_object()) if is_current else (popped.g, None)
     owner = home.pop(_LAST, None)
     if owner is not None:
         setattr(home, _OWNER, owner)
@@ -271,23 +275,19 @@ def _tell_lost(session: Session | None) -> None:
         tell_lost(tie, session)
 
 
-def _app() -> Flask:
-    return cast("Any", current_app)._get_current_object()  # type: ignore[no-any-return]
-
-
 def _current_session() -> Any:
     if not has_app_context():
         raise RuntimeError(
             "Cannot access current_session when outside of an application context. Use "
             '"with app.app_context():".'
         )
-    app = _app()
+    app = _app._get_current_object()
     if not hasattr(app, "scoped_session"):
         raise AttributeError(
             f"{app} has no 'scoped_session' attribute. You need to initialize it with a "
             "flask_scoped_session."
         )
-    return cast("Any", app).scoped_session
+    return app.scoped_session
 
 
 current_session: flask_scoped_session[Session] = cast("Any", LocalProxy(_current_session))
