@@ -51,8 +51,7 @@ __all__ = ["current_session", "flask_scoped_session"]
 _S = TypeVar("_S", bound=Session)
 _T = TypeVar("_T", bound=Any)
 
-# A cast() would be a call each time.
-_app: Any = current_app
+_app: Any = current_app  # a cast() would be a call each time
 _g: Any = g
 _request: Any = request
 
@@ -225,8 +224,10 @@ def _teardown(error: BaseException | None) -> None:
     """
     popped = being_popped()
     home: Any = _g._get_current_object() if popped is None or has_app_context() else None
-    is_current = popped is None or popped.g is home
-    home, app = (home, _app._get_current_object()) if is_current else (popped.g, None)
+    if popped is None or popped.g is home:
+        app: Flask | None = _app._get_current_object()
+    else:
+        home, app = popped.g, None
     owner = home.pop(_LAST, None)
     if owner is not None:
         setattr(home, _OWNER, owner)
