@@ -102,6 +102,7 @@ HOUSE = (
     "session.listeners",
     "session.factories",
     "session.closing",
+    "session.idle",
     "session.committing",
     "session.kinds",
     "session.async_kind",
@@ -307,7 +308,11 @@ PRIVATE: dict[str, set[str]] = {
     "running.forks": {"_at_fork_reinit"},  # of the locks: the tests of S8 pin it
     "session.connections": {"_connections"},  # SQLAlchemy's: see `made_connections`
     # What `Session._is_clean()` asks, in each request that commits.
-    "session.closing": {"_deleted", "_modified", "_new", "_transaction"},
+    "session.closing": {"_deleted", "_modified", "_new"},
+    "session.idle": {
+        *("_deleted", "_modified", "_new"),
+        "_state",  # of the scope that ends, in each request that commits
+    },
     "session.listeners": {"_modified"},
     "session.tie": {"_transaction"},  # what `Session.in_transaction()` asks, in each request
     "session.guard.busy": {
@@ -316,13 +321,14 @@ PRIVATE: dict[str, set[str]] = {
     },
     "session.committing": {
         *("_flushing", "_connections"),  # SQLAlchemy's, as `session.guard.busy`
+        *("_deleted", "_modified", "_new"),  # as `session.closing`
         *("_is_broken", "_is_committing"),  # of the scope, in each request that commits
     },
     "session.unsaved": {"_is_clean"},  # SQLAlchemy's; the tests of L1 pin it
     "rope.rope": {"_session"},  # its own class's
     "rope.registry": {"_session"},  # of the ropes that it makes
     "wsgi.commit": {
-        "_options",
+        *("_doomed", "_is_refused", "_options", "_sessions"),
         *("_body", "_commits", "_owns", "_read", "_scope"),  # of a body of ours
     },
     "wsgi.body": {

@@ -24,7 +24,13 @@ from rope_middleware.scope.order import (
     rolling_back,
 )
 from rope_middleware.scope.scope import CLOSED, ENDED, OPEN, Scope
-from rope_middleware.scope.settling import Settling, reset_committing, set_committing
+from rope_middleware.scope.settling import (
+    Aside,
+    Settling,
+    bare_settling,
+    reset_committing,
+    set_committing,
+)
 from rope_middleware.scope.short import end_shortly, end_untouched
 
 if TYPE_CHECKING:
@@ -67,14 +73,24 @@ def commit(scope: Scope) -> None:
     if current.get(None) is not scope:
         _within(scope, commit)
         return
+    if scope._is_async or scope._registries:
+        settling = Settling(scope)
+    else:  # the same, a call less
+        settling = bare_settling()
+        settling._scope = scope
+        scope._settling = settling  # first: who comes from here on has another session
+        for key in list(sessions):
+            aside = Aside()
+            aside.kind = key.kind
+            session = sessions[aside] = sessions.pop(key)
+            settling._aside = *settling._aside, (key, aside, session)
     is_done, failure = False, None
-    settling = Settling(scope)
     token = set_committing(scope)
     try:
         if len(sessions) == 1 and not (scope._on_commit or scope._registries):
-            for key, session in list(sessions.items()):
+            for _, aside, session in settling._aside:
                 try:
-                    is_done = key.kind.commit_alone(session)
+                    is_done = aside.kind.commit_alone(session)
                 except BaseException as error:
                     run_now(after_failure(scope, HERE, error))
                     raise

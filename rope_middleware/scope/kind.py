@@ -46,6 +46,10 @@ class SessionKind(Protocol):
         """End `session` on the event loop, where that needs no I/O; tell whether it has ended."""
         ...
 
+    def end_idle(self, session: Any, scope: Any, /) -> bool:
+        """End `session` and the use of its `scope`, where it `is_idle`; tell whether it was so."""
+        ...
+
     def has_open_result(self, session: Any, /) -> bool:
         """Tell whether a result of `session` is still being read."""
         ...

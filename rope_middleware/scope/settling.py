@@ -12,6 +12,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar, Token
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.running.forks import lock_of_module
@@ -25,8 +26,10 @@ __all__ = [
     "READING",
     "TELLING",
     "TIED",
+    "Aside",
     "Calls",
     "Settling",
+    "bare_settling",
     "calls_of",
     "is_after_response",
     "may_begin",
@@ -60,11 +63,10 @@ class Calls(list[object]):
     """The scope's, where each call looks for it: a call for each would cost as much again."""
 
 
-class _Aside:
+class Aside:
     """Under what a session is kept that a commit has for itself."""
 
     __slots__ = ("kind",)
-
     kind: SessionKind
 
 
@@ -79,8 +81,8 @@ class Settling:
     Args:
         scope: whose commit.
         is_last: it is the one with which the scope ends.
-        alone: under what there was one session, which is guarded and of no body. If there still is
-            no other one, nothing has to be asked.
+        alone: under what (a SessionKey) there was one session, which is guarded and of no body. If
+            there still is no other one, nothing has to be asked.
     """
 
     # Nearly always nobody comes meanwhile: what notes that is made where somebody does.
@@ -88,13 +90,14 @@ class Settling:
     _wakers: tuple[Callable[[], object], ...] = ()
     _has_ended = False
     _token: Token[Scope | None] | None = None
+    _scope: Scope
+    _aside: tuple[tuple[SessionKey, Aside, Any], ...] = ()
+    is_last: bool = False
 
-    def __init__(
-        self, scope: Scope, is_last: bool = False, alone: SessionKey | None = None
-    ) -> None:
+    def __init__(self, scope: Scope, is_last: bool = False, alone: Any = None) -> None:
         self._scope = scope
-        self.is_last: bool = is_last
-        self._aside: list[tuple[SessionKey, _Aside, Any]] = []
+        if is_last:
+            self.is_last = True
         # Order matters. We note the commit, then look for who counts the calls; `calls_of` makes
         # itself known, then looks for a commit. So one of the two sees the other.
         scope._settling = self
@@ -113,10 +116,10 @@ class Settling:
                 and not (asks and key.kind.is_of_body(sessions[key]))  # the commit leaves it alone
             ]
         for key in keys:
-            aside = _Aside()  # an `__init__` would be one more function for each request
+            aside = Aside()
             aside.kind = key.kind
             session = sessions[aside] = sessions.pop(key)
-            self._aside.append((key, aside, session))
+            self._aside = *self._aside, (key, aside, session)
         if asks:
             for key, session in list(sessions.items()):
                 key.kind.guard(session, scope)
@@ -191,6 +194,9 @@ class Settling:
         if self._has_ended:
             _wake(waiter)
         return waiter
+
+
+bare_settling: Callable[[], Settling] = partial(object.__new__, Settling)  # see `ending.commit`
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

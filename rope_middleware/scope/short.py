@@ -8,7 +8,7 @@ points (1.056 against 1.088 of the handler by hand). What only async scopes have
 from __future__ import annotations
 
 from rope_middleware.scope.order import invalidate_failed, worse
-from rope_middleware.scope.scope import CLOSED, ENDED, Scope
+from rope_middleware.scope.scope import CLOSED, ENDED, OPEN, Scope
 
 __all__ = ["end_shortly", "end_untouched"]
 
@@ -34,16 +34,29 @@ def end_shortly(scope: Scope, asks: bool = True) -> bool:
         scope: that ends here.
         asks: False where it is known to be one, and has begun to end.
     """
+    failure: BaseException | None = None
     if asks:
         if scope._registries or scope._on_close:
             return False
         if scope._options.commit_on_success:
             if scope._on_commit or scope._settling is not None:
                 return False
-            for key, session in list((scope._sessions or {}).items()):
-                if not key.kind.is_idle(session):
-                    return False
-    failure: BaseException | None = None
+            kept = scope._sessions or {}
+            work = list(kept.items())
+            for key, session in work:
+                if len(work) > 1:
+                    if not key.kind.is_idle(session):
+                        return False
+                    continue
+                # The only one, of nearly all: one look serves to ask and to end.
+                try:
+                    if not key.kind.end_idle(session, scope):
+                        return False
+                except BaseException as error:
+                    if scope._state == OPEN:  # it was interrupted while it asked
+                        raise
+                    failure = invalidate_failed(scope, key.kind, session, error)
+                kept.pop(key, None)
     scope._state = ENDED  # before the look: from here on nothing can begin
     sessions = scope._sessions
     for key, session in () if sessions is None else list(sessions.items()):

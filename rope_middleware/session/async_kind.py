@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from rope_middleware.running.places import Places
-from rope_middleware.session import closing, committing
+from rope_middleware.session import closing, committing, idle
 from rope_middleware.session.failures.sharing import tell_cut_off
 from rope_middleware.session.guard.by_error import NOTES_ERRORS
 from rope_middleware.session.guard.sessions import plain_class, reset
@@ -50,16 +50,23 @@ class AsyncKind(SyncKind):
         is_plain = own is _CLOSE or (own is NOTES_ERRORS and session.__class__.close is _CLOSE)
         if not is_plain and plain_class(session, _CLOSE) is None:
             return False
-        return closing.has_nothing_open(session.sync_session)
+        return idle.has_nothing_open(session.sync_session)
 
     def end_at_once(self, session: Any, /) -> bool:
         is_plain = getattr(session.close, "__func__", None) is _CLOSE  # mostly, and a call less
         if not is_plain and plain_class(session, _CLOSE) is None:
             return False
-        inner = session.sync_session  # from here on as `closing.end_at_once`, a call less
-        if not inner.in_transaction() and closing.end_idle(inner):
+        inner = session.sync_session  # from here on as `idle.end_at_once`, a call less
+        if not inner.in_transaction() and idle.end_idle(inner):
             return True
-        return hasattr(inner, "_rope_middleware_ends_at_once") and closing.end_at_once(inner)
+        return hasattr(inner, "_rope_middleware_ends_at_once") and idle.end_at_once(inner)
+
+    def end_idle(self, session: Any, scope: Any, /) -> bool:
+        own = getattr(session.close, "__func__", None)  # as `is_idle`
+        is_plain = own is _CLOSE or (own is NOTES_ERRORS and session.__class__.close is _CLOSE)
+        if not is_plain and plain_class(session, _CLOSE) is None:
+            return False
+        return idle.end_idle(session.sync_session, scope)
 
     def is_twophase(self, session: Any, /) -> bool:
         return bool(session.sync_session.twophase)
@@ -145,6 +152,9 @@ class ForeignAsyncKind(AsyncKind):
 
     def end_at_once(self, session: Any, /) -> bool:
         return _is_session(session) and super().end_at_once(session)
+
+    def end_idle(self, session: Any, scope: Any, /) -> bool:
+        return _is_session(session) and super().end_idle(session, scope)
 
     def is_twophase(self, session: Any, /) -> bool:
         return _is_session(session) and super().is_twophase(session)

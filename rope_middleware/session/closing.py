@@ -32,7 +32,11 @@ from rope_middleware.session.guard.busy import (
     stop_others,
     wait_for_flush,
 )
-from rope_middleware.session.guard.sessions import call_at_close, plain_class, reset
+from rope_middleware.session.guard.sessions import (
+    call_at_close,
+    plain_class,
+    reset,
+)
 from rope_middleware.session.holding.begun import call_at_forks
 from rope_middleware.session.listeners import refuse_late
 from rope_middleware.session.sql.notes import notes_of
@@ -44,11 +48,8 @@ __all__ = [
     "close_later",
     "detach",
     "discard",
-    "end_at_once",
-    "end_idle",
     "forget",
     "has_begun",
-    "has_nothing_open",
     "has_open_result",
     "holds_connection",
     "invalidate",
@@ -56,18 +57,6 @@ __all__ = [
 
 
 _SESSION_CLOSE = Session.close
-
-
-def has_nothing_open(session: Session) -> bool:
-    """Tell whether ending `session` needs no I/O."""
-    if session.in_transaction():
-        return False
-    if session._new or session.identity_map._modified or session._deleted:  # noqa: SLF001
-        return False  # added while it was committed, or by a listener of that: see `has_pending`
-    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
-    if tie is None or (tie.transaction is None and not tie.connections):
-        return plain_class(session) is not None
-    return not has_connection_out(tie) and plain_class(session) is not None
 
 
 def has_begun(session: Session) -> bool:
@@ -82,35 +71,6 @@ def holds_connection(session: Session) -> bool:
     """Tell whether `session` has a connection out of its pool."""
     tie = tie_of(session)
     return tie is not None and has_connection_out(tie)
-
-
-def end_at_once(session: Session) -> bool:
-    """End `session` where that needs no I/O; tell whether it has ended."""
-    if not session.in_transaction() and end_idle(session):
-        return True
-    ends = getattr(session, "_rope_middleware_ends_at_once", None)  # only reads: see `reading`
-    if ends is None or not ends() or plain_class(session) is None:
-        return False
-    close(session)
-    return True
-
-
-def end_idle(session: Session) -> bool:
-    """End a session in no transaction if it `has_nothing_open`; tell whether it has ended."""
-    if session._new or session.identity_map._modified or session._deleted:  # noqa: SLF001
-        return False  # as in `has_nothing_open`
-    tie: Tie | None = session.__dict__.get(TIE)  # as `tie_of`, in each request
-    if tie is not None and (tie.transaction is not None or tie.connections):
-        if has_connection_out(tie):
-            return False
-        tie.transaction = None  # it refers to the session: a cycle
-    cls = plain_class(session)
-    if cls is None:
-        return False
-    cls.reset(session)  # see `close`
-    if tie is not None:
-        tie.flush = tie.written = None
-    return True
 
 
 def has_open_result(session: Session) -> bool:
@@ -144,7 +104,7 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
                 stop_others(tie.transaction, scope)
             if by is None and (
                 tie.written is not None
-                or session._new  # noqa: SLF001 - as in `has_nothing_open`
+                or session._new  # noqa: SLF001 - as in `idle`
                 or session.identity_map._modified  # noqa: SLF001
                 or session._deleted  # noqa: SLF001
             ):

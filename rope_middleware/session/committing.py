@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 
 from rope_middleware.running.deadlines import OutOfTimeError, limit, why_cut_off, within
@@ -25,9 +25,15 @@ from rope_middleware.scope.outcome import (
 )
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.connections import BLOCK, has_out, leave_block, made_connections
-from rope_middleware.session.failures.aborted import TELLING, ask_for_aborted, refuse_aborted
+from rope_middleware.session.failures.aborted import (
+    TELLING,
+    aborted_by,
+    ask_for_aborted,
+    knows_aborted,
+    refuse_aborted,
+)
 from rope_middleware.session.guard.busy import has_unread
-from rope_middleware.session.guard.sessions import CALLS, commit_unguarded
+from rope_middleware.session.guard.sessions import CALLS, WITHOUT, commit_unguarded
 from rope_middleware.session.holding.begun import OF_BODY
 from rope_middleware.session.sql.notes import NOTES
 from rope_middleware.session.tie import TIE, Tie, tie_of
@@ -45,8 +51,7 @@ def commit(session: Session) -> None:
 
     Raises:
         RopeError: the database would answer with a rollback.
-        CommitInDoubtError: the answer was lost, and nobody can tell.
-        BaseException: what the commit raised.
+        BaseException: what the commit raised; a CommitInDoubtError, where nobody can tell.
     """
     tie = tie_of(session)
     scope = None if tie is None else tie.scope
@@ -73,38 +78,31 @@ def flush(session: Session) -> None:
 
     Raises:
         RopeError: the database would answer the commit with a rollback.
-        BaseException: what the flush raised.
     """
     session.flush()
-    tie = tie_of(session)
-    if tie is not None and tie.scope is not None:
+    if (tie := tie_of(session)) is not None and tie.scope is not None:
         ask_for_aborted(tie.scope, made_connections(tie.transaction))
 
 
-# Of what no `begin()` block has begun. It is asked first: a look at an object's ``__dict__`` has
-# Python make one, and all that SQLAlchemy looks up in that transaction afterwards takes longer.
-_AUTOBEGIN = SessionTransactionOrigin.AUTOBEGIN
-
-
 def places_alone(session: Session, is_async: bool = False) -> Places | None:
-    """Tell what `commit_alone` may wait for, and what others wait for meanwhile.
+    """Tell what `commit_alone` may wait for, and others meanwhile; None where it does not go so.
 
-    None where it does not go so: nothing has begun, a `begin()` block of a response's body has, or
-    calls on the session are not guarded yet. (An async one needs no place in a thread.)
+    Nothing has begun, a `begin()` block of a response's body has, or calls are not guarded yet. (An
+    async one needs no place in a thread.)
     """
-    own = session.__dict__
-    tie: Tie | None = own.get(TIE)
+    tie: Tie | None = session.__dict__.get(TIE)
     transaction = None if tie is None else tie.transaction
     if (
         transaction is None
         or session.get_transaction() is not transaction
-        or (transaction.origin is not _AUTOBEGIN and OF_BODY in transaction.__dict__)
-        or CALLS not in own
+        or getattr(transaction, OF_BODY, False)  # by __dict__ it would have to make one
+        or CALLS not in session.__dict__
     ):
         return None
     if is_async or not has_out(transaction):
         return NEEDS
-    return WRITES if has_pending(session) else COMMITS
+    # As `has_pending`, three calls less.
+    return WRITES if session._new or session.identity_map._modified or session._deleted else COMMITS
 
 
 def _stands_here(
@@ -134,9 +132,9 @@ def commit_alone(session: Session, commit: Callable[[Session, Scope], None] | No
     """`commit` a session that nobody else is using; tell whether nothing more is to be done.
 
     False, too, where it is not that simple: a result is still being read, a savepoint is open, the
-    commit takes two phases, a listener has begun the next transaction. The questions that the
-    general way asks about each of these, one after the other, are half of what a commit by us costs
-    more than one by hand. Here they are one look, with a call for nothing that a look can tell.
+    commit takes two phases, a listener has begun the next transaction. To ask all that one by one,
+    as the general way does, is half of what a commit by us costs more than one by hand. So nothing
+    here is a call that can be a look.
 
     Raises:
         BaseException: as `commit`.
@@ -153,23 +151,27 @@ def commit_alone(session: Session, commit: Callable[[Session, Scope], None] | No
         or session.in_nested_transaction()
         or (tie.flush is not None and tie.flush[0].is_active)  # as `is_flushing`
         or session._flushing
-        or (transaction.origin is not _AUTOBEGIN and OF_BODY in transaction.__dict__)
+        or getattr(transaction, OF_BODY, False)
     ):
         return False
     # As `connections_of`; each is there twice, side by side.
-    for connection, _, _, is_made in (*transaction._connections.values(),)[::2]:
+    for connection, its, _, is_made in (*transaction._connections.values(),)[::2]:
         for one, _ in getattr(connection, NOTES, ()):
             if one() is not None and has_unread(connection):  # of most statements nothing is left
                 return False
-        if is_made and connection.dialect.driver in TELLING:
-            refuse_aborted(scope, (connection,))
+        if not its.is_active:
+            return False
+        if is_made and connection.dialect.driver in TELLING and knows_aborted(connection):
+            raise aborted_by(scope, connection)
     if commit is not None:  # whoever gives it heeds what it raises
         commit(session, scope)
     else:
         scope._is_committing, scope._is_broken = True, False
         try:
-            if CALLS in own:
-                commit_unguarded(session)
+            if CALLS in own and "commit" not in own:
+                getattr(type(session), WITHOUT).commit(
+                    session
+                )  # as `commit_unguarded`, a call less
             else:
                 session.commit()
             own.pop(BLOCK, None)
@@ -234,18 +236,22 @@ def commit_alone_in_greenlet(session: AsyncSession) -> bool:
             raise
         raise why from None
     finally:
-        end_commit(scope)
+        scope._is_committing = False
 
 
 def _commit_in_time(session: Session, scope: Scope) -> None:
     """Commit, where `commit_alone_in_greenlet` heeds what it raises."""
-    begin_commit(scope)
-    if has_pending(session):
+    scope._is_committing, scope._is_broken = True, False
+    if session._new or session.identity_map._modified or session._deleted:  # as `has_pending`
         limit(math.inf)
         session.flush()  # the application's own statements take as long as they take
         limit(timeout_of(scope))
-    commit_unguarded(session)
-    session.__dict__.pop(BLOCK, None)
+    own = session.__dict__
+    if CALLS in own and "commit" not in own:
+        getattr(type(session), WITHOUT).commit(session)
+    else:
+        session.commit()
+    own.pop(BLOCK, None)
 
 
 async def _stands(
@@ -278,7 +284,7 @@ async def _stands(
 
 def resolve_doubts(scope: Scope) -> None:
     """Find out what became of commits of the application's own, before a request is run again."""
-    if _has_lost(scope):
+    if (trial := trial_of(scope)) is not None and trial.lost():  # the answer to one
         from rope_middleware.session.failures import unanswered
 
         unanswered.resolve_doubts(scope)
@@ -286,13 +292,7 @@ def resolve_doubts(scope: Scope) -> None:
 
 async def aresolve_doubts(scope: Scope) -> None:
     """`resolve_doubts`, on the event loop."""
-    if _has_lost(scope):
+    if (trial := trial_of(scope)) is not None and trial.lost():  # the answer to one
         from rope_middleware.session.failures import unanswered
 
         await unanswered.aresolve_doubts(scope)
-
-
-def _has_lost(scope: Scope) -> bool:
-    """Tell whether the answer to a commit of `scope` was lost."""
-    trial = trial_of(scope)
-    return trial is not None and bool(trial.lost())

@@ -14,7 +14,7 @@ from sqlalchemy.exc import PendingRollbackError
 
 from rope_middleware.running.places import Places
 from rope_middleware.scope.ending import explainers
-from rope_middleware.session import closing, committing
+from rope_middleware.session import closing, committing, idle
 from rope_middleware.session.connections import leave_block
 from rope_middleware.session.guard.busy import is_busy
 from rope_middleware.session.guard.sessions import guard
@@ -39,10 +39,13 @@ class SyncKind:
         return session
 
     def is_idle(self, session: Any, /) -> bool:
-        return closing.has_nothing_open(session)
+        return idle.has_nothing_open(session)
 
     def end_at_once(self, session: Any, /) -> bool:
-        return closing.end_at_once(session)
+        return idle.end_at_once(session)
+
+    def end_idle(self, session: Any, scope: Any, /) -> bool:
+        return idle.end_idle(session, scope)
 
     def places_alone(self, session: Any, /) -> Places | None:
         return committing.places_alone(session)
@@ -151,6 +154,9 @@ class ForeignKind(SyncKind):
     def end_at_once(self, session: Any, /) -> bool:
         return is_session(session) and super().end_at_once(session)
 
+    def end_idle(self, session: Any, scope: Any, /) -> bool:
+        return is_session(session) and super().end_idle(session, scope)
+
     def is_twophase(self, session: Any, /) -> bool:
         return is_session(session) and super().is_twophase(session)
 
@@ -211,8 +217,9 @@ explainers.append(_note_reason)
 class _ByRequest(SyncKind):
     """The functions themselves, where each request comes by: a method would be one more call."""
 
-    is_idle = staticmethod(closing.has_nothing_open)  # pyright: ignore[reportAssignmentType]
-    end_at_once = staticmethod(closing.end_at_once)  # pyright: ignore[reportAssignmentType]
+    is_idle = staticmethod(idle.has_nothing_open)  # pyright: ignore[reportAssignmentType]
+    end_at_once = staticmethod(idle.end_at_once)  # pyright: ignore[reportAssignmentType]
+    end_idle = staticmethod(idle.end_idle)  # pyright: ignore[reportAssignmentType]
     places_alone = staticmethod(committing.places_alone)  # pyright: ignore[reportAssignmentType]
     commit_alone = staticmethod(committing.commit_alone)  # pyright: ignore[reportAssignmentType]
     end = staticmethod(closing.close)  # pyright: ignore[reportAssignmentType]

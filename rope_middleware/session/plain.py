@@ -17,7 +17,7 @@ from sqlalchemy.util import ScopedRegistry
 from rope_middleware.scope.context import is_async_callable
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.scope import is_over
-from rope_middleware.session import closing, committing
+from rope_middleware.session import closing, committing, idle
 from rope_middleware.session.connections import leave_block
 from rope_middleware.session.failures.listening import listen_for_errors
 from rope_middleware.session.failures.sharing import tell_cut_off
@@ -90,7 +90,7 @@ class PlainSessions(SyncKind):
         if session is None:
             return True
         # The end of an async_scoped_session has to be awaited, whatever it has open.
-        return not self.is_async and closing.has_nothing_open(session)
+        return not self.is_async and idle.has_nothing_open(session)
 
     def has_begun(self, _: Any, /) -> bool:
         session = self.inner()

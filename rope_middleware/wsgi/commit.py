@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware import answer
-from rope_middleware.answer import COMMIT, FAILED, HELD, PASS, SERVER_ERROR, STARTED, WAITING, Act
+from rope_middleware.answer import COMMIT, FAILED, HELD, SERVER_ERROR, STARTED, WAITING, Act
 from rope_middleware.scope.context import class_of, logger, traceback_of
 from rope_middleware.scope.ending import commit, end, roll_back
 from rope_middleware.scope.reading import carried_inside
@@ -67,13 +66,8 @@ class Gate(answer.Gate):
     ) -> Iterable[bytes]:
         """Call the app; return what the server gets, or AGAIN for another try.
 
-        Args:
-            app: the application.
-            environ: the request's.
-            scope: the request's.
-            start_response: the server's.
-            replay: the request's body for another try; None where there is none to come.
-            owns: False where another middleware ends the scope.
+        `replay` is None where no other try may follow, and `owns` is False where another middleware
+        ends the scope.
 
         Raises:
             BaseException: what the app raised, unless a commit failed or another try follows.
@@ -206,35 +200,51 @@ class Gate(answer.Gate):
             return
         self._call = None
         try:
-            status = int(str(call[0])[:3])  # as `_code`, a call less
+            status = int(str(call[0])[:3])  # as `code_of`, a call less
         except ValueError:
             status = 500
-        act = self.decide_plainly(status)
-        if act is None:
-            resolve_doubts(self._scope)
-            act = self.decide(status, partial(_headers, call))
-        if act is COMMIT:
+        scope, options = self._scope, self._scope._options
+        # What is plain is so as in `decide_plainly`.
+        is_plain = (
+            status < 400
+            and self.state == WAITING
+            and options.commit_on_success
+            and options.commit_veto is None
+            and not options.retries
+            and (scope._sessions is None or not (scope._doomed or scope._is_refused))
+        )
+        if not is_plain and not self._is_to_commit(call, status):
+            return
+        if scope._sessions is not None:
             self.state = FAILED  # assumed; corrected when the commit has succeeded
             try:
-                commit(self._scope)
+                commit(scope)
             except Exception as error:
                 self._instead = self.instead_of(error, "wsgi")
                 if self._instead is None:
                     raise
                 return
-            self.commits = True
-            if self._scope._options.read_only:
-                call = told_again(call, carried_inside(self._scope))
-        elif act is not PASS:
-            if act is not Act.ROLL_BACK:
-                if act is Act.HOLD:
-                    self.state = HELD
-                return
-            self._refuse_success(self.why)
+        self.commits = True
+        if options.read_only:
+            call = told_again(call, carried_inside(scope))
         self.state = STARTED  # as `_start`, a call less
         if self._replay is not None:
             self._replay.forget()
         self._write_on = self._start_response(*call)
+
+    def _is_to_commit(self, call: Any, status: int) -> bool:
+        """Tell whether a commit comes first; if not, do what the response's start means."""
+        resolve_doubts(self._scope)
+        act = self.decide(status, lambda: list(call[1]))
+        if act is COMMIT:
+            return True
+        if act is Act.HOLD:
+            self.state = HELD
+        elif act is not Act.REPLACE:
+            if act is Act.ROLL_BACK:
+                self._refuse_success(self.why)
+            self._start(call)
+        return False
 
     def _start(self, call: Any) -> None:
         self.state = STARTED
@@ -285,15 +295,7 @@ class Gate(answer.Gate):
 
     def _plain_error(self) -> list[bytes]:
         """Answer a plain 500 instead of a success whose commit failed; return its body."""
-        self._start_response(
-            "500 Internal Server Error",
-            [
-                ("Content-Type", "text/plain; charset=utf-8"),
-                ("Content-Length", str(len(SERVER_ERROR))),
-            ],
-        )
+        length = ("Content-Length", str(len(SERVER_ERROR)))
+        headers = [("Content-Type", "text/plain; charset=utf-8"), length]
+        self._start_response("500 Internal Server Error", headers)
         return [] if is_head(self._scope) else [SERVER_ERROR]
-
-
-def _headers(call: Any) -> list[tuple[str, str]]:
-    return list(call[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from inspect import isawaitable
 from itertools import islice
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import URL, func, select
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import (
     RopeError,
@@ -21,6 +22,7 @@ from rope_middleware import (
 )
 from tests.kit.either import ONE, Either
 from tests.kit.engines import is_async_driver, rows, small_engine
+from tests.kit.leaks import checked_out
 from tests.kit.models import Row
 from tests.kit.said import Said
 from tests.kit.web import Exchange, Web
@@ -257,6 +259,45 @@ def test_L1_the_cure_is_not_an_option_that_is_set(tmp_path: Path, said: Said, st
     (warning,) = said.warnings
     assert "ended without its commit" in warning and "commit_on_success" not in warning
     assert ("1" if starts else "2") + " Row added" in warning
+    engine.dispose()
+
+
+def test_L1_what_a_thread_writes_in_the_instant_of_the_end_is_told(
+    tmp_path: Path, said: Said
+) -> None:
+    """Between the look that finds nothing open and the end, which that look allows."""
+    engine = small_engine(tmp_path / "x.db", connect_args={"check_same_thread": False})
+    ending: list[bool] = []
+
+    class Watched(Session):
+        @property
+        def identity_map(self) -> Any:
+            if ending and ending.pop():  # by now it is known that nothing has begun
+                pool.submit(write, self).result(30)
+            return self.__dict__["kept"]
+
+        @identity_map.setter
+        def identity_map(self, kept: Any) -> None:
+            self.__dict__["kept"] = kept
+
+    def write(session: Session) -> None:
+        session.add(Row(n=1))
+        session.flush()
+
+    def app(_: Any, start_response: Any) -> Any:
+        jenny.scalar(select(func.count()).select_from(Row))
+        start_response("200 OK", [])
+        return [b""]
+
+    jenny = SessionJenny(sessionmaker(engine, class_=Watched))
+    with ThreadPoolExecutor(1) as pool:
+        body: Any = WSGIRopeMiddleware(app, commit_on_success=True)(make_environ(), lambda *_: None)
+        ending.append(True)
+        body.close()
+    assert not ending
+    (warning,) = said.warnings
+    assert "changes are lost: 1 Row added" in warning
+    assert rows(engine) == checked_out(engine) == 0
     engine.dispose()
 
 

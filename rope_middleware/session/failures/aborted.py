@@ -17,7 +17,7 @@ from weakref import ref
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, ExceptionContext
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from rope_middleware.errors import RopeError, aborted
 from rope_middleware.scope.context import current
@@ -31,6 +31,7 @@ __all__ = [
     "TELLING",
     "aborted_by",
     "ask_for_aborted",
+    "knows_aborted",
     "refuse_aborted",
     "suspect",
     "tells_of_aborted",
@@ -152,6 +153,24 @@ def refuse_aborted(scope: Scope, connections: Iterable[Connection]) -> None:
             continue
         if transaction_status(connection) == _IN_ERROR:
             raise aborted_by(scope, connection)
+
+
+def knows_aborted(connection: Connection) -> bool:
+    """Tell whether the driver, one that is TELLING, knows that a transaction is aborted.
+
+    Asked before nearly each commit: as `transaction_status`, four calls less.
+
+    Args:
+        connection: it is in a transaction that is active.
+    """
+    try:
+        pooled = connection.connection
+        driver = (
+            pooled.driver_connection if connection.dialect.is_async else pooled.dbapi_connection
+        )
+        return _ways[type(driver)](driver) == _IN_ERROR
+    except (SQLAlchemyError, AttributeError):  # it is lost: the commit says so
+        return False
 
 
 def ask_for_aborted(scope: Scope, connections: Iterable[Connection]) -> None:

@@ -29,6 +29,8 @@ from rope_middleware.session.unsaved import has_pending
 
 __all__ = [
     "CALLS",
+    "CLOSES",
+    "WITHOUT",
     "become",
     "call_at_close",
     "calling",
@@ -160,7 +162,9 @@ def _wait(calls: Calls, me: object) -> bool:
 
 # -- sessions that are of a subclass ---------------------------------------------------------------
 
-_BASE = "_rope_middleware_class_without"
+WITHOUT = "_rope_middleware_class_without"
+"""In the ``__dict__`` of a class that we have made: the class without that."""
+
 CALLS = "_rope_middleware_calls"
 """In a guarded session's ``__dict__``: who is inside of a call."""
 
@@ -192,7 +196,7 @@ _making = lock_of_module()
 
 
 def _class_for(needed: int, base: type[Session]) -> type[Session]:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, _BASE: base}
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, WITHOUT: base}
     with _making:
         if _CLASSES[needed] not in base.__dict__:
             bases = _MIXINS[needed], base
@@ -209,7 +213,8 @@ def guard(session: Session, scope: Scope) -> None:
 
 
 _SESSION_CLOSE = Session.close
-_CLOSES = (_Guarded.close, _Telling.close)
+CLOSES = (_Guarded.close, _Telling.close)
+"""What stands in front of a session's ``close()``."""
 
 
 def plain_class(session: Any, original: Any = _SESSION_CLOSE) -> Any:
@@ -221,7 +226,7 @@ def plain_class(session: Any, original: Any = _SESSION_CLOSE) -> Any:
         return None
     cls: Any = type(session)  # pyright: ignore[reportUnknownVariableType]
     while (close := cls.close) is not original:
-        if close not in _CLOSES:
+        if close not in CLOSES:
             return None
         cls = cls._rope_middleware_class_without
     return cls
