@@ -204,8 +204,7 @@ class Gate(answer.Gate):
         except ValueError:
             status = 500
         scope, options = self._scope, self._scope._options
-        # What is plain is so as in `decide_plainly`.
-        is_plain = (
+        is_plain = (  # as in `decide_plainly`
             status < 400
             and self.state == WAITING
             and options.commit_on_success
