@@ -12,7 +12,6 @@ from inspect import Signature
 from operator import methodcaller
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
-from weakref import WeakKeyDictionary
 
 from rope_middleware.elsewhere import NO_MIDDLEWARE, name_elsewhere
 from rope_middleware.errors import no_engine, sync_scope
@@ -49,11 +48,8 @@ _AS = TypeVar("_AS", bound=AsyncSession)
 
 _ASYNC_EXAMPLE = "async_sessionmaker(engine)"
 
-_own_classes: WeakKeyDictionary[type[Session], type[Session]] = WeakKeyDictionary()
-
-
 _OWN = "_rope_middleware_inner_class"
-"""In the ``__dict__`` of an async_sessionmaker's class: an inner class, and that which is ours."""
+"""In the ``__dict__`` of a class of inner sessions: that which is ours, and derived from it."""
 
 
 def _own_class(factory: Any, kw: dict[str, Any]) -> type[Session] | None:
@@ -66,20 +62,18 @@ def _own_class(factory: Any, kw: dict[str, Any]) -> type[Session] | None:
         return None
     given: Any = factory  # pyright: ignore[reportUnknownVariableType]
     async_class = given.class_
-    base: type[Session] = kw.get("sync_session_class") or given.kw.get(
-        "sync_session_class", async_class.sync_session_class
-    )
-    known: tuple[Any, type[Session]] | None = async_class.__dict__.get(_OWN)
-    if known is not None and known[0] is base:
-        return known[1]
     if async_class.__init__ is not AsyncSession.__init__:
         return None  # it may take other arguments
-    own = _own_classes.get(base)
-    if own is None:
+    base: type[Session] = (
+        kw.get("sync_session_class")
+        or given.kw.get("sync_session_class")
+        or async_class.sync_session_class
+    )
+    own: type[Session] | None = base.__dict__.get(_OWN)
+    if own is None:  # of two threads that come here each may have one
         own = type(base.__name__, (base,), {"__module__": base.__module__, **noting(base)})
         listen(own)
-        own = _own_classes.setdefault(base, own)
-    setattr(async_class, _OWN, (base, own))
+        setattr(base, _OWN, own)
     return own
 
 
@@ -161,10 +155,14 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
                 # What it does when it is called, and `_own_class`: two calls less in each request.
                 made_of: Any = factory.class_
                 options: dict[str, Any] = factory.kw
-                known = made_of.__dict__.get(_OWN)
-                base = options.get("sync_session_class", made_of.sync_session_class)
-                if known is not None and known[0] is base and self._session_class is not None:
-                    return made_of(**{**options, "sync_session_class": known[1]})  # type: ignore[no-any-return]
+                base = options.get("sync_session_class") or made_of.sync_session_class
+                known = base.__dict__.get(_OWN)
+                if (
+                    known is not None
+                    and made_of.__init__ is AsyncSession.__init__
+                    and self._session_class is not None
+                ):
+                    return made_of(**{**options, "sync_session_class": known})  # type: ignore[no-any-return]
             own = _own_class(factory, kw)
             if own is not None:
                 kw["sync_session_class"] = own

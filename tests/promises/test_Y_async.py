@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import anyio
 import anyio.to_thread
@@ -658,3 +659,29 @@ async def test_S3_the_inner_session_of_a_removed_one_ends_with_its_scope(
         await greenlet_spawn(inner.execute, text("SELECT 1"))
     assert store.rows() == ([1] if commits else [])
     assert [("1 Row" in warning) for warning in said.warnings] == ([] if commits else [True])
+
+
+async def test_J6_the_inner_sessions_of_each_class_are_of_one_class_of_ours(tmp_path: Path) -> None:
+    """Whoever makes them, and in whichever order; and a class that is gone is not kept."""
+
+    class Own(Session):
+        pass
+
+    engine = small_async_engine(tmp_path / "x.db")
+    makers: list[Any] = [
+        async_sessionmaker(engine),
+        async_sessionmaker(engine, sync_session_class=Own),
+        async_sessionmaker(engine, sync_session_class=None),
+    ]
+    found: list[list[type]] = []
+    for _ in range(3):
+        async with open_scope():
+            found.append([type(AsyncSessionJenny(one).session.sync_session) for one in makers])
+    assert found[0] == found[1] == found[2]
+    plain, own, none = found[0]
+    assert (plain.__base__, own.__base__, none) == (Session, Own, plain)
+    gone = ref(Own)
+    del Own, makers, found, own
+    gc.collect()
+    assert gone() is None
+    await engine.dispose()
