@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import trio
-from sqlalchemy import Engine
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from rope_middleware import SessionJenny, SessionRope
+from rope_middleware import SessionJenny, SessionRope, open_scope
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data
 from tests.kit.programs import run_python
@@ -249,6 +249,43 @@ def test_J5_a_reference_cycle_is_collected_late(jenny: Jenny, engine: Engine) ->
         assert is_over(session)
     finally:
         gc.enable()
+    assert checked_out(engine) == 0
+
+
+@pytest.mark.parametrize("cure", [None, "remove", "open_scope"])
+def test_J5_an_error_of_the_driver_keeps_the_rope_until_a_collection(
+    jenny: Jenny, engine: Engine, cure: str | None
+) -> None:
+    """SQLAlchemy's own handling of it is a cycle that holds the function: so says the page."""
+
+    class Held:
+        pass
+
+    held: list[weakref.ref[Held]] = []
+
+    def plain() -> None:
+        mine = Held()
+        held.append(weakref.ref(mine))
+        with engine.connect() as connection, pytest.raises(OperationalError):
+            connection.execute(text("SELECT nothing"))
+
+    def by_rope() -> None:
+        try:
+            jenny.execute(text("SELECT nothing"))
+        except OperationalError:
+            if cure == "remove":
+                jenny.remove()
+
+    gc.collect()
+    gc.disable()
+    try:
+        plain()
+        (open_scope()(by_rope) if cure == "open_scope" else by_rope)()
+        assert checked_out(engine) == (1 if cure is None else 0)
+        assert held[0]() is not None  # where it is gone, the page has one limit less
+    finally:
+        gc.enable()
+    gc.collect()
     assert checked_out(engine) == 0
 
 
