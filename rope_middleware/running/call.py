@@ -74,6 +74,7 @@ class Call:
         if self._wakes is not None:
             (wake, context), self._wakes = self._wakes, None
             context.run(wake, self)
+            del wake  # of a task that may keep an error, whose traceback refers to this frame
 
     def fail(self, error: BaseException) -> None:
         """The call cannot be made."""

@@ -239,6 +239,7 @@ class CommitFailedError(Exception):
 
 
 @pytest.mark.told
+@pytest.mark.parametrize("number", [1, 2], ids=["one session", "two sessions"])
 @pytest.mark.parametrize(
     ("way", "is_async"),
     [
@@ -247,7 +248,7 @@ class CommitFailedError(Exception):
     ],
 )
 def test_C3_P4_the_error_of_a_failed_commit_is_gone_when_it_is_caught(
-    tmp_path: Path, way: str, is_async: bool
+    tmp_path: Path, way: str, is_async: bool, number: int
 ) -> None:
     """Nothing of ours keeps it, and all that its traceback refers to, until a collection."""
     kept: list[ref[Exception]] = []
@@ -272,15 +273,17 @@ def test_C3_P4_the_error_of_a_failed_commit_is_gone_when_it_is_caught(
         engine: Any = (create_async_engine if is_async else create_engine)(url)
         maker: Any = (async_sessionmaker if is_async else sessionmaker)(engine)
         kind: Any = AsyncSessionJenny if is_async else SessionJenny
-        jenny = kind(maker)
+        jennies = [kind(maker) for _ in range(number)]
 
         async def work() -> None:
-            found = jenny.execute(text("PRAGMA user_version"))
-            if is_async:
-                await found
+            for jenny in jennies:
+                found = jenny.execute(text("PRAGMA user_version"))
+                if is_async:
+                    await found
 
         def wsgi_app(_: Any, start_response: Any) -> list[bytes]:
-            jenny.execute(text("PRAGMA user_version"))
+            for jenny in jennies:
+                jenny.execute(text("PRAGMA user_version"))
             start_response("200 OK", [])
             return [b""]
 

@@ -114,6 +114,7 @@ def _guarded(name: str, above: type[Session] = _Guarded) -> Callable[..., Any]:
             return getattr(super(above, self), name)(*args, **named)
         finally:
             calls.remove(me)
+            del me  # a task that may keep an error, whose traceback refers to this frame
 
     return guarded
 
