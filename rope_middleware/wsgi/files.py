@@ -53,9 +53,11 @@ def is_streamed(body: object, environ: WSGIEnvironment) -> bool:
     kinds = kinds_by(environ)
     if kind in kinds:
         return kinds[kind] != LIST
-    if hasattr(kind, "__len__") or is_odd(body) or is_file(body, environ):
+    has_len = hasattr(kind, "__len__")
+    # Servers ask the body: a proxy of ddtrace's has the method in its class, and says no to it.
+    if (has_len and hasattr(body, "__len__")) or is_odd(body) or is_file(body, environ):
         return False
-    if kinds is not _LISTS and _stays(kind) and hasattr(kind, "__iter__"):
+    if kinds is not _LISTS and not has_len and _stays(kind) and hasattr(kind, "__iter__"):
         kinds[kind] = STREAM if getattr(kind, "close", None) is None else CLOSABLE
     return True
 

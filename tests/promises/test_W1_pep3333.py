@@ -440,6 +440,36 @@ def test_W1_length_of_a_list_of_one_gives_the_content_length(
     assert checked_out(engine) == 0
 
 
+def test_W1_a_body_that_hides_its_len_has_none(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
+    """Servers ask the body, not its class: ddtrace's proxies have the method and say no to it."""
+
+    class Proxy:
+        def __init__(self, chunks: list[bytes]) -> None:
+            self._chunks = iter(chunks)
+
+        def __iter__(self) -> Iterator[bytes]:
+            return self._chunks
+
+        def __len__(self) -> int:
+            raise TypeError("of an iterator")
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "__len__":
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    def app(environ: Any, start_response: Any) -> Any:
+        touch(jenny)
+        start_response("200 OK", list(HEADERS))
+        return Proxy([b"one", b"two"])
+
+    result = wrap(app)(make_environ(), lambda *args: print)
+    assert not hasattr(result, "__len__")
+    assert list(result) == [b"one", b"two"]
+    result.close()
+    assert checked_out(engine) == 0
+
+
 def test_W1_a_body_of_known_length_may_start_the_response_as_it_is_read(
     wrap: Wrap, jenny: Jenny, engine: Engine
 ) -> None:
