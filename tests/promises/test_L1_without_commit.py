@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from inspect import isawaitable
@@ -11,20 +12,25 @@ from typing import Any
 
 import pytest
 from sqlalchemy import URL, func, select
+from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from rope_middleware import (
+    AsyncSessionJenny,
     RopeError,
+    RopeMiddleware,
     SessionJenny,
     WSGIRopeMiddleware,
     current_scope,
     open_scope,
 )
+from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.either import ONE, Either
-from tests.kit.engines import is_async_driver, rows, small_engine
+from tests.kit.engines import is_async_driver, rows, small_async_engine, small_engine
 from tests.kit.leaks import checked_out
 from tests.kit.models import Row
 from tests.kit.said import Said
+from tests.kit.waiting import never
 from tests.kit.web import Exchange, Web
 from tests.kit.wsgi import make_environ
 
@@ -341,3 +347,50 @@ def test_L1_what_expunge_all_drops_is_told(
         is_told = False
     assert sum("1 Row dropped by expunge_all()" in one for one in said.warnings) == is_told
     assert len(said.warnings) == (is_told or (is_written and not commits))
+
+
+# -- what a library begins ------------------------------------------------------------------------
+
+LIBRARY = """
+async def asgi(scope, receive, send):
+    if scope["path"] == "/one": jenny.add(Row(n=1))
+    if scope["path"] == "/two": jenny.add(Row(n=1))
+    await jenny.flush()
+
+def wsgi(environ, start_response):
+    if environ["PATH_INFO"] == "/one": jenny.add(Row(n=1))
+    if environ["PATH_INFO"] == "/two": jenny.add(Row(n=1))
+    jenny.flush()
+    return []
+"""
+
+
+@pytest.mark.parametrize("protocol", ["asgi", "wsgi"])
+async def test_L1_the_line_of_a_library_is_its_own(
+    tmp_path: Path, said: Said, protocol: str
+) -> None:
+    """Not that of a middleware around ours, or of what runs the loop: they began nothing."""
+    is_async = protocol == "asgi"
+    engine, twin = small_engine(tmp_path / "x.db"), small_async_engine(tmp_path / "x.db")
+    maker = async_sessionmaker(twin) if is_async else sessionmaker(engine)
+    jenny: Any = AsyncSessionJenny(maker) if is_async else SessionJenny(maker)
+    library: dict[str, Any] = {"jenny": jenny, "Row": Row}
+    exec(compile(LIBRARY, "/env/site-packages/notes/views.py", "exec"), library)
+    app = RopeMiddleware(library[protocol])
+
+    async def outer(path: str) -> None:
+        if is_async:
+            await asyncio.create_task(app(http_scope(path), never, into_nothing))
+            await app(http_scope(path), never, into_nothing)
+        else:
+            body: Any = app(make_environ(path), lambda *_: print)
+            body.close()
+
+    for path in ("/one", "/two", "/one"):
+        await outer(path)
+    one, two = said.warnings
+    first = 3 if is_async else 8
+    assert f"(transaction begun at notes/views.py:{first})" in one
+    assert f"(transaction begun at notes/views.py:{first + 1})" in two
+    engine.dispose()
+    await twin.dispose()

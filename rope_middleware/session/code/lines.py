@@ -39,6 +39,7 @@ Line = tuple[CodeType, int]
 # Whose code a file holds. The application's line is the first that is _APPLICATION; where the
 # application itself is installed among the libraries, the first that is _LIBRARY.
 _APPLICATION, _LIBRARY, _BETWEEN = range(3)
+_OUTSIDE = None  # Calls requests and tasks: beyond is none of their code. As false as _APPLICATION.
 
 # What stands between the application and us: its code calls ours, or is called by it.
 _FRAMEWORKS = frozenset(
@@ -66,14 +67,18 @@ _OURS = _folder(_folder(_folder(__file__))) + "/"
 _SQLALCHEMY = _folder(sqlalchemy.__file__) + "/"
 # The standard library, and the scripts of what is installed. (sysconfig takes 5 ms to import.)
 _STANDARD = (f"{_folder(os.__file__)}/", f"{_folder(sys.executable)}/")
+_CALLERS = frozenset(
+    [f"{_OURS}{name}.py" for name in ("asgi/__init__", "wsgi/__init__", "wsgi/body")]
+    + [f"{_STANDARD[0]}asyncio/{name}.py" for name in ("events", "runners")]
+)
 
 
-class _Kinds(dict[str, int]):
+class _Kinds(dict[str, int | None]):
     """Whose code a file holds, by its name."""
 
     most: int = 10_000  # a template engine or a notebook may make up names for ever
 
-    def __missing__(self, file: str) -> int:
+    def __missing__(self, file: str) -> int | None:
         if len(self) >= self.most:
             self.clear()
         kind = self[file] = _look_at(file.replace("\\", "/"))
@@ -84,12 +89,14 @@ _kinds = _Kinds()
 _getframe = sys._getframe  # noqa: SLF001 - inspect's is slower
 
 
-def _look_at(file: str) -> int:
+def _look_at(file: str) -> int | None:
     if file.startswith("<"):
         # <stdin>, <python-input-0>, <ipython-input-1-...>, <doctest ...>: somebody types.
         if file.startswith(("<stdin", "<console", "<python-input", "<ipython", "<doctest")):
             return _APPLICATION
         return _BETWEEN if file.startswith("<frozen") else _LIBRARY
+    if file in _CALLERS:
+        return _OUTSIDE
     if file.startswith((_OURS, _SQLALCHEMY)):
         return _BETWEEN
     package = _installed_as(file)
@@ -129,7 +136,9 @@ def application_line(depth: int) -> Line:
     # goes on beyond a greenlet: the walk belongs to each transaction.
     while True:
         while frame is not None:
-            if not kinds[frame.f_code.co_filename]:  # _APPLICATION
+            if not kinds[frame.f_code.co_filename]:  # _APPLICATION or _OUTSIDE
+                if kinds[frame.f_code.co_filename] is _OUTSIDE:
+                    return _line_of_library(_getframe(1))
                 return frame.f_code, frame.f_lasti
             frame = frame.f_back
         if greenlet is None and (greenlets := sys.modules.get("greenlet")) is not None:
@@ -163,6 +172,8 @@ def line_of(frames: Iterable[FrameType], like: Line | None = None) -> Line | Non
     for frame in frames:
         file = frame.f_code.co_filename
         kind = _kinds[file]
+        if kind is _OUTSIDE:
+            break
         if kind == _APPLICATION:
             return frame.f_code, frame.f_lasti
         if kind != _LIBRARY or fallback is not None:
@@ -281,9 +292,9 @@ def place_of(line: Line) -> tuple[str, int]:
 
 
 def text_of(line: Line) -> str:
-    """Return a line as ``file.py:12``."""
+    """Return a line as ``file.py:12``, or ``package/file.py:12`` of what is installed."""
     file, number = place_of(line)
     path = Path(file)
     # Every package has an __init__.py.
-    name = f"{path.parent.name}/{path.name}" if path.stem.startswith("__") else path.name
-    return f"{name}:{number}"
+    package = path.parent.name if path.stem[:2] == "__" else _installed_as(path.as_posix())
+    return f"{'' if package in ('', path.stem) else package + '/'}{path.name}:{number}"
