@@ -75,5 +75,6 @@ def name_elsewhere(jenny: type, made: type | None) -> None:
         jenny: sync or async.
         made: the class of the sessions; None where no session has been made yet.
     """
-    names = ("exec",) if made is None else dir(made)  # SQLModel's is what people look for
+    names = ["exec"] if made is None else dir(made)  # SQLModel's is what people look for
+    names += ["class_", "kw"]  # of a sessionmaker: libraries look for these
     stand_in(jenny, (name for name in names if not name.startswith("_")), no_such_name)

@@ -238,13 +238,16 @@ def no_such_name(jenny: object, name: str) -> AttributeError:
 
     Args:
         jenny: sync or async, or its class.
-        name: SQLModel's `exec`, say, which only a session class of the user's has.
+        name: SQLModel's `exec`, say, which only a session class of the user's has; or a
+            sessionmaker's, which sqladmin asks for.
     """
     owner = jenny if isinstance(jenny, type) else type(jenny)
     text = f"{owner.__name__!r} object has no attribute {name!r}"
     # Not by attribute: a copy of a jenny has none yet.
     made = vars(jenny).get("_session_class")
-    if hasattr(made, name):
+    if name in ("class_", "kw"):
+        text += ". A session factory has it: where one is asked for, pass jenny.session_factory"
+    elif hasattr(made, name):
         text += f". Your session class has it: write jenny.session.{name}"
     elif made is None:  # its factory is any function, which has made no session yet
         text += f". If your session class has it, write jenny.session.{name}"

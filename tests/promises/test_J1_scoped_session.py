@@ -540,3 +540,13 @@ def test_S4_every_name_refuses_code_that_outlived_its_scope(jenny: Jenny) -> Non
         assert not jenny._ropes
 
     context.run(late)
+
+
+@pytest.mark.parametrize("name", ["class_", "kw"])
+def test_J1_what_a_sessionmaker_has_is_asked_of_the_factory(engine: Engine, name: str) -> None:
+    """sqladmin's ``session_maker=`` looks for it: the error says what to pass."""
+    for jenny in SessionJenny(sessionmaker(engine)), AsyncSessionJenny(async_sessionmaker()):
+        assert not hasattr(jenny, name)
+        with pytest.raises(AttributeError, match=rf"'{name}'\. .* pass jenny\.session_factory$"):
+            getattr(jenny, name)
+        assert hasattr(jenny.session_factory, name)
