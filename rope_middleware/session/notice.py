@@ -132,8 +132,9 @@ def _tell_blocking(tie: Tie, name: str) -> None:
             "blocking",
             tie.line,
             "A sync session is used on the event loop of %r, at %s: every other request waits "
-            "while it talks to the database. Make the handler a plain function (frameworks run "
-            "it in a thread), use anyio.to_thread.run_sync(), or an AsyncSessionJenny.",
+            "while it talks to the database. If the handler is async, make it a plain function "
+            "(most frameworks run that in a thread); else use anyio.to_thread.run_sync(), or an "
+            "AsyncSessionJenny.",
             name,
             text_of(tie.line),
         )
