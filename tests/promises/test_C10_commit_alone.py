@@ -6,7 +6,9 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,38 @@ def test_C10_who_asks_meanwhile_gets_a_session_that_begins_after_the_commit(
 
     app = RopeMiddleware(app, commit_on_success=True)
     asyncio.run(app(http_scope(), never, into_nothing))
+    assert seen["other"] is not seen["first"]
+    assert seen["count"] == 1
+    assert rows(engine) == 2
+    assert checked_out(engine) == 0
+
+
+def test_C10_who_asks_meanwhile_in_a_wsgi_app_gets_such_a_session_too(
+    jenny: Jenny, engine: Engine
+) -> None:
+    """The twin: a thread of the application's own, while the first chunk lets the commit begin."""
+    began, may_go = hold_up(engine)
+    seen: dict[str, Any] = {}
+
+    def beside() -> None:
+        assert began.wait(PATIENCE)
+        seen["other"] = jenny.session
+        threading.Timer(0.2, may_go.set).start()
+        seen["count"] = jenny.session.scalar(COUNT)
+        jenny.session.add(Row(name="beside"))
+        jenny.session.flush()
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        jenny.session.add(Row(name="first"))
+        seen["first"] = jenny.session
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(copy_context().run, beside)
+            start_response("200 OK", [])
+            yield b"a"
+            other.result(PATIENCE)
+        yield b"b"
+
+    assert serve_wsgi(app, commit_on_success=True) == [b"a", b"b"]
     assert seen["other"] is not seen["first"]
     assert seen["count"] == 1
     assert rows(engine) == 2
