@@ -48,6 +48,9 @@ _AS = TypeVar("_AS", bound=AsyncSession)
 
 _ASYNC_EXAMPLE = "async_sessionmaker(engine)"
 
+_MAKER: Any = async_sessionmaker
+_CALL: object = _MAKER.__call__
+
 _OWN = "_rope_middleware_inner_class"
 """In the ``__dict__`` of a class of inner sessions: that which is ours, and derived from it."""
 
@@ -150,8 +153,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
         def create(**kw: Any) -> _AS:
             # Looked up on each use: the factory may be replaced later.
             factory: Any = self.session_factory
-            maker: object = type(factory)  # pyright: ignore[reportUnknownVariableType]
-            if maker is async_sessionmaker and not kw:
+            if type(factory) is _MAKER and _MAKER.__call__ is _CALL and not kw:
                 # What it does when it is called, and `_own_class`: two calls less in each request.
                 made_of: Any = factory.class_
                 options: dict[str, Any] = factory.kw

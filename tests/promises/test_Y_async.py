@@ -221,6 +221,27 @@ def _says(session: AsyncSession) -> list[object]:
     return [*says, inner.bind, inner.autoflush, inner.expire_on_commit]
 
 
+async def test_Y1_a_call_that_somebody_has_put_around_a_factory_is_made(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that traces, for example: also where it comes when the jenny knows its factory."""
+    jenny = AsyncSessionJenny(async_sessionmaker(store.async_engine))
+    called: list[dict[str, Any]] = []
+    call = async_sessionmaker.__call__
+
+    def traced(self: Any, **kw: Any) -> Any:
+        called.append(kw)
+        return call(self, **kw)
+
+    for _ in range(2):
+        async with open_scope():
+            assert isinstance(jenny.session, AsyncSession)
+    monkeypatch.setattr(async_sessionmaker, "__call__", traced)
+    async with open_scope():
+        assert isinstance(jenny.session, AsyncSession)
+    assert len(called) == 1
+
+
 @pytest.mark.parametrize("change", [lambda maker: None, _configured, _of_another_class])
 @pytest.mark.parametrize("maker_class", [async_sessionmaker, OwnMaker])
 async def test_Y1_a_session_is_made_as_its_factory_makes_it(
