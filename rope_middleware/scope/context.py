@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_CAUSES",
     "SCOPE_KEY",
+    "check_is_no_job",
     "check_stays",
     "class_of",
     "current",
@@ -27,6 +28,7 @@ __all__ = [
     "logger",
     "printable",
     "removing",
+    "restore",
     "traceback_of",
     "unbind",
     "with_outer",
@@ -70,6 +72,21 @@ def unbind(token: Token[Scope | None]) -> None:
         # Left in another context than it was entered in (a coroutine closed by the garbage
         # collector, a generator dependency run in two threads): here nothing was set.
         pass
+
+
+def restore(scope: Scope, former: Scope | None) -> None:
+    """Make `former` current again, also where scopes are not left in order.
+
+    Generators that open a scope each may be closed in any order. A scope that is left while
+    another one is current cannot reset the ContextVar: it records what was current before it. When
+    that scope becomes current again, the loop below steps over it.
+    """
+    if current.get(None) is not scope:
+        scope._left = (former,)
+        return
+    while former is not None and former._left is not None:
+        former = former._left[0]
+    current.set(former)
 
 
 def with_outer(scope: Scope | None) -> Iterator[Scope]:
@@ -131,6 +148,24 @@ def is_async_callable(fn: object) -> bool:
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
         getattr(fn, "__call__", None)  # noqa: B004 - not a test for callable()
     )
+
+
+# What sends a job, of the objects into which the decorators of queues turn a function: Celery's,
+# Dramatiq's, Huey's, taskiq's. (RQ's leaves it a function, which a worker finds by its name.)
+_SENDS = "apply_async", "send_with_options", "call_local", "kiq"
+
+
+def check_is_no_job(fn: object) -> None:
+    """Check that `fn` is not what the decorator of a queue has made.
+
+    Raises:
+        TypeError: it is one.
+    """
+    if any(hasattr(fn.__class__, name) for name in _SENDS):
+        raise TypeError(
+            f"@open_scope() stands below the decorator of a queue, directly above the function: "
+            f"{fn!r} is a job already, and a worker would call the function in it without a scope."
+        )
 
 
 def check_stays(frame: FrameType | None) -> None:

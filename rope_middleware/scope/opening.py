@@ -15,11 +15,14 @@ from weakref import ref
 from rope_middleware.errors import RopeError, no_scope
 from rope_middleware.running.finish import is_async_running
 from rope_middleware.scope.context import (
+    check_is_no_job,
     check_stays,
     class_of,
     current,
     is_async_callable,
     removing,
+    restore,
+    unbind,
 )
 from rope_middleware.scope.ending import end, end_closing, explain
 from rope_middleware.scope.options import EVERY, options_of
@@ -80,12 +83,14 @@ class open_scope:  # noqa: N801 - used like a function
 
     Raises:
         TypeError: an argument has a wrong type, or the decorated function is a generator, whose
-            body runs after the call.
+            body runs after the call, or what the decorator of a queue has made.
         ValueError: `close_timeout` is not more than 0.
         RuntimeError: it is entered a second time before it is left.
         RopeError: a framework runs the code in a worker thread, in a copy of the context, as
             FastAPI does with dependencies that are plain generators: nobody would find the scope.
     """
+
+    _entered: tuple[Scope, Scope | None] | None = None
 
     @explained('with open_scope("import", commit_on_success=True): ...')
     def __init__(
@@ -116,7 +121,6 @@ class open_scope:  # noqa: N801 - used like a function
             },
         )
         self._entering = threading.Lock()
-        self._entered: tuple[Scope, Scope | None] | None = None
 
     def _enter(self, scope: _ScopeT) -> _ScopeT:
         if not self._entering.acquire(blocking=False):
@@ -154,10 +158,9 @@ class open_scope:  # noqa: N801 - used like a function
     def _restore(self) -> None:
         """Make the former scope current again."""
         assert self._entered is not None  # noqa: S101
-        scope, former = self._entered
+        restore(*self._entered)
         self._entered = None
         self._entering.release()
-        restore(scope, former)
 
     def __enter__(self) -> Scope:
         if sys._getframe(1).f_code.co_flags & inspect.CO_GENERATOR:
@@ -170,10 +173,26 @@ class open_scope:  # noqa: N801 - used like a function
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._entered is None:
+            return  # the garbage collector has finalised it before the generator that is closed
         scope, commits, why = self._leave(error)
         try:
             end(scope, commits, why)
         finally:
+            self._restore()
+
+    def __del__(self) -> None:
+        # What a signal's handler raises (a time limit of a job) may come as `__enter__` ends, or as
+        # `__exit__` begins: then nobody leaves the block any more. Async code hears of it at await.
+        if self._entered is None or self._entered[0]._is_async or sys.is_finalizing():
+            return
+        scope, _ = self._entered
+        token = current.set(scope)
+        try:
+            if not scope.closed:
+                end(scope, why="it was cut off")
+        finally:
+            unbind(token)
             self._restore()
 
     async def __aenter__(self) -> Scope:
@@ -224,6 +243,7 @@ class open_scope:  # noqa: N801 - used like a function
                 f"@open_scope() cannot decorate the generator {fn!r}: its body runs after the "
                 f'call has returned. Use "{"async " * is_async}with open_scope():" inside of it.'
             )
+        check_is_no_job(fn)
         if is_async_callable(fn):
 
             @wraps(fn)
@@ -276,18 +296,3 @@ def _may_await(traceback: TracebackType | None) -> bool:
         and bool(traceback.tb_frame.f_code.co_flags & inspect.CO_ASYNC_GENERATOR)
         and is_async_running()
     )
-
-
-def restore(scope: Scope, former: Scope | None) -> None:
-    """Make `former` current again, also where scopes are not left in order.
-
-    Generators that open a scope each may be closed in any order. A scope that is left while
-    another one is current cannot reset the ContextVar: it records what was current before it. When
-    that scope becomes current again, the loop below steps over it.
-    """
-    if current.get(None) is not scope:
-        scope._left = (former,)
-        return
-    while former is not None and former._left is not None:
-        former = former._left[0]
-    current.set(former)

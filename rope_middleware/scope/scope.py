@@ -70,7 +70,7 @@ class Scope:
     _has_gate = False  # and the call that it watches is under way
     _settling: Any = None  # the commit that is under way before the response: see `settling`
     _calls: Calls | None = None  # on its sessions, that are under way: see `session.guard`
-    _left: tuple[Scope | None] | None = None  # see `opening.restore`
+    _left: tuple[Scope | None] | None = None  # see `context.restore`
     _carried: Carried | None = None  # of a request that is followed: see R3
     _is_told_inside = False  # by a middleware inside of the one that commits
     _choices: dict[SessionKey, Any] | None = None  # what its sessions read from: see R2

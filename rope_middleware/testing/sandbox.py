@@ -14,8 +14,7 @@ from sqlalchemy.engine import Engine
 from rope_middleware.errors import RopeError
 from rope_middleware.running.finish import finish
 from rope_middleware.running.threads import in_thread
-from rope_middleware.scope.context import current
-from rope_middleware.scope.opening import restore
+from rope_middleware.scope.context import current, restore
 from rope_middleware.scope.scope import Scope
 from rope_middleware.session.registry import ScopeRegistry
 from rope_middleware.signature import explained

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import inspect
 import logging
 import os
+import sys
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -158,6 +162,77 @@ def test_S3_a_generator_that_is_collected_in_another_thread_ends_its_scope(
         assert checked_out(engine) == 1
         pool.submit(contextvars.Context().run, collect).result(30)
     assert checked_out(engine) == 0
+
+
+class TimeLimitError(Exception):
+    """What the handler of a signal raises: SoftTimeLimitExceeded of Celery's, for example."""
+
+
+class _Interrupt:
+    """Raises at the nth call of a function in `folder`: that is when Python looks for signals."""
+
+    def __init__(self, folder: str, number: int) -> None:
+        self.folder = folder
+        self.left = number
+
+    def __call__(self, frame: FrameType, _: str, __: object) -> None:
+        code = frame.f_code
+        if not code.co_filename.startswith(self.folder):
+            return
+        if code.co_name != "__del__":  # Python prints what a finaliser raises
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise TimeLimitError
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("way", [by_with, by_decorator])
+def test_S3_an_error_of_a_signal_at_any_call_of_ours_gives_everything_back(
+    jenny: Jenny, engine: Engine, way: Way
+) -> None:
+    """Also where the block has just been entered, or is just about to be left."""
+    folder = str(Path(inspect.getfile(open_scope)).parent)
+    tracing = sys.gettrace()
+
+    def run(interrupt: _Interrupt) -> None:
+        sys.settrace(interrupt)
+        try:
+            way(lambda: use(jenny.session))
+        finally:
+            sys.settrace(tracing)
+
+    for number in count(1):
+        interrupt = _Interrupt(folder, number)
+        with suppress(TimeLimitError):
+            run(interrupt)
+        if interrupt.left > 0:  # it has come to its end
+            break
+        gc.collect()
+        assert no_scope_here(), number
+        assert checked_out(engine) == 0, number
+    assert number > 10
+
+
+def test_S3_a_generator_in_a_cycle_that_is_left_ends_its_scope(
+    jenny: Jenny, engine: Engine
+) -> None:
+    """Whether the collector comes by the generator first, or by its open_scope()."""
+
+    def rows(cycle: list[Any]) -> Iterator[int]:
+        with cycle[0] or open_scope():
+            use(jenny.session)
+            yield 1
+
+    for is_first in (True, False):
+        cycle: list[Any] = [open_scope() if is_first else None]
+        cycle.append(rows(cycle))
+        next(cycle[1])
+        assert checked_out(engine) == 1
+        del cycle
+        gc.collect()
+        assert checked_out(engine) == 0
+        assert no_scope_here()
 
 
 class CannotClose(Session):

@@ -162,6 +162,22 @@ def test_S6_generator_functions_are_refused(jenny: Jenny) -> None:
             open_scope()(function)
 
 
+def test_S6_the_decorator_above_that_of_a_queue_is_refused() -> None:
+    """A worker would call the function below it, outside of any scope. Below it is right."""
+    celery = pytest.importorskip("celery")
+    queue = celery.Celery("jobs", broker="memory://", set_as_current=False)
+
+    def work() -> str:
+        return current_scope().name
+
+    with pytest.raises(TypeError, match=r"below the decorator of a queue"):
+        open_scope()(queue.task(name="above")(work))
+    job = queue.task(name="below")(open_scope("job")(work))
+    assert job() == job.apply().get() == "job"
+    with pytest.raises(NoScopeError):
+        current_scope()
+
+
 def test_S6_the_decorator_without_its_brackets_is_refused() -> None:
     """`@open_scope` would take the function for its name."""
     with pytest.raises(TypeError, match=r"@open_scope\(\)"):
