@@ -200,6 +200,8 @@ SAID = [
     ("# by whom\nINSERT INTO t VALUES (1)", "mariadb", Kind.WRITE),
     ("# by whom\nCREATE TABLE t (n int)", "mariadb", Kind.DDL),
     ("/*!40101 CREATE TABLE t (n int) */", "mariadb", Kind.DDL),
+    ("SELECT 2*/* ' */3; COMMIT", "mariadb", Kind.REFUSED),
+    ("SELECT /*! 2 */ */* ' */3; COMMIT", "mariadb", Kind.REFUSED),
     ("SELECT 1 AS [;COMMIT]", "sqlite", Kind.READ),
     # Several statements, of which none may be lost or run unseen.
     ("COMMIT;", "sqlite", Kind.COMMIT),

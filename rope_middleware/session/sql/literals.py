@@ -43,7 +43,8 @@ _POSTGRESQL = (
 # https://dev.mysql.com/doc/refman/en/comments.html
 # A comment that begins with an exclamation mark is SQL, and 1--1 are two minus signs.
 _MYSQL = (
-    r"(?P<comment>(?:--(?=[\x00-\x20]|\Z)|\#)[^\n]*+|/\*M?!(?:\d{5,6})?|\*/|/\*.*?(?:\*/|\Z))",
+    r"(?P<runs>/\*M?!(?:\d{5,6})?)|(?P<ends>\*/)",
+    r"(?P<comment>(?:--(?=[\x00-\x20]|\Z)|\#)[^\n]*+|/\*.*?(?:\*/|\Z))",
     r"'(?:[^'\\]|\\(?:.|\Z)|'')*+(?:'|\Z)",
     r'"(?:[^"\\]|\\(?:.|\Z)|"")*+(?:"|\Z)',
     rf"(?P<name>{_BACKTICKS})",
@@ -62,6 +63,7 @@ _READERS = {
 }
 # Another database, or one that nobody names: what most of them read.
 _ANY = _reader(*_POSTGRESQL, rf"(?P<nests>/\*(?!!))|(?P<name>{_DOUBLE}|{_BACKTICKS})")
+_NOTHING = frozenset({"comment", "nests", "runs", "ends"})
 _COMMENT_MARK = late(r"/\*|\*/")
 
 
@@ -76,13 +78,19 @@ def bare(text: str, dialect: str = "", *, names: bool = False) -> str:
     read = _READERS.get(dialect, _ANY)()
     parts: list[str] = []
     at = 0
+    runs = False  # within a comment that is SQL
     while (found := read.search(text, at)) is not None:
         parts.append(text[at : found.start()])
         at, kind = found.end(), found.lastgroup
         if kind == "nests":
             at = _end_of_comment(text, at)
+        elif kind == "ends" and not runs:  # a star, and what may begin a comment
+            parts.append("*")
+            at -= 1
+            continue
+        runs = kind == "runs" or (runs and kind != "ends")
         is_kept = names and kind == "name"
-        parts.append(found[0] if is_kept else " " if kind in ("comment", "nests") else " q ")
+        parts.append(found[0] if is_kept else " " if kind in _NOTHING else " q ")
     parts.append(text[at:])
     return "".join(parts)
 
