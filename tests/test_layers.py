@@ -314,7 +314,8 @@ PRIVATE: dict[str, set[str]] = {
         "_state",  # of the scope that ends, in each request that commits
     },
     "session.listeners": {"_modified"},
-    "session.tie": {"_transaction"},  # what `Session.in_transaction()` asks, in each request
+    # The first use in each request is one function.
+    "session.registry": {"_is_async", "_options", "_sessions", "_settling", "_state"},
     "session.guard.busy": {
         "_flushing",  # SQLAlchemy's; the tests of C10 pin it
         "_connections",  # as `session.connections`, at the end of each request

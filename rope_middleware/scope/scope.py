@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from weakref import ReferenceType
 
@@ -28,6 +29,7 @@ __all__ = [
     "is_over",
     "is_request",
     "keep",
+    "making",
     "registries_of",
     "require_open",
     "session_of",
@@ -39,8 +41,8 @@ _T = TypeVar("_T")
 # OPEN; ENDED: nothing can be kept any more; CLOSED: everything is given back.
 OPEN, ENDED, CLOSED = range(3)
 
-# Held for the instant in which a scope gets its dictionary or a list. J6: two threads race for it.
-_first_use = lock_of_module()
+making: AbstractContextManager[bool] = lock_of_module()
+"""Held for the instant in which a scope gets its dictionary or a list: two threads race (J6)."""
 
 
 class Scope:
@@ -127,7 +129,7 @@ class Scope:
         Empty at the start of a request; in an inner `open_scope` a shallow copy of the outer one's.
         """
         if self._info is None:
-            with _first_use:
+            with making:
                 if self._info is None:
                     self._info = {}
         return self._info
@@ -178,7 +180,7 @@ class Scope:
         """
         self._check_callback(fn, "on_close")
         self._begin_use()
-        with _first_use:
+        with making:
             self._on_close = [*(self._on_close or ()), fn]
         self._require_open()  # it may have ended in this instant, and passed over `fn`
 
@@ -199,7 +201,7 @@ class Scope:
     def _begin_use(self) -> dict[SessionKey, Any]:
         """Make sure that the end does not pass this scope over; return its sessions."""
         made: dict[SessionKey, Any] = {}  # first: a finaliser that runs meanwhile may come by here
-        with _first_use:
+        with making:
             if self._sessions is None:
                 self._sessions = made
         return self._sessions
@@ -241,7 +243,7 @@ def is_request(scope: Scope) -> bool:
 def call_after_commit(scope: Scope, fn: Callable[[], Any]) -> None:
     """Call `fn` once after the next commit of `scope`, and never after a rollback."""
     scope._begin_use()
-    with _first_use:
+    with making:
         scope._on_commit = [*(scope._on_commit or ()), fn]
 
 
@@ -266,14 +268,7 @@ def keep(scope: Scope, key: SessionKey, session: _T) -> _T:
     Raises:
         ScopeClosedError: the scope has ended; nothing is kept.
     """
-    sessions = scope._sessions
-    if sessions is None:
-        made: dict[SessionKey, Any] = {}
-        with _first_use:  # as `_begin_use`, in each request
-            sessions = scope._sessions
-            if sessions is None:
-                sessions = scope._sessions = made
-    kept: _T = sessions.setdefault(key, session)
+    kept: _T = scope._begin_use().setdefault(key, session)
     # Order matters. We store, then read `_state`; the end sets `_state`, then reads `_sessions`.
     # So either the end finds this session, or we find the scope ended.
     if scope._state or kept is not session:

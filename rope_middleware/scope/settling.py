@@ -37,7 +37,6 @@ __all__ = [
     "may_begin_plainly",
     "must_wait_for",
     "needs",
-    "needs_at_once",
     "needs_for_commit",
     "reset_committing",
     "set_committing",
@@ -227,18 +226,6 @@ def needs(scope: Scope) -> int:
     READING where it may be one that only reads: then it is asked more.
     """
     options = scope._options
-    if options.read_only:
-        return READING
-    if not options.commit_on_success:
-        return TIED
-    return GUARDED if scope._is_async else TELLING
-
-
-def needs_at_once(scope: Scope) -> int | None:
-    """`needs`, where a session `may_begin`; else None. Asked at the first use in each request."""
-    if scope._state != OPEN or scope._settling is not None:
-        return None
-    options = scope._options  # as `needs`, a call less
     if options.read_only:
         return READING
     if not options.commit_on_success:

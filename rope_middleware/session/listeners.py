@@ -146,7 +146,10 @@ def _begin(session: Session, transaction: SessionTransaction) -> None:
     if tie is None:
         tie = _adopted(session)
         if tie is None:
-            return  # not a session of ours: only of a class that we listen to
+            # Not a session of ours: only of a class that we listen to. Or not yet: its factory has
+            # begun this, which is noted for `ScopeRegistry.first_use`.
+            session.__dict__[TIE] = None
+            return
     scope = tie.scope
     if tie.transaction is transaction:
         return  # a base class of its class is listened to as well

@@ -20,8 +20,11 @@ from rope_middleware import (
     ScopeClosedError,
     SessionJenny,
     current_scope,
+    holders,
     open_scope,
 )
+from rope_middleware.scope.scope import session_of
+from rope_middleware.session.tie import Tie, tie_of
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out
 from tests.kit.models import Data
@@ -506,3 +509,43 @@ def test_J1_what_a_session_is_made_with_goes_through_the_call(engine: Engine) ->
     jenny = SessionJenny(maker)
     with open_scope():
         assert jenny(info={"b": 2}).info == maker(info={"b": 2}).info == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("commit", [False, True])
+def test_J2_each_session_knows_as_much_of_its_scope(engine: Engine, commit: bool) -> None:
+    """The first of a class is tied to its scope step by step, later ones in one go."""
+    jenny = SessionJenny(sessionmaker(engine))
+
+    def known() -> tuple[type, dict[str, object]]:
+        with open_scope(commit_on_success=commit) as scope:
+            session = jenny.session
+            tie = tie_of(session)
+            assert tie is not None
+            assert tie.scope is scope
+            assert session_of(scope, jenny.registry) is session
+            names = [name for name in Tie.__slots__ if name not in ("__weakref__", "scope")]
+            return type(session), {name: getattr(tie, name, "not yet") for name in names}
+
+    first = known()
+    assert known() == known() == first
+
+
+class Begun(Session):
+    """A session that has begun before anybody gets it."""
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self.begun_by = use(self)
+
+
+def test_J2_a_session_may_have_begun_when_its_scope_gets_it(engine: Engine) -> None:
+    """Its connection counts for its scope, from the first session on to the last."""
+    jenny = SessionJenny(sessionmaker(engine, class_=Begun))
+    for _ in range(3):
+        with open_scope() as scope:
+            assert jenny.session.in_transaction()
+            assert [(one.scope, one.connection) for one in holders()] == [(scope.name, "held")]
+            session = jenny.session
+        with pytest.raises(ScopeClosedError):
+            use(session)
+        assert checked_out(engine) == 0
