@@ -99,6 +99,7 @@ HOUSE = (
     "session.failures.sharing",
     "session.notice",
     "session.closed_early",
+    "session.beginning",
     "session.listeners",
     "session.factories",
     "session.closing",
@@ -308,20 +309,21 @@ PRIVATE: dict[str, set[str]] = {
     "running.forks": {"_at_fork_reinit"},  # of the locks: the tests of S8 pin it
     "session.connections": {"_connections"},  # SQLAlchemy's: see `made_connections`
     # What `Session._is_clean()` asks, in each request that commits.
-    "session.closing": {"_deleted", "_modified", "_new"},
+    "session.closing": {
+        *("_deleted", "_modified", "_new"),
+        "_connections",  # as `session.connections`, at the end of each request
+    },
     "session.idle": {
         *("_deleted", "_modified", "_new"),
         "_state",  # of the scope that ends, in each request that commits
     },
+    "session.beginning": {"_is_async", "_settling", "_state"},  # as the first use
     "session.listeners": {"_modified"},
     # The first use in each request is one function.
     "session.registry": {"_is_async", "_options", "_sessions", "_settling", "_state"},
-    "session.guard.busy": {
-        "_flushing",  # SQLAlchemy's; the tests of C10 pin it
-        "_connections",  # as `session.connections`, at the end of each request
-    },
+    "session.guard.busy": {"_flushing"},  # SQLAlchemy's; the tests of C10 pin it
     "session.committing": {
-        *("_flushing", "_connections"),  # SQLAlchemy's, as `session.guard.busy`
+        *("_flushing", "_connections"),  # SQLAlchemy's, as `session.closing`
         *("_deleted", "_modified", "_new"),  # as `session.closing`
         *("_is_broken", "_is_committing"),  # of the scope, in each request that commits
     },

@@ -8,7 +8,7 @@ from asyncio import get_running_loop
 from rope_middleware.errors import other_loop
 from rope_middleware.scope.scope import AsyncScope, Scope
 
-__all__ = ["check_loop", "is_async", "is_thread_of", "loop_of"]
+__all__ = ["check_loop", "is_async", "is_thread_of", "loop_of", "may_use"]
 
 
 def is_async(scope: Scope) -> bool:
@@ -24,6 +24,22 @@ def loop_of(scope: Scope) -> object:
 def is_thread_of(scope: Scope, thread: int) -> bool:
     """Tell whether `thread` is the one that the event loop of `scope` runs in."""
     return isinstance(scope, AsyncScope) and scope._thread == thread
+
+
+def may_use(scope: Scope, is_async: bool) -> bool:
+    """Tell whether a session of `scope` is at its place here: not to be asked, and not to be told.
+
+    An async one in the event loop in which the scope was first used, a sync one in a thread that is
+    not that of the loop (L2).
+    """
+    if not is_async:
+        # As `is_thread_of`, a call less.
+        return not (isinstance(scope, AsyncScope) and scope._thread == threading.get_ident())
+    try:
+        here = get_running_loop()
+    except RuntimeError:  # trio
+        return False
+    return isinstance(scope, AsyncScope) and scope._loop is here
 
 
 def check_loop(scope: AsyncScope) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rope_middleware.running.forks import lock_of_module
-from rope_middleware.scope.scope import OPEN, AsyncScope, Scope, is_request
+from rope_middleware.scope.scope import OPEN, Scope, is_request
 
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import SessionKey, SessionKind
@@ -33,8 +33,6 @@ __all__ = [
     "calls_of",
     "is_after_response",
     "may_begin",
-    "may_begin_in_loop",
-    "may_begin_plainly",
     "must_wait_for",
     "needs",
     "needs_for_commit",
@@ -249,30 +247,6 @@ def settling_of(scope: Scope) -> Settling | None:
 def may_begin(scope: Scope) -> bool:
     """Tell whether a session may begin in `scope` at once: it is open, no commit is under way."""
     return scope._state == OPEN and scope._settling is None
-
-
-def may_begin_plainly(scope: Any) -> bool:
-    """Tell whether a sync session may, and nothing is to be told of its thread (L2)."""
-    # Any: `_thread` is an AsyncScope's alone, and a cast() would be one more call.
-    return (
-        scope._state == OPEN
-        and scope._settling is None
-        and not (scope._is_async and scope._thread == threading.get_ident())
-    )
-
-
-def may_begin_in_loop(scope: Scope) -> bool:
-    """Tell whether an async session may, in the event loop in which it was first used."""
-    try:
-        here = asyncio.get_running_loop()
-    except RuntimeError:  # trio
-        return False
-    return (
-        scope._state == OPEN
-        and scope._settling is None
-        and isinstance(scope, AsyncScope)
-        and scope._loop is here
-    )
 
 
 def is_after_response(scope: Scope) -> bool:

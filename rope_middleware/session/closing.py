@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from sqlalchemy import event
@@ -20,6 +21,7 @@ from rope_middleware.running.finish import may_block
 from rope_middleware.scope.hands import wait_until
 from rope_middleware.scope.options import DEFAULT
 from rope_middleware.scope.outcome import is_to_commit
+from rope_middleware.session.beginning import refuse_late
 from rope_middleware.session.connections import (
     connections_out,
     has_connection_out,
@@ -29,8 +31,8 @@ from rope_middleware.session.connections import (
 from rope_middleware.session.guard.busy import (
     allow_others,
     is_flushing,
-    stop_others,
     wait_for_flush,
+    wait_for_statement,
 )
 from rope_middleware.session.guard.sessions import (
     call_at_close,
@@ -38,8 +40,7 @@ from rope_middleware.session.guard.sessions import (
     reset,
 )
 from rope_middleware.session.holding.begun import call_at_forks
-from rope_middleware.session.listeners import refuse_late
-from rope_middleware.session.sql.notes import notes_of
+from rope_middleware.session.sql.notes import NOTES, Notes, notes_of
 from rope_middleware.session.tie import TIE, Tie, tie_of
 from rope_middleware.session.unsaved import has_pending, tell_lost
 
@@ -101,7 +102,15 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
             _note_closed(session, "remove()")
         elif (scope := tie.scope) is not None:
             if tie.transaction is not None and not tie.is_async:
-                stop_others(tie.transaction, scope)
+                # No other thread begins a statement on the connections any more (see `sql.taking`),
+                # and we wait for the one under way: two at once break those of many drivers.
+                # As `connections_of`; each is there twice, side by side.
+                for connection, _, _, is_made in (*tie.transaction._connections.values(),)[::2]:  # noqa: SLF001
+                    if is_made:
+                        notes: Notes = getattr(connection, NOTES, None) or notes_of(connection)
+                        notes.gone = scope, get_ident()  # before the look
+                        if notes and notes[-1][0]() is not None:  # only the last can be under way
+                            wait_for_statement(notes, scope)
             if by is None and (
                 tie.written is not None
                 or session._new  # noqa: SLF001 - as in `idle`
@@ -120,11 +129,7 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
             # SQLAlchemy's own error would come before ours.
             cls.reset(session)
     except BaseException as error:
-        is_closed = isinstance(error, IllegalStateChangeError) and close_later(session)
-        if not is_closed or cls is None:
-            invalidate(session)
-            with suppress(Exception):
-                reset(session)  # what is left of its transaction must not be used any more
+        if _has_failed(session, error, is_plain=cls is not None):
             raise
     if tie is not None:
         # After an end that has succeeded only an earlier one can have left something: it failed,
@@ -132,6 +137,17 @@ def close(session: Session, by: Callable[[], object] | None = None) -> None:
         if tie.connections:
             invalidate_all([c for c in tie.connections if not c.closed])
         tie.transaction = tie.flush = tie.written = None  # they refer to the session: a cycle
+
+
+def _has_failed(session: Session, error: BaseException, is_plain: bool) -> bool:
+    """Tell whether `error` leaves something open, and invalidate that."""
+    is_closed = isinstance(error, IllegalStateChangeError) and close_later(session)
+    if is_closed and is_plain:
+        return False
+    invalidate(session)
+    with suppress(Exception):
+        reset(session)  # what is left of its transaction must not be used any more
+    return True
 
 
 def _note_closed(session: Session, how: str) -> None:

@@ -8,7 +8,9 @@ import random
 import runpy
 import sys
 import threading
+from contextvars import copy_context
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any
 from weakref import ref
@@ -22,6 +24,8 @@ from sqlalchemy.pool import QueuePool
 from starlette.testclient import TestClient
 
 from rope_middleware import AsyncSessionJenny, SessionJenny, SessionRope, holders, open_scope
+from rope_middleware.session.code.lines import text_of
+from rope_middleware.session.tie import tie_of
 from tests.kit.engines import MakeEngine, small_async_engine
 from tests.kit.leaks import nothing_checked_out
 from tests.kit.models import Row
@@ -66,14 +70,54 @@ def test_H1_it_may_be_asked_at_any_moment_of_a_begin(jenny: Jenny) -> None:
             seen.add(len(holders()))
         return look
 
-    with open_scope():
-        before = sys.gettrace()
-        sys.settrace(look)
-        try:
-            jenny.session.execute(SELECT)
-        finally:
-            sys.settrace(before)
-    assert seen == {0, 1}
+    for _ in range(2):  # the first one learns more
+        with open_scope():
+            before = sys.gettrace()
+            sys.settrace(look)
+            try:
+                jenny.session.execute(SELECT)
+            finally:
+                sys.settrace(before)
+        assert seen == {0, 1}
+        seen.clear()
+
+
+@pytest.mark.parametrize("way", [Session.commit, Session.connection, "execute"])
+def test_H1_each_begin_is_listed_alike(make_engine: MakeEngine, way: Any) -> None:
+    """The first on an engine, where more is learnt, and later ones, which are quicker."""
+    jenny = SessionJenny(sessionmaker(make_engine()))
+
+    def begin() -> str:  # near to SQLAlchemy, and far from it
+        jenny.session.execute(SELECT) if way == "execute" else way(jenny.session)
+        return here()
+
+    for _ in range(3):
+        with open_scope():
+            began = begin()
+            tie = tie_of(jenny.session)
+            assert tie is not None
+            assert tie.line is not None
+            assert text_of(tie.line) == began
+            assert tie.transaction is not None
+            assert (tie.thread, tie.task, tie.written) == (threading.get_ident(), None, None)
+            assert 0 <= monotonic() - tie.since < 60
+            jenny.session.connection()
+            assert [holder.scope for holder in holders()] == ["open_scope()"]
+
+
+def test_H1_each_begin_is_listed_where_there_is_no_application(make_engine: MakeEngine) -> None:
+    """In a thread of libraries alone the line is one of theirs, the first time and later."""
+    jenny = SessionJenny(sessionmaker(make_engine()))
+    began: list[str] = []
+    for _ in range(3):
+        with open_scope():
+            execute = jenny.session.execute
+            thread = threading.Thread(target=copy_context().run, args=[execute, SELECT])
+            thread.start()
+            thread.join()
+            began += [holder.began for holder in holders()]
+    assert len(began) == 3
+    assert len(set(began)) == 1
 
 
 def test_H1_it_is_a_table_with_a_row_for_each(jenny: Jenny) -> None:

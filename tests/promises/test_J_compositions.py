@@ -112,7 +112,8 @@ ours, theirs, calls = create_engine("sqlite://"), create_engine("sqlite://"), []
 odd, plain = SessionJenny(lambda: Session(ours)), SessionJenny(sessionmaker(ours))
 
 def profile(frame, what, _):
-    if what == "call" and frame.f_globals.get("__name__") == "rope_middleware.session.listeners":
+    listening = "rope_middleware.session.beginning", "rope_middleware.session.listeners"
+    if what == "call" and frame.f_globals.get("__name__") in listening:
         calls.append(frame.f_code.co_name)
 
 def heard(use):

@@ -21,6 +21,7 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
+from rope_middleware.session.sql.notes import notes_of
 from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.engines import MakeEngine, hold_up
 from tests.kit.sessions import use
@@ -189,3 +190,19 @@ def test_S4_a_statement_that_a_thread_is_about_to_send_is_refused(make_engine: M
             future.result(30)
     with engine.connect() as connection:
         assert connection.connection.driver_connection.in_transaction is False  # type: ignore[union-attr]
+
+
+def test_S4_the_first_statement_is_noted_alike(make_engine: MakeEngine) -> None:
+    """Whether somebody has asked for the notes of its connection before, or nobody has."""
+    jenny = SessionJenny(sessionmaker(make_engine()))
+    found: list[tuple[int, bool, object]] = []
+    for asks_before in (True, False, False):  # nothing is watched before the first
+        with open_scope():
+            connection = jenny.session.connection()
+            before = notes_of(connection) if asks_before else None
+            jenny.session.execute(text("SELECT 1"))
+            notes = notes_of(connection)
+            assert before is None or before is notes
+            found.append((len(notes), notes.has_unread(), notes.gone))
+        assert notes.gone is not None  # nobody begins another statement
+    assert found == [(1, False, None)] * 3

@@ -26,6 +26,7 @@ __all__ = [
     "is_in_database",
     "is_ours",
     "is_sqlalchemys",
+    "kinds",
     "line_of",
     "package_of",
     "place_of",
@@ -74,7 +75,7 @@ _CALLERS = frozenset(
 
 
 class _Kinds(dict[str, int | None]):
-    """Whose code a file holds, by its name."""
+    """Whose code a file holds, by its name: what is no more looked through is false."""
 
     most: int = 10_000  # a template engine or a notebook may make up names for ever
 
@@ -85,7 +86,7 @@ class _Kinds(dict[str, int | None]):
         return kind
 
 
-_kinds = _Kinds()
+kinds: dict[str, int | None] = _Kinds()
 _getframe = sys._getframe  # noqa: SLF001 - inspect's is slower
 
 
@@ -125,7 +126,7 @@ def application_line(depth: int) -> Line:
         depth: how many frames, beginning with the caller's, are known not to be the application's.
             They are passed over without a look, which makes the walk cheap.
     """
-    kinds = _kinds
+    known = kinds
     greenlet: Any = None
     frame: FrameType | None
     try:
@@ -136,8 +137,8 @@ def application_line(depth: int) -> Line:
     # goes on beyond a greenlet: the walk belongs to each transaction.
     while True:
         while frame is not None:
-            if not kinds[frame.f_code.co_filename]:  # _APPLICATION or _OUTSIDE
-                if kinds[frame.f_code.co_filename] is _OUTSIDE:
+            if not known[frame.f_code.co_filename]:  # _APPLICATION or _OUTSIDE
+                if known[frame.f_code.co_filename] is _OUTSIDE:
                     return _line_of_library(_getframe(1))
                 return frame.f_code, frame.f_lasti
             frame = frame.f_back
@@ -171,7 +172,7 @@ def line_of(frames: Iterable[FrameType], like: Line | None = None) -> Line | Non
     fallback: Line | None = None
     for frame in frames:
         file = frame.f_code.co_filename
-        kind = _kinds[file]
+        kind = kinds[file]
         if kind is _OUTSIDE:
             break
         if kind == _APPLICATION:
@@ -244,14 +245,14 @@ def is_in_database(frames: Iterable[FrameType]) -> bool:
         file = frame.f_code.co_filename
         if file.startswith(_SQLALCHEMY) or _installed_as(file.replace("\\", "/")) in _DRIVERS:
             return True
-        if _kinds[file] == _APPLICATION:
+        if kinds[file] == _APPLICATION:
             return False
     return False
 
 
 def is_applications(frame: FrameType) -> bool:
     """Tell whether `frame` runs code of the application's."""
-    return _kinds[frame.f_code.co_filename] == _APPLICATION
+    return kinds[frame.f_code.co_filename] == _APPLICATION
 
 
 def is_sqlalchemys(frame: FrameType) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from threading import get_ident
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session
 
 from rope_middleware.running.finish import may_block
 from rope_middleware.scope.hands import MAX_SECONDS, wait_until
@@ -26,8 +26,8 @@ __all__ = [
     "has_unread",
     "is_busy",
     "is_flushing",
-    "stop_others",
     "wait_for_flush",
+    "wait_for_statement",
     "wait_in",
 ]
 
@@ -77,7 +77,7 @@ def wait_in(session: Session, tie: Tie, scope: Scope) -> None:
     wait_for(settling)
 
 
-# -- the end of a scope ----------------------------------------------------------------------------
+# -- the end of a scope: see `closing.close` ------------------------------------------------------
 
 
 def wait_for_flush(tie: Tie) -> None:
@@ -93,29 +93,13 @@ def wait_for_flush(tie: Tie) -> None:
         wait_until(lambda: not transaction.is_active, DEFAULT.close_timeout)
 
 
-def stop_others(transaction: SessionTransaction, scope: Scope) -> None:
-    """Keep other threads off the connections of `transaction`, whose session ends with `scope`.
-
-    No other thread begins a statement on them any more (see `sql.taking`), and we wait for the one
-    that is under way: two threads at once break a connection of many drivers.
-    """
-    # As `connections_of`, a call less in each request; each is there twice, side by side.
-    for connection, _, _, is_made in (*transaction._connections.values(),)[::2]:  # noqa: SLF001
-        if not is_made:
-            continue
-        notes: Notes = getattr(connection, NOTES, None) or notes_of(connection)
-        notes.gone = scope, get_ident()  # before the look
-        if notes and notes[-1][0]() is not None:  # only the last can be under way
-            _wait_for_statement(notes, scope)
-
-
 def allow_others(tie: Tie) -> None:
-    """Undo `stop_others`: another thread is inside of a call that the end has to wait for."""
+    """Let other threads begin statements again: the end has to wait for a call of one of them."""
     for connection in made_connections(tie.transaction):
         notes_of(connection).gone = None
 
 
-def _wait_for_statement(notes: Notes, scope: Scope) -> None:
+def wait_for_statement(notes: Notes, scope: Scope) -> None:
     """Let a statement end, within half of the time after which a cancelled request goes on."""
     if notes.is_executing() and may_block():
         seconds = min(MAX_SECONDS, timeout_of(scope) / 2)

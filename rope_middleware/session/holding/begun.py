@@ -31,11 +31,13 @@ __all__ = [
     "is_of_body",
     "is_open",
     "listed",
+    "listing",
     "name_of",
     "note_begin",
     "open_ties",
     "strand",
     "strand_of",
+    "unlist",
 ]
 
 Strand = object
@@ -46,8 +48,19 @@ Strand = object
 DEPTH = 7
 
 _ties: set[ref[Tie]] = set()
-_list: Callable[[ref[Tie]], object] = _ties.add
-_unlist: Callable[[ref[Tie]], object] = _ties.discard
+unlist: Callable[[ref[Tie]], object] = _ties.discard
+
+
+class _Listing:
+    """Where a tie is listed; in a place of its own, for `call_at_begins` replaces it."""
+
+    __slots__ = ("add",)
+
+    add: Callable[[ref[Tie]], object]
+
+
+listing: _Listing = _Listing()
+listing.add = _ties.add
 
 
 def note_begin(tie: Tie, depth: int = DEPTH) -> None:
@@ -68,7 +81,7 @@ def note_begin(tie: Tie, depth: int = DEPTH) -> None:
             task = None
         tie.task = None if task is None else ref(task)
     if is_new:  # not before all of it is written down: others read the list meanwhile
-        _list(ref(tie, _unlist))
+        listing.add(ref(tie, unlist))
 
 
 def call_at_begins(func: Callable[[], bool]) -> None:
@@ -76,17 +89,15 @@ def call_at_begins(func: Callable[[], bool]) -> None:
 
     Afterwards it costs a transaction nothing.
     """
-    global _list
 
     def list_and_call(one: ref[Tie]) -> None:
-        global _list
         _ties.add(one)
-        if func() and _list is list_and_call:
-            _list = _ties.add
+        if func() and listing.add is list_and_call:
+            listing.add = _ties.add
 
-    _list = list_and_call
+    listing.add = list_and_call
     if _ties and func():
-        _list = _ties.add
+        listing.add = _ties.add
 
 
 def strand() -> Strand:

@@ -145,21 +145,21 @@ def notes_of(connection: Connection) -> Notes:
 
 def _on_execute(_: Any, statement: str, __: Any, context: ExecutionContext) -> None:
     connection = context.root_connection
-    notes: Notes | None = getattr(connection, NOTES, None)
-    if notes is None:
-        notes = notes_of(connection)
+    notes: Any = getattr(connection, NOTES, None)
+    if notes is None:  # as `notes_of`, without the price of a call: most requests have one
+        made = Notes()
+        made.gone = None
+        with _making:
+            notes = getattr(connection, NOTES, made)
+            setattr(connection, NOTES, notes)
     compiled = context.compiled
     notes.append((ref(context), statement if compiled is None else compiled))
     if notes.gone is not None:  # after the append: see `taking`
-        _refuse(notes, context)
+        from rope_middleware.session.sql.taking import refuse_gone  # few ever are
+
+        refuse_gone(notes, context)
     if len(notes) > _MAX_NOTES and len(notes) > notes.many:
         notes.put_together()
-
-
-def _refuse(notes: Notes, context: ExecutionContext) -> None:
-    from rope_middleware.session.sql.taking import refuse_gone  # few ever are
-
-    refuse_gone(notes, context)
 
 
 def _on_execute_no_params(_: Any, statement: str, context: ExecutionContext) -> None:
