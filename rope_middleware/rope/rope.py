@@ -19,8 +19,8 @@ from rope_middleware.session.closing import close, detach
 from rope_middleware.session.code.lines import Line
 from rope_middleware.session.listeners import listen_to
 from rope_middleware.session.notice import notice_module
-from rope_middleware.session.registry import ScopeRegistry, check_own
-from rope_middleware.session.tie import is_session, tie_of, tie_to
+from rope_middleware.session.registry import ScopeRegistry
+from rope_middleware.session.tie import check_own, is_session, tie_of, tie_to
 from rope_middleware.session.unsaved import tell_lost
 from rope_middleware.signature import explained
 

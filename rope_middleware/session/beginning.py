@@ -76,15 +76,16 @@ def on_begin(session: Session, transaction: SessionTransaction) -> None:
         frame: Any = _getframe(_DEPTH)
         while kinds[frame.f_code.co_filename]:
             frame = frame.f_back
-        is_found = kinds[frame.f_code.co_filename] is not None
+        is_applications = kinds[frame.f_code.co_filename] is not None
+        line = (frame.f_code, frame.f_lasti) if is_applications else None
     except (AttributeError, ValueError):  # there are no more frames
-        is_found = False
-    if not is_found:
+        line = None
+    if line is None:
         note_begin(tie)
         return
     is_new = tie.line is None
     tie.since = monotonic()
-    tie.line = frame.f_code, frame.f_lasti
+    tie.line = line
     tie.thread = get_ident()
     if is_new:
         listing.add(ref(tie, unlist))

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
-from rope_middleware.errors import RopeError, no_scope
+from rope_middleware.errors import no_scope
 from rope_middleware.scope.context import current
 from rope_middleware.scope.opening import current_scope
 from rope_middleware.scope.reading import reads_only
 from rope_middleware.scope.scope import (
     Scope,
     forget,
-    is_over,
     keep,
     making,
     require_open,
@@ -37,7 +36,7 @@ from rope_middleware.session.guard.by_error import note_error
 from rope_middleware.session.guard.sessions import become
 from rope_middleware.session.kinds import SYNC, SyncKind
 from rope_middleware.session.listeners import listen_to
-from rope_middleware.session.tie import TIE, Tie, keep_also, tie_of, tie_to
+from rope_middleware.session.tie import TIE, Tie, check_own, keep_also, tie_of, tie_to
 
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import SessionKind
@@ -45,12 +44,14 @@ if TYPE_CHECKING:
 __all__ = [
     "ScopeRegistry",
     "StrictRegistry",
-    "check_own",
     "tying",
     "use_replicas",
 ]
 
 _T = TypeVar("_T")
+
+_MAKER: Any = sessionmaker
+_CALL: object = _MAKER.__call__
 
 
 class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
@@ -61,7 +62,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         outside: the registry that is used where no scope is open.
     """
 
-    __slots__ = ("_listening", "kind", "outside", "replicas")
+    __slots__ = ("_jenny", "_listening", "_own", "_simple", "kind", "outside", "replicas")
 
     def __init__(
         self, createfunc: Callable[..., _T], outside: ScopedRegistry[_T], kind: SyncKind = SYNC
@@ -70,6 +71,10 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         self.outside: ScopedRegistry[_T] = outside
         self.kind: SyncKind = kind
         self._listening: type[Session] | None = None
+        self._simple: Any = None  # the same, where to call it makes one of it and nothing else
+        # A sync jenny, and the method of its own that `createfunc` is until somebody replaces it.
+        self._jenny: Any = getattr(createfunc, "__self__", None)
+        self._own: object = None if self._jenny is None else createfunc
         self.replicas: Any = None
         """The `Replicas` that sessions of read-only scopes read from, or None."""
         listen_for_errors()
@@ -131,12 +136,20 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         if scope is None:
             return self.outside()
         options = scope._options
-        if scope._state or scope._settling is not None or options.read_only:
+        if scope._state or scope._settling is not None or options.read_only or self.replicas:
             return self._first_otherwise(scope)
-        made: Any = self.createfunc()
-        kind = self.kind
-        is_async = kind.is_async
-        inner = kind.inner(made) if is_async else made
+        if (
+            self.createfunc is self._own
+            and type(factory := self._jenny.session_factory) is _MAKER
+            and _MAKER.__call__ is _CALL
+            and (made_class := factory.class_) is self._simple
+        ):
+            # `createfunc` and the sessionmaker's own call: two calls of a request, 80 instructions.
+            made: Any = made_class(**factory.kw)
+            inner = made
+        else:
+            made = self.createfunc()
+            inner = self.kind.inner(made) if self.kind.is_async else made
         if type(inner) is not self._listening or TIE in (known := inner.__dict__):
             self._tie(made, scope)
             return keep(scope, self, made)  # type: ignore[no-any-return]  # cast() is a call
@@ -144,15 +157,13 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         # 7,500 instructions of a request with one SELECT.
         tie = known[TIE] = Tie()
         tie.scope = scope
-        tie.kind = kind
-        tie.is_async = is_async
+        tie.kind = kind = self.kind
+        tie.is_async = kind.is_async
         tie.is_removed = False
         tie.connections = ()
         tie.transaction = tie.flush = tie.line = tie.task = tie.written = None
         if options.commit_on_success:
             become(inner, GUARDED if scope._is_async else TELLING, scope, made)
-        if self.replicas is not None:
-            self.replicas.follow(tie, scope)
         sessions: dict[Any, Any] = {self: made}
         with making:
             is_first = scope._sessions is None
@@ -163,7 +174,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         return keep(scope, self, made)  # type: ignore[no-any-return]
 
     def _first_otherwise(self, scope: Scope) -> _T:
-        """`first_use`, where the scope reads, has ended, or a commit of it is under way."""
+        """`first_use`, where the scope has ended, reads, has replicas, or is being committed."""
         require_open(scope)
         settling = settling_of(scope)
         if settling is not None and (session := settling.session_for(self)) is not None:
@@ -183,6 +194,8 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
             session_class: type[Session] = type(inner)  # pyright: ignore[reportUnknownVariableType]
             if session_class is not self._listening and listen_to(inner):
                 self._listening = session_class
+                if type(session_class) is type and session_class.__new__ is object.__new__:
+                    self._simple = session_class
             tie = tie_to(inner, scope, self.kind)
             needed = needs_for_commit(scope)
             if needed != TIED:
@@ -217,28 +230,6 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         tie = _tie_of(self.kind, session)
         if tie is not None:
             keep_also(tie, session)
-
-
-def check_own(session: Session, scope: Scope | None) -> None:
-    """Check that a session that is new here is not that of another scope.
-
-    Args:
-        session: what a factory has made, or ``registry.set()`` was given.
-        scope: that it is to belong to; None outside of any.
-
-    Raises:
-        RopeError: two would share it, and one of them commit and close for the other.
-    """
-    tie = tie_of(session)
-    other = None if tie is None else tie.scope
-    if other is None or other is scope or is_over(other):
-        return
-    raise RopeError(
-        f"This session is that of {other.name!r}, which is still open: the two would commit and "
-        "close for one another. A session factory returns a new session each time: give the "
-        "sessionmaker itself, as in SessionJenny(sessionmaker(engine)). And registry.set() takes "
-        "a session that is in no scope."
-    )
 
 
 def tying(kind: Callable[[], SyncKind], create: Callable[..., _T]) -> Callable[..., _T]:

@@ -13,7 +13,8 @@ from weakref import ReferenceType
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
-from rope_middleware.scope.scope import Scope, keep
+from rope_middleware.errors import RopeError
+from rope_middleware.scope.scope import Scope, is_over, keep
 from rope_middleware.session.code.lines import Line
 from rope_middleware.session.holding.begun import note_begin
 from rope_middleware.session.unsaved import Written
@@ -21,7 +22,7 @@ from rope_middleware.session.unsaved import Written
 if TYPE_CHECKING:
     from rope_middleware.scope.kind import PlainKind, SessionKind
 
-__all__ = ["TIE", "PlainTie", "Tie", "is_session", "keep_also", "tie_of", "tie_to"]
+__all__ = ["TIE", "PlainTie", "Tie", "check_own", "is_session", "keep_also", "tie_of", "tie_to"]
 
 TIE = "_rope_middleware_tie"
 """The name of that attribute."""
@@ -106,6 +107,28 @@ def is_session(thing: object) -> TypeGuard[Session]:
 def tie_of(session: Session) -> Tie | None:
     """Return the tie of `session`, or None where it has none."""
     return session.__dict__.get(TIE)
+
+
+def check_own(session: Session, scope: Scope | None) -> None:
+    """Check that a session that is new here is not that of another scope.
+
+    Args:
+        session: what a factory has made, or ``registry.set()`` was given.
+        scope: that it is to belong to; None outside of any.
+
+    Raises:
+        RopeError: two would share it, and one of them commit and close for the other.
+    """
+    tie = tie_of(session)
+    other = None if tie is None else tie.scope
+    if other is None or other is scope or is_over(other):
+        return
+    raise RopeError(
+        f"This session is that of {other.name!r}, which is still open: the two would commit and "
+        "close for one another. A session factory returns a new session each time: give the "
+        "sessionmaker itself, as in SessionJenny(sessionmaker(engine)). And registry.set() takes "
+        "a session that is in no scope."
+    )
 
 
 class _Key:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import Engine, select
@@ -482,6 +483,26 @@ def test_J1_a_sessionmaker_makes_what_it_makes_when_it_is_called(
     with open_scope():
         assert jenny.session.made_with == maker().made_with
         assert not jenny.session.expire_on_commit
+
+
+def test_J1_a_sessionmakers_class_may_make_something_else(engine: Engine) -> None:
+    """At any time, and not only at first: it is kept and closed like what any factory makes."""
+    mocks = [Mock(spec=["close"]) for _ in range(2)]
+    makes: list[Any] = [None, mocks[0], None, mocks[1], None]
+
+    class Odd(Session):
+        def __new__(cls, *args: Any, **kw: Any) -> Any:
+            return makes.pop(0) or super().__new__(cls)
+
+    jenny = SessionJenny(sessionmaker(engine, class_=Odd))
+    for expected in tuple(makes):
+        with open_scope():
+            assert jenny.session is jenny.session
+            assert expected in (None, jenny.session)
+            if expected is None:
+                assert use(jenny.session).in_transaction()
+        assert checked_out(engine) == 0
+    assert [mock.close.call_count for mock in mocks] == [1, 1]
 
 
 def test_J1_whoever_replaces_the_call_of_sessionmakers_is_heard(

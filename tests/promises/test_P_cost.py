@@ -293,7 +293,7 @@ def calls_of_select(path: str, commit: bool = False) -> Calls:
 
 # As counted on Python 3.11, on SQLAlchemy 2.0 and 2.1, whichever makes more of them.
 # An AsyncSession left open, then committed; then the same in WSGI.
-MOST_CALLS = 23, 52, 16, 31
+MOST_CALLS = 19, 48, 14, 24
 
 _COUNT = """
 import asyncio, sys

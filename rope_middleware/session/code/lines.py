@@ -126,7 +126,6 @@ def application_line(depth: int) -> Line:
         depth: how many frames, beginning with the caller's, are known not to be the application's.
             They are passed over without a look, which makes the walk cheap.
     """
-    known = kinds
     greenlet: Any = None
     frame: FrameType | None
     try:
@@ -137,8 +136,8 @@ def application_line(depth: int) -> Line:
     # goes on beyond a greenlet: the walk belongs to each transaction.
     while True:
         while frame is not None:
-            if not known[frame.f_code.co_filename]:  # _APPLICATION or _OUTSIDE
-                if known[frame.f_code.co_filename] is _OUTSIDE:
+            if not kinds[frame.f_code.co_filename]:  # _APPLICATION or _OUTSIDE
+                if kinds[frame.f_code.co_filename] is _OUTSIDE:
                     return _line_of_library(_getframe(1))
                 return frame.f_code, frame.f_lasti
             frame = frame.f_back
