@@ -25,6 +25,7 @@ TEXTS = 4000
 
 COMMON = (*["a", " ", ", ", "; ", ";SELECT ", "'", "''", "\\", "\\'", "\\\\", '"', '""', "`", "1"],)
 COMMON += ("--", "-- ", "\n", "/*", "*/", "/*/", "/**/", "#", "[", "]", "$", "$$", "$a$", "e'", "-")
+COMMON += ("$A$", "/*m!", "--\x7f", "\ufeff")
 QUOTES = {
     "postgresql": [("'", "'"), ("E'", "'"), ("e'", "'\n'"), ("$$", "$$"), ("$a$", "$a$")],
     "mariadb": [("'", "'"), ('"', '"'), ("N'", "'"), ("/*!", "*/"), ("#", "\n1")],
@@ -150,6 +151,9 @@ LOCKS_BEHIND_A_LITERAL = [
     ("SELECT 1 # it's\n FROM t FOR UPDATE", "mariadb"),
     ("SELECT 1 /*! FROM t FOR UPDATE */", "mariadb"),
     ("SELECT 1 /* /* */ FROM t FOR UPDATE", "mariadb"),
+    ("SELECT 1 /*m! ' */ FROM t FOR UPDATE", "mariadb"),
+    ("SELECT 1 --\x7f it's\n FROM t FOR UPDATE", "mariadb"),
+    ("SELECT $a$x$A$ $a$ FROM t FOR UPDATE", "postgresql"),
     ("SELECT 1--'\n FROM t FOR UPDATE", "sqlite"),
     ("SELECT a AS [it's] FROM t FOR UPDATE", "sqlite"),
 ]
@@ -210,10 +214,15 @@ SAID = [
     ("SET TRANSACTION READ WRITE; DELETE FROM t", "postgresql", Kind.REFUSED),
     ("SELECT 1; UPDATE t SET a = 1", "postgresql", Kind.WRITE),
     ("SELECT 1; ;", "postgresql", Kind.READ),
+    ("\ufeffCOMMIT", "sqlite", Kind.COMMIT),
+    ("\ufeffSELECT 1", "sqlite", Kind.READ),
     # An END that ends no transaction.
     ("CREATE TRIGGER x AFTER INSERT ON t BEGIN DELETE FROM u; END;", "sqlite", Kind.DDL),
     ("CREATE TRIGGER x AFTER INSERT ON t BEGIN DELETE FROM u; END; END", "sqlite", Kind.REFUSED),
     ("CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1; END", "postgresql", Kind.DDL),
+    ("CREATE PROCEDURE f() BEGIN ATOMIC END; COMMIT; END", "postgresql", Kind.REFUSED),
+    ("CREATE TABLE begin (n int); COMMIT; END", "postgresql", Kind.REFUSED),
+    ("CREATE TABLE begin (n int); COMMIT; END", "sqlite", Kind.REFUSED),
 ]
 
 
@@ -227,3 +236,33 @@ def test_T3_a_name_in_quotes_is_known() -> None:
     """Of a savepoint, and of a function that may write."""
     assert read('SAVEPOINT "it\'s"', "postgresql").name == '"it\'s"'
     assert read('SELECT "note"(1)', "postgresql").words == {"note"}
+    assert read("SELECT `note` (1)", "mariadb").words == {"note"}
+    assert read("SAVEPOINT 'a'", "sqlite").name == read("RELEASE SAVEPOINT 'a'", "sqlite").name
+    assert read("SAVEPOINT 'a'", "sqlite").name != read("SAVEPOINT 'b'", "sqlite").name
+
+
+WRITES = [
+    ("COPY (DELETE FROM t RETURNING n) TO '/tmp/t'", "postgresql", "DELETE FROM"),
+    ("DO U&'BEGIN DELETE FROM t; END'", "postgresql", "DO"),
+    ("\ufeffINSERT INTO t VALUES (1)", "sqlite", "INSERT"),
+]
+
+
+@pytest.mark.parametrize(("text", "dialect", "words"), WRITES)
+def test_R1_what_a_text_writes(text: str, dialect: str, words: str) -> None:
+    """However it is wrapped."""
+    assert effect_of(text, dialect).writes == words
+
+
+def test_R1_a_copy_of_what_a_query_reads_writes_nothing() -> None:
+    """With whatever there is between the two words."""
+    for between in ("", " ", "\n  ", " /* what */ "):
+        assert not effect_of(f"COPY{between}(SELECT n FROM t) TO STDOUT", "postgresql").writes
+
+
+def test_C6_a_function_may_write_however_it_is_called() -> None:
+    """With a comment before its bracket, or by a name in quotes; a text in brackets calls none."""
+    assert may_write("SELECT note/* it */(1)", "postgresql")
+    assert may_write("SELECT `note`(1)", "mariadb")
+    assert may_write("SELECT [note](1)", "sqlite")
+    assert not may_write("SELECT lower('a note (of his)')", "postgresql")

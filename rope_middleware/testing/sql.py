@@ -52,15 +52,24 @@ _LOCKS = re.compile(
 )
 _INTO = re.compile(r"\bINTO\b", re.IGNORECASE)
 _WRITES = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE|REPLACE)\b", re.IGNORECASE)
-_CALLED = re.compile(r"([A-Za-z_]\w*)\"?\s*\(")
+_CALLED = re.compile(r"([^\W\d]\w*)[\"`\]]?\s*\(")
 _ENDS = re.compile(
     r";\s*(?:COMMIT|END|ROLLBACK|ABORT|BEGIN|START\s+TRANSACTION|PREPARE\s+TRANSACTION)\b(?!\s+TO\b)",
     re.IGNORECASE,
 )
-# A trigger's or a function's body, whose END commits nothing.
-_BODY = re.compile(r"(CREATE\b[^;]*?\bBEGIN\b).*?;\s*END\b", re.DOTALL | re.IGNORECASE)
+# A body whose END commits nothing: SQLite's of a trigger, PostgreSQL's of a function. (MariaDB
+# commits before what has one.) No more than that: elsewhere "begin" may be a name.
+_BODY = re.compile(
+    r"CREATE\s+(?:TEMP\w*\s+)?TRIGGER\b[^;]*?\bBEGIN\b.*?;\s*END\b", re.DOTALL | re.IGNORECASE
+)
+_ATOMIC = re.compile(
+    r"CREATE\b[^;]*?\bBEGIN\s+ATOMIC\b(?!\s*END\b).*?;\s*END\b", re.DOTALL | re.IGNORECASE
+)
 _MORE = re.compile(r";[\s;]*[^\s;]")
-_NAME = re.compile(r"(?:SAVEPOINT\s+)?(?P<name>\"[^\"]+\"|`[^`]+`|\w+)\s*;?\s*$", re.IGNORECASE)
+_NAME = re.compile(
+    r"(?:SAVEPOINT\s+)?(?P<name>\"[^\"]+\"|`[^`]+`|'[^']+'|\[[^\]]+\]|\w+)\s*;?\s*$",
+    re.IGNORECASE,
+)
 _ANALYZE = re.compile(r"EXPLAIN\s*(?:\([^)]*\bANALY[SZ]E\b|ANALY[SZ]E\b)", re.IGNORECASE)
 _PRAGMA = re.compile(r"PRAGMA\s+(?:\w+\.)?(?:user_version|application_id)\s*=", re.IGNORECASE)
 _SET_TRANSACTION = re.compile(
@@ -134,10 +143,15 @@ def _read(text: str, dialect: str) -> Said:
     word = found[0].upper() if found else ""
     said = _first(word, body, _begins(bare(text, dialect, names=True)))
     if _MORE.search(body):
-        if said.kind in _NOT_SENT or _ENDS.search(_BODY.sub("", body, count=1)):
+        if said.kind in _NOT_SENT or _ENDS.search(_without_body(body, dialect)):
             return Said(Kind.REFUSED, " ".join(text.split())[:40])
         return said if said.kind in _LASTS else Said(Kind.WRITE)
     return said
+
+
+def _without_body(text: str, dialect: str) -> str:
+    body = _ATOMIC if dialect == "postgresql" else _BODY
+    return body.sub("", text, count=1)
 
 
 def _first(word: str, body: str, with_names: str) -> Said:

@@ -22,7 +22,8 @@ def late(pattern: str, flags: int = 0) -> Callable[[], re.Pattern[str]]:
 
 
 def _reader(*parts: str) -> Callable[[], re.Pattern[str]]:
-    return late("|".join(parts), re.DOTALL | re.IGNORECASE)
+    # Not re.IGNORECASE: $a$ does not end at $A$, and /*m! begins no SQL.
+    return late("|".join(parts), re.DOTALL)
 
 
 _LITERAL = r"'(?:[^']|'')*+(?:'|\Z)"
@@ -35,7 +36,7 @@ _STARTS = r"(?<![\w$\u0080-\U0010ffff])"
 # A literal goes on after a new line, and is of the same kind there. Comments may lie between.
 _GOES_ON = r"'(?:[ \t\f\v]|--[^\r\n]*+)*+[\r\n](?:\s|--[^\r\n]*+[\r\n])*+'"
 _POSTGRESQL = (
-    rf"{_STARTS}e'(?:[^'\\]|\\(?:.|\Z)|''|{_GOES_ON})*+(?:'|\Z)",
+    rf"{_STARTS}[eE]'(?:[^'\\]|\\(?:.|\Z)|''|{_GOES_ON})*+(?:'|\Z)",
     rf"{_STARTS}\$(?P<tag>(?:(?!\d)[\w\u0080-\U0010ffff]+)?)\$.*?(?:\$(?P=tag)\$|\Z)",
     r"(?P<comment>--[^\r\n]*+)",
     _LITERAL,
@@ -44,16 +45,16 @@ _POSTGRESQL = (
 # A comment that begins with an exclamation mark is SQL, and 1--1 are two minus signs.
 _MYSQL = (
     r"(?P<runs>/\*M?!(?:\d{5,6})?)|(?P<ends>\*/)",
-    r"(?P<comment>(?:--(?=[\x00-\x20]|\Z)|\#)[^\n]*+|/\*.*?(?:\*/|\Z))",
+    r"(?P<comment>(?:--(?=[\x00-\x20\x7f]|\Z)|\#)[^\n]*+|/\*.*?(?:\*/|\Z))",
     r"'(?:[^'\\]|\\(?:.|\Z)|'')*+(?:'|\Z)",
     r'"(?:[^"\\]|\\(?:.|\Z)|"")*+(?:"|\Z)',
     rf"(?P<name>{_BACKTICKS})",
 )
 # https://www.sqlite.org/lang_keywords.html
+# A name may stand in the quotes of a literal. What marks a file as UTF-8 is a space.
 _SQLITE = (
-    r"(?P<comment>--[^\n]*+|/\*.*?(?:\*/|\Z))",
-    _LITERAL,
-    rf"(?P<name>{_DOUBLE}|{_BACKTICKS}|\[[^\]]*+(?:\]|\Z))",
+    rf"(?P<comment>--[^\n]*+|/\*.*?(?:\*/|\Z)|{_STARTS}\ufeff++)",
+    rf"(?P<name>{_LITERAL}|{_DOUBLE}|{_BACKTICKS}|\[[^\]]*+(?:\]|\Z))",
 )
 _READERS = {
     "postgresql": _reader(*_POSTGRESQL, rf"(?P<nests>/\*)|(?P<name>{_DOUBLE})"),

@@ -40,10 +40,10 @@ _VERBS = (
 _WORDS = (*_VERBS, "COPY", "DO", "INTO", "SHARE", "SET", "DECLARE", "XACT_LOCK")
 
 _BEGINS = late(rf"(?:{'|'.join(_VERBS)})\b", re.IGNORECASE)
-_COPY_IN = late(r"COPY\s+(?!\().*?\bFROM\b", re.DOTALL | re.IGNORECASE)
+_COPY_IN = late(r"COPY\s+(?![\s(]).*?\bFROM\b", re.DOTALL | re.IGNORECASE)
 # PostgreSQL's block of code, quoted: it returns nothing, so it is there for what it does.
-_BLOCK = late(r"DO\s+(?:LANGUAGE\s+\w+\s+)?q\b", re.IGNORECASE)
-_RUN = late(r"(?:EXPLAIN\b[^;]*?\bANALY[ZS]E|PREPARE)\b", re.IGNORECASE)
+_BLOCK = late(r"DO\s+(?:LANGUAGE\s+\w+\s+)?(?:U&\s*)?q\b", re.IGNORECASE)
+_RUN = late(r"(?:EXPLAIN\b[^;]*?\bANALY[ZS]E|PREPARE)\b|COPY\s*\(", re.IGNORECASE)
 _IS_RUN = late(
     r"\b(?:INSERT\s+INTO|UPDATE|DELETE\s+FROM|MERGE\s+INTO|CREATE|REFRESH)\b", re.IGNORECASE
 )

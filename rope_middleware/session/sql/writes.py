@@ -11,7 +11,7 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from rope_middleware.session.sql.literals import late
+from rope_middleware.session.sql.literals import bare, late
 from rope_middleware.session.sql.notes import is_watched, notes_of
 from rope_middleware.session.sql.statements import effect_of
 
@@ -29,7 +29,7 @@ _READS = frozenset({"select", "values", "table", "with", "show", "set", "savepoi
 # https://docs.sqlalchemy.org/en/21/dialects/sqlite.html#serializable-isolation-savepoints-transactional-ddl
 _BEGIN = late(r"\s*(?:BEGIN|START\s+TRANSACTION)\b[^;]*;?\s*$", re.IGNORECASE)
 
-_CALL = late(r"([\w.\"]+)\s*\(")
+_CALL = late(r"([\w.\"`\]]+)\s*\(")
 
 # Words before a bracket that are no functions, and functions known to write nothing. Any other
 # function may do anything.
@@ -70,7 +70,8 @@ def may_write(statement: str, dialect: str = "") -> bool:
         return True
     if effect_of(statement, dialect).writes:
         return True
-    calls = (found.strip('"').lower() for found in _CALL().findall(statement))
+    found = _CALL().findall(bare(statement, dialect, names=True))
+    calls = (name.strip('"`').lower() for name in found)
     return any(call not in _HARMLESS for call in calls)
 
 
