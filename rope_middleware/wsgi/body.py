@@ -230,7 +230,12 @@ class _ClosableBody(Body):
         self._scope = None
         token = _set_current(scope)
         try:
-            self._body.close()
+            try:
+                close = self._body.close
+            except AttributeError:  # a slot of its class that is empty, or of a proxy
+                close = None
+            if close is not None:
+                close()
             if scope._sessions is None:  # `end_untouched`, without the price of a call
                 scope._state = ENDED
                 if scope._sessions is None:

@@ -440,6 +440,60 @@ def test_W1_length_of_a_list_of_one_gives_the_content_length(
     assert checked_out(engine) == 0
 
 
+class _EmptySlot:
+    """Its class has a close, and itself none where nobody has set it."""
+
+    __slots__ = ("close",)
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"1"
+
+
+class _NoClose:
+    """It says by None that it has no close()."""
+
+    def __init__(self) -> None:
+        self.close = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"1"
+
+    def close(self) -> None:  # type: ignore[no-redef]
+        raise AssertionError
+
+
+class _Proxy:
+    """It has what is inside of it: a list, which has no close()."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"1"
+
+    @property
+    def close(self) -> Any:
+        inner: Any = [b"1"]
+        return inner.close
+
+
+@pytest.mark.parametrize("kind", [_EmptySlot, _NoClose, _Proxy])
+def test_W1_a_body_without_the_close_that_its_class_has(
+    wrap: Wrap, jenny: Jenny, engine: Engine, kind: type[Any]
+) -> None:
+    """Each time: of the second body the class is known, and it is the body that is asked."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        touch(jenny)
+        start_response("200 OK", HEADERS)
+        return kind()
+
+    wrapped = wrap(app)
+    for _ in range(3):
+        body = wrapped(make_environ(), lambda *args: print)
+        assert list(body) == [b"1"]
+        body.close()
+        assert checked_out(engine) == 0
+        assert no_scope_here()
+
+
 def test_W1_a_body_that_hides_its_len_has_none(wrap: Wrap, jenny: Jenny, engine: Engine) -> None:
     """Servers ask the body, not its class: ddtrace's proxies have the method and say no to it."""
 
