@@ -82,8 +82,10 @@ def commit(scope: Scope) -> None:
         for key in list(sessions):
             aside = Aside()
             aside.kind = key.kind
-            session = sessions[aside] = sessions.pop(key)
-            settling._aside = *settling._aside, (key, aside, session)
+            session = sessions.pop(key, None)
+            if session is not None:  # else another thread has removed it in this instant
+                sessions[aside] = session
+                settling._aside = *settling._aside, (key, aside, session)
     is_done, failure = False, None
     token = set_committing(scope)
     try:

@@ -103,20 +103,17 @@ class Settling:
         sessions = scope._sessions
         if sessions is None:
             return
-        keys = list(sessions)
-        asks = scope._is_async and keys != [alone]
-        if asks or scope._registries:
-            keys = [
-                key
-                for key in keys
-                if key not in scope._registries
-                and not (asks and key.kind.is_of_body(sessions[key]))  # the commit leaves it alone
-            ]
-        for key in keys:
+        work = list(sessions.items())
+        asks = scope._is_async and list(sessions) != [alone]
+        for key, session in work:
+            if key in scope._registries or (asks and key.kind.is_of_body(session)):
+                continue  # the commit leaves it alone
             aside = Aside()
             aside.kind = key.kind
-            session = sessions[aside] = sessions.pop(key)
-            self._aside = *self._aside, (key, aside, session)
+            taken = sessions.pop(key, None)
+            if taken is not None:  # else another thread has removed it in this instant
+                sessions[aside] = taken
+                self._aside = *self._aside, (key, aside, taken)
         if asks:
             for key, session in list(sessions.items()):
                 key.kind.guard(session, scope)

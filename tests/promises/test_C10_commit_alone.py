@@ -23,7 +23,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
 
-from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny
+from rope_middleware import AsyncSessionJenny, RopeMiddleware, SessionJenny, current_scope
+from rope_middleware.scope import ending, settling
 from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.engines import hold_up, rows
 from tests.kit.leaks import checked_out
@@ -175,6 +176,60 @@ def test_C10_who_asks_meanwhile_in_a_wsgi_app_gets_such_a_session_too(
     assert seen["other"] is not seen["first"]
     assert seen["count"] == 1
     assert rows(engine) == 2
+    assert checked_out(engine) == 0
+
+
+@pytest.mark.told
+@pytest.mark.parametrize("protocol", ["asgi", "wsgi"])
+def test_C10_a_session_that_another_thread_removes_as_the_commit_begins(
+    jenny: Jenny, engine: Engine, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    """There is nothing left to commit: a success, at once, and no commit stays under way."""
+    removed: list[None] = []
+
+    class Late(settling.Aside):
+        __slots__ = ()
+
+        def __init__(self) -> None:
+            if not removed:
+                removed.append(None)
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(copy_context().run, jenny.remove).result(PATIENCE)
+
+    monkeypatch.setattr(settling, "Aside", Late)
+    monkeypatch.setattr(ending, "Aside", Late)
+    seen: list[Any] = []
+
+    def use() -> None:
+        jenny.session.add(Row(name="removed"))
+        jenny.session.flush()
+
+    def check() -> None:
+        assert removed
+        assert settling.may_begin(current_scope())
+        jenny.session.add(Row(name="later"))
+        seen.append(None)
+
+    def in_wsgi(environ: Any, start_response: Any) -> Iterator[bytes]:
+        use()
+        start_response("200 OK", [])
+        yield b"a"
+        check()
+        yield b"b"
+
+    async def in_asgi(scope: Any, receive: Any, send: Any) -> None:
+        use()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+        check()
+
+    if protocol == "wsgi":
+        assert serve_wsgi(in_wsgi, commit_on_success=True) == [b"a", b"b"]
+    else:
+        app = RopeMiddleware(in_asgi, commit_on_success=True)
+        asyncio.run(app(http_scope(), never, into_nothing))
+    assert seen
+    assert rows(engine) == 1
     assert checked_out(engine) == 0
 
 
