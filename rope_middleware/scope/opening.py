@@ -59,7 +59,8 @@ class open_scope:  # noqa: N801 - used like a function
 
     If another scope is open, the new one is an inner scope with sessions of its own. The outer one
     is untouched, and current again afterwards. One object can be entered once at a time. As a
-    decorator it opens a new scope for each call::
+    decorator it opens a new scope for each call. Who calls ``__enter__()`` by hand has to keep the
+    object: if it is collected, its scope ends::
 
         with open_scope("import"):
             jenny.session.add(row)
