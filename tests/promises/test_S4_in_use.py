@@ -8,11 +8,12 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.orm import scoped_session, sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from rope_middleware import (
     ASGIRopeMiddleware,
@@ -21,6 +22,7 @@ from rope_middleware import (
     current_scope,
     open_scope,
 )
+from rope_middleware.scope.scope import session_of
 from rope_middleware.session.sql.notes import notes_of
 from tests.kit.asgi import http_scope, into_nothing
 from tests.kit.engines import MakeEngine, hold_up
@@ -206,3 +208,27 @@ def test_S4_the_first_statement_is_noted_alike(make_engine: MakeEngine) -> None:
             found.append((len(notes), notes.has_unread(), notes.gone))
         assert notes.gone is not None  # nobody begins another statement
     assert found == [(1, False, None)] * 3
+
+
+def test_S4_a_session_that_is_made_while_its_scope_ends_is_refused(make_engine: MakeEngine) -> None:
+    """The first one of a class, and later ones, which are made in one go: nothing is kept of it."""
+    while_made: list[Callable[[], object]] = []
+
+    class Slow(Session):
+        def __init__(self, *args: Any, **kw: Any) -> None:
+            super().__init__(*args, **kw)
+            while while_made:
+                while_made.pop()()
+
+    for makes_before in (0, 2):
+        jenny = SessionJenny(sessionmaker(make_engine(), class_=Slow))
+        for _ in range(makes_before):
+            with open_scope():
+                use(jenny.session)
+        with ExitStack() as stack:
+            scope = stack.enter_context(open_scope())
+            while_made.append(stack.close)
+            with pytest.raises(ScopeClosedError):
+                _ = jenny.session
+            assert scope.closed
+            assert session_of(scope, jenny.registry) is None
