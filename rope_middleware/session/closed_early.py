@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import sys
 from types import FrameType
+from typing import Any
 
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstanceState, Session
 
 from rope_middleware.scope.outcome import is_to_commit
 from rope_middleware.scope.scope import Scope, call_after_commit
@@ -75,13 +76,13 @@ def _is_by_error(session: Session) -> bool:
 _EXPUNGE_ALL = Session.expunge_all.__code__
 
 
-def note_expunged(tie: Tie, session: Session, of: type) -> None:
+def note_expunged(tie: Tie, session: Session, state: InstanceState[Any]) -> None:
     """Note that an object was pending, where the application has called ``expunge_all()``.
 
     Args:
         tie: the session's.
         session: it has dropped the object.
-        of: the object's class.
+        state: the object's.
     """
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented
     while frame is not None and frame.f_code is not _EXPUNGE_ALL:
@@ -92,7 +93,7 @@ def note_expunged(tie: Tie, session: Session, of: type) -> None:
         return
     if tie.line is None or isinstance(sys.exc_info()[1], Exception):
         return
-    written = note_dropped(tie, session, of)
+    written = note_dropped(tie, session, state)
     scope = tie.scope
     if scope is not None and is_to_commit(scope) and not was_told(_DROPPED, tie.line):
         _tell_dropped(written, scope, tie.line)

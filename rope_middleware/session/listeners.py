@@ -129,4 +129,4 @@ def _on_expunge(session: Session, state: InstanceState[Any]) -> None:
     if tie is not None and not sys.is_finalizing():
         from rope_middleware.session.closed_early import note_expunged
 
-        note_expunged(tie, session, state.class_)
+        note_expunged(tie, session, state)

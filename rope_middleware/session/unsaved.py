@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstanceState, Session
 
 from rope_middleware.scope.outcome import commits_itself, expects_nothing
 from rope_middleware.scope.reading import reads_only
@@ -52,7 +52,8 @@ class Written:
 
     def __init__(self) -> None:
         self.counts: _Counts = Counter()
-        self.last: object = None  # the flush that is counted already: classes may hear it twice
+        # The flush, or the object dropped, that is counted already: classes may hear it twice.
+        self.last: object = None
 
 
 def note_flush(tie: Tie, session: Session) -> None:
@@ -70,10 +71,12 @@ def _written_of(tie: Tie) -> Written:
     return written
 
 
-def note_dropped(tie: Tie, session: Session, of: type) -> Written:
-    """Count a pending object of class `of` that ``expunge_all()`` has dropped."""
+def note_dropped(tie: Tie, session: Session, state: InstanceState[Any]) -> Written:
+    """Count a pending object, of which this is the state, that ``expunge_all()`` has dropped."""
     written = _written_of(tie)
-    written.counts[_depth(session), _DROPPED, of.__name__] += 1
+    if written.last is not state:
+        written.last = state
+        written.counts[_depth(session), _DROPPED, state.class_.__name__] += 1
     return written
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, func, select
+from sqlalchemy import URL, Engine, func, select
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -347,6 +347,28 @@ def test_L1_what_expunge_all_drops_is_told(
         is_told = False
     assert sum("1 Row dropped by expunge_all()" in one for one in said.warnings) == is_told
     assert len(said.warnings) == (is_told or (is_written and not commits))
+
+
+@pytest.mark.told
+def test_L1_what_is_dropped_counts_once_where_a_base_class_is_listened_to_as_well(
+    engine: Engine, said: Said
+) -> None:
+    class Base(Session):
+        """Of a jenny of its own, made later."""
+
+    class Sub(Base):
+        """Its class is listened to by then."""
+
+    jennies = [SessionJenny(sessionmaker(engine, class_=cls)) for cls in (Sub, Base)]
+    for jenny in jennies:
+        with open_scope():
+            assert jenny.session.scalar(select(1)) == 1
+    with open_scope():
+        for _ in range(2):
+            jennies[0].session.add(Row(n=1))
+            jennies[0].session.expunge_all()
+    (warning,) = said.warnings
+    assert "2 Row dropped by expunge_all()" in warning
 
 
 # -- what a library begins ------------------------------------------------------------------------
