@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from inspect import isawaitable
 from itertools import islice
 from pathlib import Path
@@ -359,7 +360,7 @@ def test_L1_what_is_dropped_counts_once_where_a_base_class_is_listened_to_as_wel
     class Sub(Base):
         """Its class is listened to by then."""
 
-    jennies = [SessionJenny(sessionmaker(engine, class_=cls)) for cls in (Sub, Base)]
+    jennies = [SessionJenny(partial(cls, engine)) for cls in (Sub, Base)]
     for jenny in jennies:
         with open_scope():
             assert jenny.session.scalar(select(1)) == 1
