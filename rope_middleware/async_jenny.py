@@ -67,11 +67,13 @@ def _own_class(factory: Any, kw: dict[str, Any]) -> type[Session] | None:
     async_class = given.class_
     if async_class.__init__ is not AsyncSession.__init__:
         return None  # it may take other arguments
-    base: type[Session] = (
+    base: object = (
         kw.get("sync_session_class")
         or given.kw.get("sync_session_class")
         or async_class.sync_session_class
     )
+    if not isinstance(base, type) or not issubclass(base, Session):
+        return None  # SQLAlchemy takes any callable that returns a Session
     own: type[Session] | None = base.__dict__.get(_OWN)
     if own is None:  # of two threads that come here each may have one
         own = type(base.__name__, (base,), {"__module__": base.__module__, **noting(base)})
@@ -158,7 +160,7 @@ class AsyncSessionJenny(async_scoped_session[_AS], Generic[_AS]):
                 made_of: Any = factory.class_
                 options: dict[str, Any] = factory.kw
                 base = options.get("sync_session_class") or made_of.sync_session_class
-                known = base.__dict__.get(_OWN)
+                known = base.__dict__.get(_OWN) if isinstance(base, type) else None
                 if (
                     known is not None
                     and made_of.__init__ is AsyncSession.__init__

@@ -682,6 +682,28 @@ async def test_S3_the_inner_session_of_a_removed_one_ends_with_its_scope(
     assert [("1 Row" in warning) for warning in said.warnings] == ([] if commits else [True])
 
 
+async def test_Y1_inner_sessions_may_come_from_any_callable(store: Store) -> None:
+    """SQLAlchemy documents that of `sync_session_class`: a function, a sessionmaker, a method."""
+
+    class Maker:
+        __slots__ = ()
+
+        def __call__(self, **kw: Any) -> Session:
+            return OwnInner(**kw)
+
+    makers: list[Any] = [lambda **kw: OwnInner(**kw), sessionmaker(class_=OwnInner), Maker()]
+    for make in (*makers, makers[2].__call__):
+        maker = async_sessionmaker(store.async_engine, sync_session_class=make)
+        jenny = AsyncSessionJenny(maker)
+        for _ in range(2):
+            async with open_scope(commit_on_success=True):
+                jenny.session.add(Row())
+                await jenny.session.flush()
+                assert isinstance(jenny.session.sync_session, OwnInner)
+            assert store.held() == 0
+    assert len(store.rows()) == 8
+
+
 async def test_J6_the_inner_sessions_of_each_class_are_of_one_class_of_ours(tmp_path: Path) -> None:
     """Whoever makes them, and in whichever order; and a class that is gone is not kept."""
 
