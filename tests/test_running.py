@@ -138,6 +138,26 @@ def test_Y2_a_time_begins_with_the_work(loop: str) -> None:
     assert pytest.importorskip(loop).run(main()) == "done"
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_Y2_work_that_tells_itself_of_its_end_is_not_cut_off_unbegun(loop: str) -> None:
+    """Its time is noted when its task is made. uvloop calls timers before a task's first step."""
+
+    async def work(tells: list[Any]) -> str:
+        deadlines.deadlines[tells[1]] = monotonic() + PATIENCE
+        await asyncio.sleep(0.03)
+        tells[0].set_result(None)
+        return "done"
+
+    async def main() -> str:
+        tells: list[Any] = []
+        task = asyncio.create_task(finish.finish(work(tells), PATIENCE, 0.02, tells))
+        asyncio.get_running_loop().call_soon(sleep, 0.05)  # after the first step of `finish`
+        return await asyncio.wait_for(task, PATIENCE)
+
+    deadlines.look_at_deadlines(-math.inf)  # no look of another test's is counted on
+    assert pytest.importorskip(loop).run(main()) == "done"
+
+
 def test_Y2_what_cancels_the_work_itself_is_no_timeout() -> None:
     """A cancellation from elsewhere passes through as it is."""
 

@@ -196,7 +196,7 @@ class Gate(answer.Gate):
             return
         if self._told_inside is not None:
             message = told_again(message, self._told_inside)
-        if self._replay is None is self._settled:
+        if self._replay is None and self._settled is None:
             self.state = STARTED  # as `_set`, which would be a call for nearly nobody
         else:
             self._set(STARTED)

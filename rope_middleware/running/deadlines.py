@@ -176,8 +176,8 @@ class _Timer:
                 if not task.cancel():
                     has_ended(task)
             else:
-                # Something has blocked the loop. Its work is to give back a connection: cancelled
-                # before its first step, it would not even begin.
+                # Something has blocked the loop, and uvloop calls timers before what is ready. Its
+                # work is to give back a connection: cancelled now, it would not even begin.
                 deadlines[task] = now + LATE
         self.set(loop)
 

@@ -110,7 +110,10 @@ def commit(scope: Scope) -> None:
 
 
 def _go_on() -> None:
-    """Note that a commit stands whose scope goes on: who has asked for it knows that."""
+    """Tell nobody that the commit stands. As `note` of `committing` it says that the scope goes on.
+
+    Who has called `commit` knows by its return, or by its error.
+    """
 
 
 def roll_back(scope: Scope, why: str) -> None:

@@ -168,10 +168,8 @@ def commit_alone(session: Session, commit: Callable[[Session, Scope], None] | No
     else:
         scope._is_committing, scope._is_broken = True, False
         try:
-            if CALLS in own and "commit" not in own:
-                getattr(type(session), WITHOUT).commit(
-                    session
-                )  # as `commit_unguarded`, a call less
+            if CALLS in own and "commit" not in own:  # as `commit_unguarded`, a call less
+                getattr(type(session), WITHOUT).commit(session)
             else:
                 session.commit()
             own.pop(BLOCK, None)
