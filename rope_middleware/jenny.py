@@ -108,8 +108,8 @@ class SessionJenny(scoped_session[_S], Generic[_S]):
         self.__signature__: Signature = Signature()
 
     def _make_session(self, **kw: Any) -> _S:
-        # Looked up on each use: the factory may be replaced later. (Of a sessionmaker that is known
-        # `ScopeRegistry.first_use` makes the session itself.)
+        # Looked up on each use: the factory may be replaced later. (A plain sessionmaker is not
+        # called here, once its class is known: `ScopeRegistry.first_use` calls that class itself.)
         factory: Any = self.session_factory
         session: _S = factory(**kw)
         if type(session) is not self._checked_class:

@@ -47,6 +47,7 @@ _BLOCKS = (SessionTransactionOrigin.BEGIN, SessionTransactionOrigin.BEGIN_NESTED
 def on_begin(session: Session, transaction: SessionTransaction) -> None:
     """Note who begins; refuse to begin in a scope that has ended: nothing is checked out yet."""
     tie: Tie | None = session.__dict__.get(TIE)
+    # All that `_begin` asks, in one look: what is left is the transaction of nearly every request.
     if (
         tie is None
         or transaction.origin is not _AUTOBEGIN

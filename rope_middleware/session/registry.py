@@ -62,7 +62,10 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         outside: the registry that is used where no scope is open.
     """
 
-    __slots__ = ("_jenny", "_listening", "_own", "_simple", "kind", "outside", "replicas")
+    __slots__ = (
+        *("_jenny", "_listening", "_own", "_reading", "_simple"),
+        *("kind", "outside", "replicas"),
+    )
 
     def __init__(
         self, createfunc: Callable[..., _T], outside: ScopedRegistry[_T], kind: SyncKind = SYNC
@@ -71,7 +74,8 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         self.outside: ScopedRegistry[_T] = outside
         self.kind: SyncKind = kind
         self._listening: type[Session] | None = None
-        self._simple: Any = None  # the same, where to call it makes one of it and nothing else
+        self._simple: Any = None  # the same, if a call of it makes one of it and nothing else
+        self._reading: type[Session] | None = None  # as `_listening`, in read-only scopes
         # A sync jenny, and the method of its own that `createfunc` is until somebody replaces it.
         self._jenny: Any = getattr(createfunc, "__self__", None)
         self._own: object = None if self._jenny is None else createfunc
@@ -150,6 +154,7 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         else:
             made = self.createfunc()
             inner = self.kind.inner(made) if self.kind.is_async else made
+        # The second: it has begun something already, or it is the session of another scope.
         if type(inner) is not self._listening or TIE in (known := inner.__dict__):
             self._tie(made, scope)
             return keep(scope, self, made)  # type: ignore[no-any-return]  # cast() is a call
@@ -189,13 +194,18 @@ class ScopeRegistry(ScopedRegistry[_T], Generic[_T]):
         if inner is not None:
             if tie_of(inner) is not None:
                 check_own(inner, scope)
-            if reads_only(scope):
+            if reads := reads_only(scope):
                 self._place(inner, scope)  # first: it may change the class
-            session_class: type[Session] = type(inner)  # pyright: ignore[reportUnknownVariableType]
-            if session_class is not self._listening and listen_to(inner):
-                self._listening = session_class
-                if type(session_class) is type and session_class.__new__ is object.__new__:
-                    self._simple = session_class
+            made_class: type[Session] = type(inner)  # pyright: ignore[reportUnknownVariableType]
+            known = self._reading if reads else self._listening
+            if made_class is known or not listen_to(inner):
+                pass
+            elif reads:
+                self._reading = made_class
+            else:
+                self._listening = made_class
+                if type(made_class) is type and made_class.__new__ is object.__new__:
+                    self._simple = made_class
             tie = tie_to(inner, scope, self.kind)
             needed = needs_for_commit(scope)
             if needed != TIED:

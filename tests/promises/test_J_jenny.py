@@ -25,6 +25,7 @@ from rope_middleware import (
     open_scope,
 )
 from rope_middleware.scope.scope import session_of
+from rope_middleware.session import registry
 from rope_middleware.session.tie import Tie, tie_of
 from tests.kit.engines import MakeEngine
 from tests.kit.leaks import checked_out
@@ -549,6 +550,25 @@ def test_J2_each_session_knows_as_much_of_its_scope(engine: Engine, commit: bool
 
     first = known()
     assert known() == known() == first
+
+
+def test_J2_what_is_known_of_a_class_stays_known(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where some requests only read, the others still take the short way."""
+    jenny = SessionJenny(sessionmaker(engine))
+    asked: list[type[Session]] = []
+
+    def listen_to(session: Session) -> bool:
+        asked.append(type(session))
+        return True  # the class of a sessionmaker is listened to from the start
+
+    monkeypatch.setattr(registry, "listen_to", listen_to)
+    for _ in range(3):
+        for reads in (False, True):
+            with open_scope(read_only=reads):
+                use(jenny.session)
+    assert len(asked) == len(set(asked)) == 2
 
 
 class Begun(Session):
