@@ -728,3 +728,23 @@ async def test_J6_the_inner_sessions_of_each_class_are_of_one_class_of_ours(tmp_
     gc.collect()
     assert gone() is None
     await engine.dispose()
+
+
+async def test_Y1_a_method_that_somebody_replaces_is_called(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the class that an inner session's is derived from: for a test, say, and not after it."""
+
+    class Own(Session):
+        pass
+
+    jenny = AsyncSessionJenny(async_sessionmaker(store.async_engine, sync_session_class=Own))
+    called: list[Session] = []
+    for expected in (1, 2):  # first of a class that nobody knows yet
+        with monkeypatch.context() as patch:
+            patch.setattr(Own, "flush", lambda self, **_: called.append(self))
+            async with open_scope():
+                await jenny.session.flush()
+        async with open_scope():
+            await jenny.session.flush()
+        assert len(called) == expected

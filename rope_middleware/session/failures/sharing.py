@@ -145,14 +145,15 @@ _CALLS = (
 
 def noting(base: type[Session]) -> dict[str, Any]:
     """Return methods for a subclass of `base`: as they were, but their errors get the note."""
-    return {name: _noting(getattr(base, name)) for name in _CALLS if hasattr(base, name)}
+    return {name: _noting(base, name) for name in _CALLS if hasattr(base, name)}
 
 
-def _noting(method: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(method)
+def _noting(base: type[Session], name: str) -> Callable[..., Any]:
+    @wraps(getattr(base, name))
     def call(self: Session, *args: Any, **kw: Any) -> Any:
         try:
-            return method(self, *args, **kw)
+            # Looked up on each call: somebody may replace it, for the time of a test, say.
+            return getattr(base, name)(self, *args, **kw)
         except Exception as error:
             _note_shared(self, error)
             raise
