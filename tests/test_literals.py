@@ -216,6 +216,8 @@ SAID = [
     ("SELECT 1; ;", "postgresql", Kind.READ),
     ("\ufeffCOMMIT", "sqlite", Kind.COMMIT),
     ("\ufeffSELECT 1", "sqlite", Kind.READ),
+    ('PRAGMA "main".user_version(5)', "sqlite", Kind.WRITE),
+    ("PRAGMA user_version", "sqlite", Kind.READ),
     # An END that ends no transaction.
     ("CREATE TRIGGER x AFTER INSERT ON t BEGIN DELETE FROM u; END;", "sqlite", Kind.DDL),
     ("CREATE TRIGGER x AFTER INSERT ON t BEGIN DELETE FROM u; END; END", "sqlite", Kind.REFUSED),
@@ -245,6 +247,8 @@ WRITES = [
     ("COPY (DELETE FROM t RETURNING n) TO '/tmp/t'", "postgresql", "DELETE FROM"),
     ("DO U&'BEGIN DELETE FROM t; END'", "postgresql", "DO"),
     ("\ufeffINSERT INTO t VALUES (1)", "sqlite", "INSERT"),
+    ("PRAGMA main.user_version = 5", "sqlite", "PRAGMA"),
+    ('PRAGMA "main".application_id(5)', "sqlite", "PRAGMA"),
 ]
 
 

@@ -71,7 +71,9 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 _ANALYZE = re.compile(r"EXPLAIN\s*(?:\([^)]*\bANALY[SZ]E\b|ANALY[SZ]E\b)", re.IGNORECASE)
-_PRAGMA = re.compile(r"PRAGMA\s+(?:\w+\.)?(?:user_version|application_id)\s*=", re.IGNORECASE)
+_PRAGMA = re.compile(
+    r"PRAGMA\s+(?:\w+\s*\.\s*)?(?:user_version|application_id)\s*[=(]", re.IGNORECASE
+)
 _SET_TRANSACTION = re.compile(
     r"SET\s+(?:LOCAL\s+|SESSION\s+CHARACTERISTICS\s+AS\s+)?TRANSACTION\b", re.IGNORECASE
 )
@@ -202,7 +204,16 @@ def _query(body: str, with_names: str) -> Said:
     return Said(Kind.READ, words=frozenset(name.lower() for name in _CALLED.findall(with_names)))
 
 
-_SET_LOCAL = re.compile(r"\s*SET\s+LOCAL\s+([\w.\"]+)", re.IGNORECASE)
+_SET_LOCAL = re.compile(r"SET\s+LOCAL\s+([\w.\"]+)", re.IGNORECASE)
+# What SQL calls otherwise than current_setting() does, by its first word:
+# https://www.postgresql.org/docs/current/sql-set.html
+_CALLED_OTHERWISE = {
+    "time": "TimeZone",
+    "session": "session_authorization",
+    "schema": "search_path",
+    "names": "client_encoding",
+    "xml": "xmloption",
+}
 _SET_CONFIG = re.compile(
     r"set_config\s*\(\s*(?:CAST\s*\(\s*)?(?:'(?P<text>[^']+)'|%\((?P<key>\w+)\)s|\$(?P<number>\d+)|(?P<next>%s))",
     re.IGNORECASE,
@@ -218,9 +229,10 @@ def local_settings(text: str, parameters: Any) -> list[str]:
         text: the statement's.
         parameters: as the driver gets them: a mapping or a sequence.
     """
-    found = _SET_LOCAL.match(text)
+    found = _SET_LOCAL.match(_begins(bare(text, "postgresql", names=True)))
     if found is not None:
-        return [found[1].strip('"')]
+        name = found[1].strip('"')
+        return [_CALLED_OTHERWISE.get(name.lower(), name)]
     names: list[Any] = []
     given: Any = parameters
     for call in _SET_CONFIG.finditer(text):

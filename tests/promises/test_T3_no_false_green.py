@@ -272,6 +272,29 @@ def test_T3_set_local_ends_with_its_transaction(place: Place) -> None:
 
 
 @of("postgresql")
+@pytest.mark.parametrize(
+    ("setting", "shown", "value"),
+    [
+        ("TIME ZONE 'Asia/Tokyo'", "TimeZone", "Asia/Tokyo"),
+        ("SCHEMA 'pg_catalog'", "search_path", "pg_catalog"),
+        ("app.tenant = 'a'", "app.tenant", "a"),
+    ],
+)
+def test_T3_set_local_ends_with_its_transaction_however_it_is_written(
+    place: Place, setting: str, shown: str, value: str
+) -> None:
+    """By the words of the SQL standard, and behind a comment that says who asks."""
+    show = text("SELECT current_setting(:name, true)").bindparams(name=shown)
+    with Sandbox(place.jenny), open_scope():
+        session = place.jenny.session
+        before = session.scalar(show)
+        session.execute(text(f"-- of the middleware\n/* too */ SET LOCAL {setting}"))
+        assert session.scalar(show) == value
+        session.commit()
+        assert (session.scalar(show) or None) == (before or None)
+
+
+@of("postgresql")
 def test_T3_a_select_that_writes_takes_the_turn(place: Place) -> None:
     """A function of the application's may write; what it wrote is rolled back with it."""
     run_sql(

@@ -37,12 +37,14 @@ _VERBS = (
 
 # A text with none of these words reads. To look for words is a hundred times faster than to take a
 # text apart, and few texts have one.
-_WORDS = (*_VERBS, "COPY", "DO", "INTO", "SHARE", "SET", "DECLARE", "XACT_LOCK")
+_WORDS = (*_VERBS, "COPY", "DO", "INTO", "PRAGMA", "SHARE", "SET", "DECLARE", "XACT_LOCK")
 
 _BEGINS = late(rf"(?:{'|'.join(_VERBS)})\b", re.IGNORECASE)
 _COPY_IN = late(r"COPY\s+(?![\s(]).*?\bFROM\b", re.DOTALL | re.IGNORECASE)
 # PostgreSQL's block of code, quoted: it returns nothing, so it is there for what it does.
 _BLOCK = late(r"DO\s+(?:LANGUAGE\s+\w+\s+)?(?:U&\s*)?q\b", re.IGNORECASE)
+# SQLite's two numbers in the header of the file. Most others read, or last as long as a connection.
+_PRAGMA = late(r"PRAGMA\s+(?:\w+\s*\.\s*)?(?:user_version|application_id)\s*[=(]", re.IGNORECASE)
 _RUN = late(r"(?:EXPLAIN\b[^;]*?\bANALY[ZS]E|PREPARE)\b|COPY\s*\(", re.IGNORECASE)
 _IS_RUN = late(
     r"\b(?:INSERT\s+INTO|UPDATE|DELETE\s+FROM|MERGE\s+INTO|CREATE|REFRESH)\b", re.IGNORECASE
@@ -102,6 +104,8 @@ def _what_writes(statement: str) -> str:
         return "COPY"
     if _BLOCK().match(statement):
         return "DO"
+    if _PRAGMA().match(statement):
+        return "PRAGMA"
     run = _RUN().match(statement)
     found = None if run is None else _IS_RUN().search(statement, run.end())
     if found is not None:
