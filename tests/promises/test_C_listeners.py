@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
-from rope_middleware import ScopeClosedError, open_scope
+from rope_middleware import ScopeClosedError, current_scope, open_scope
 from tests.kit.models import Row
 from tests.kit.said import Said
 from tests.kit.stores import Lock
@@ -239,6 +239,22 @@ def test_C2_what_a_listener_adds_after_the_commit_is_committed_at_the_end_or_tol
     assert web.store.rows()[:2] == ([1] if how == "own" else [1, 2])
     assert len(said.warnings) == (1 if ever or how == "own" else 0)
     assert all("changes are lost" in one and "1 Row added" in one for one in said.warnings)
+
+
+def test_C5_what_a_listener_of_the_commit_asks_for_is_called_before_the_start(
+    web: Web, listen: Listen
+) -> None:
+    """It is the last moment to ask, and nothing else is left to be committed."""
+    order: list[str] = []
+
+    def ask(session: Any) -> None:
+        current_scope().on_commit(lambda: order.append("called"))
+
+    listen("after_commit", ask)
+    answer, _ = write_and_answer(web, at_start=lambda status: order.append("start"))
+    assert answer.status == 200
+    assert order == ["called", "start"]
+    assert web.store.rows() == [1]
 
 
 # -- they are slow -----------------------------------------------------------------------------
