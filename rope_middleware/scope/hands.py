@@ -91,7 +91,7 @@ def run_now(work: Coroutine[Any, Any, _T]) -> _T:
     try:
         work.send(None)
     except StopIteration as stop:
-        result: _T = stop.value
-        return result
+        # No name for it: from Python 3.12 on an error that it is may keep this frame, by f_back.
+        return stop.value  # type: ignore[no-any-return]
     work.close()
     raise RopeError("An async function cannot be awaited in a sync scope.")
