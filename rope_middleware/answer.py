@@ -107,7 +107,8 @@ class Gate:
     def decide_plainly(self, status: int) -> Act | None:
         """`decide`, where nobody has asked for more than a commit; None where it has to be asked.
 
-        What that says of it costs 1 us more, on the path of every request that commits.
+        What that says of it costs 1 us more, on the path of every request that commits. (WSGI asks
+        the same in `announce` itself: a call less.)
         """
         scope = self._scope
         options = scope._options

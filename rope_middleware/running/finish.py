@@ -80,8 +80,8 @@ async def finish(
             asyncio it finds two things there: the future that it sets as the last thing it does,
             and its task, for which it notes in `deadlines` so many seconds as the first thing it
             does. (An eager task has run before it could be put there: then there is only the
-            future.) Under trio the list stays empty. That saves a coroutine and two callbacks: 1 of
-            the 3 points that a request with one SELECT took.
+            future.) Under trio the list stays empty. That saves a coroutine and two callbacks: 2.2
+            of the 20.9 us of an end whose session does nothing.
 
     Returns:
         What `work` returned.

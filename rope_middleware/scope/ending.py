@@ -75,7 +75,7 @@ def commit(scope: Scope) -> None:
         return
     if scope._is_async or scope._registries:
         settling = Settling(scope)
-    else:  # the same, a call less
+    else:  # the same, a call less: nobody counts the calls on sessions of a sync scope
         settling = bare_settling()
         settling._scope = scope
         scope._settling = settling  # first: who comes from here on has another session

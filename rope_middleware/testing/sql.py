@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from rope_middleware.session.sql.literals import bare
+from rope_middleware.session.sql.statements import STORING_PRAGMA
 
 __all__ = ["Kind", "Said", "body_of", "local_settings", "read"]
 
@@ -71,9 +72,6 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 _ANALYZE = re.compile(r"EXPLAIN\s*(?:\([^)]*\bANALY[SZ]E\b|ANALY[SZ]E\b)", re.IGNORECASE)
-_PRAGMA = re.compile(
-    r"PRAGMA\s+(?:\w+\s*\.\s*)?(?:user_version|application_id)\s*[=(]", re.IGNORECASE
-)
 _SET_TRANSACTION = re.compile(
     r"SET\s+(?:LOCAL\s+|SESSION\s+CHARACTERISTICS\s+AS\s+)?TRANSACTION\b", re.IGNORECASE
 )
@@ -193,7 +191,7 @@ def _steering(word: str, body: str) -> Said:
 
 
 def _query(body: str, with_names: str) -> Said:
-    if _INTO.search(body) or _ANALYZE.match(body) or _PRAGMA.match(body):
+    if _INTO.search(body) or _ANALYZE.match(body) or STORING_PRAGMA().match(body):
         return Said(Kind.WRITE)
     if body[:4].upper() == "WITH" and _WRITES.search(body):
         return Said(Kind.WRITE)

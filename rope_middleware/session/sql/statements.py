@@ -8,12 +8,13 @@ the database cannot be seen here.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 from rope_middleware.session.sql.literals import bare, late
 
-__all__ = ["READS", "Effect", "effect_of"]
+__all__ = ["READS", "STORING_PRAGMA", "Effect", "effect_of"]
 
 
 class Effect(NamedTuple):
@@ -44,7 +45,9 @@ _COPY_IN = late(r"COPY\s+(?![\s(]).*?\bFROM\b", re.DOTALL | re.IGNORECASE)
 # PostgreSQL's block of code, quoted: it returns nothing, so it is there for what it does.
 _BLOCK = late(r"DO\s+(?:LANGUAGE\s+\w+\s+)?(?:U&\s*)?q\b", re.IGNORECASE)
 # SQLite's two numbers in the header of the file. Most others read, or last as long as a connection.
-_PRAGMA = late(r"PRAGMA\s+(?:\w+\s*\.\s*)?(?:user_version|application_id)\s*[=(]", re.IGNORECASE)
+STORING_PRAGMA: Callable[[], re.Pattern[str]] = late(
+    r"PRAGMA\s+(?:\w+\s*\.\s*)?(?:user_version|application_id)\s*[=(]", re.IGNORECASE
+)
 _RUN = late(r"(?:EXPLAIN\b[^;]*?\bANALY[ZS]E|PREPARE)\b|COPY\s*\(", re.IGNORECASE)
 _IS_RUN = late(
     r"\b(?:INSERT\s+INTO|UPDATE|DELETE\s+FROM|MERGE\s+INTO|CREATE|REFRESH)\b", re.IGNORECASE
@@ -104,7 +107,7 @@ def _what_writes(statement: str) -> str:
         return "COPY"
     if _BLOCK().match(statement):
         return "DO"
-    if _PRAGMA().match(statement):
+    if STORING_PRAGMA().match(statement):
         return "PRAGMA"
     run = _RUN().match(statement)
     found = None if run is None else _IS_RUN().search(statement, run.end())
