@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import random
+import re
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pymysql
@@ -19,6 +23,7 @@ from tests.e2e.async_app import seed
 from tests.servers.mariadb import mariadb_server
 from tests.servers.postgres import postgres_server
 
+PACKAGE = Path(__file__).parents[1] / "rope_middleware"
 TEXTS = 4000
 
 # -- any text, as the database itself has read it ------------------------------------------------
@@ -270,3 +275,45 @@ def test_C6_a_function_may_write_however_it_is_called() -> None:
     assert may_write("SELECT `note`(1)", "mariadb")
     assert may_write("SELECT [note](1)", "sqlite")
     assert not may_write("SELECT lower('a note (of his)')", "postgresql")
+
+
+def test_R1_no_pattern_needs_what_older_pythons_match_wrongly() -> None:
+    """Possessive quantifiers, up to Python 3.11.4; most runs of these tests are on a newer one."""
+    files = [PACKAGE / "testing/sql.py", *(PACKAGE / "session/sql").glob("*.py")]
+    strings = [
+        node.value
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert len(strings) > 100
+    assert not [one for one in strings if re.search(r"[*+?}]\+|\(\?>", one)]
+
+
+@pytest.mark.parametrize("dialect", ["postgresql", "mysql", "sqlite", ""])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "a",
+        "''",
+        "\\'",
+        "'\n'",
+        "'-- \n",
+        "' -- -- ",
+        "-- ",
+        "`",
+        '"',
+        "/*",
+        "*/",
+        "$a$",
+        "[",
+        "--\n'",
+    ],
+)
+def test_R1_a_long_text_is_read_in_a_time_that_grows_with_it(dialect: str, piece: str) -> None:
+    """Whatever is never closed in it."""
+
+    for begins in ("SELECT E'", "SELECT E'a'"):
+        began = time.process_time()
+        bare(begins + piece * 20_000, dialect)
+        assert time.process_time() - began < 2.0

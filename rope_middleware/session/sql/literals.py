@@ -26,35 +26,38 @@ def _reader(*parts: str) -> Callable[[], re.Pattern[str]]:
     return late("|".join(parts), re.DOTALL)
 
 
-_LITERAL = r"'(?:[^']|'')*+(?:'|\Z)"
-_DOUBLE = r'"(?:[^"]|"")*+(?:"|\Z)'
-_BACKTICKS = r"`(?:[^`]|``)*+(?:`|\Z)"
+# No literal goes back for another way to match: what follows its repetition always does. They do
+# without possessive quantifiers, which Python matches wrongly up to 3.11.4 (Debian 12 has 3.11.2):
+# https://github.com/python/cpython/issues/100061
+_LITERAL = r"'(?:[^']+|'')*(?:'|\Z)"
+_DOUBLE = r'"(?:[^"]+|"")*(?:"|\Z)'
+_BACKTICKS = r"`(?:[^`]+|``)*(?:`|\Z)"
 
 # https://www.postgresql.org/docs/current/sql-syntax-lexical.html
 # Not in the middle of a name: a$b$c is one, and so is nameE.
 _STARTS = r"(?<![\w$\u0080-\U0010ffff])"
 # A literal goes on after a new line, and is of the same kind there. Comments may lie between.
-_GOES_ON = r"'(?:[ \t\f\v]|--[^\r\n]*+)*+[\r\n](?:\s|--[^\r\n]*+[\r\n])*+'"
+_GOES_ON = r"'[ \t\f\v]*(?:--[^\r\n]*)?[\r\n](?:\s|--[^\r\n]*[\r\n])*'"
 _POSTGRESQL = (
-    rf"{_STARTS}[eE]'(?:[^'\\]|\\(?:.|\Z)|''|{_GOES_ON})*+(?:'|\Z)",
+    rf"{_STARTS}[eE]'(?:[^'\\]+|\\(?:.|\Z)|''|{_GOES_ON})*(?:'|\Z)",
     rf"{_STARTS}\$(?P<tag>(?:(?!\d)[\w\u0080-\U0010ffff]+)?)\$.*?(?:\$(?P=tag)\$|\Z)",
-    r"(?P<comment>--[^\r\n]*+)",
+    r"(?P<comment>--[^\r\n]*)",
     _LITERAL,
 )
 # https://dev.mysql.com/doc/refman/en/comments.html
 # A comment that begins with an exclamation mark is SQL, and 1--1 are two minus signs.
 _MYSQL = (
     r"(?P<runs>/\*M?!(?:\d{5,6})?)|(?P<ends>\*/)",
-    r"(?P<comment>(?:--(?=[\x00-\x20\x7f]|\Z)|\#)[^\n]*+|/\*.*?(?:\*/|\Z))",
-    r"'(?:[^'\\]|\\(?:.|\Z)|'')*+(?:'|\Z)",
-    r'"(?:[^"\\]|\\(?:.|\Z)|"")*+(?:"|\Z)',
+    r"(?P<comment>(?:--(?=[\x00-\x20\x7f]|\Z)|\#)[^\n]*|/\*.*?(?:\*/|\Z))",
+    r"'(?:[^'\\]+|\\(?:.|\Z)|'')*(?:'|\Z)",
+    r'"(?:[^"\\]+|\\(?:.|\Z)|"")*(?:"|\Z)',
     rf"(?P<name>{_BACKTICKS})",
 )
 # https://www.sqlite.org/lang_keywords.html
 # A name may stand in the quotes of a literal. What marks a file as UTF-8 is a space.
 _SQLITE = (
-    rf"(?P<comment>--[^\n]*+|/\*.*?(?:\*/|\Z)|{_STARTS}\ufeff++)",
-    rf"(?P<name>{_LITERAL}|{_DOUBLE}|{_BACKTICKS}|\[[^\]]*+(?:\]|\Z))",
+    rf"(?P<comment>--[^\n]*|/\*.*?(?:\*/|\Z)|{_STARTS}\ufeff+)",
+    rf"(?P<name>{_LITERAL}|{_DOUBLE}|{_BACKTICKS}|\[[^\]]*(?:\]|\Z))",
 )
 _READERS = {
     "postgresql": _reader(*_POSTGRESQL, rf"(?P<nests>/\*)|(?P<name>{_DOUBLE})"),
